@@ -1,0 +1,3 @@
+from pxd.cli.main import main
+
+main()

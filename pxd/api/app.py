@@ -1,0 +1,31 @@
+"""The HTTP API: which route is answered by what."""
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from pxd.api.chat import ChatCompletions
+from pxd.api.cluster import Cluster
+from pxd.api.daemon import Daemon
+from pxd.api.errors import HANDLERS, Boundary
+from pxd.api.models import Models
+
+
+def create_app(daemon: Daemon) -> Starlette:
+    chat, models, cluster = ChatCompletions(daemon), Models(daemon), Cluster(daemon)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
+            Route("/v1/models", models.list),
+            Route("/v1/models/{id:path}", models.get),
+            Route("/healthz", cluster.healthz),
+            Route("/readyz", cluster.readyz),
+            Route("/cluster/status", cluster.status),
+            Route("/cluster/ticket", cluster.ticket),
+            Route("/cluster/stop", cluster.stop, methods=["POST"]),
+        ],
+        middleware=[Middleware(Boundary)],
+        exception_handlers=HANDLERS,
+    )
+    app.router.redirect_slashes = False
+    return app

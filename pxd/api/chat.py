@@ -1,0 +1,251 @@
+"""POST /v1/chat/completions: one answer, whole or as server-sent events.
+
+A client that disconnects leaves its answer's context at once, which cancels it on every node.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import trio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pxd.api.body import read_json_body
+from pxd.api.chat_request import ChatCall, parse_chat_request
+from pxd.api.daemon import Daemon
+from pxd.api.errors import from_request_error, json_response
+from pxd.serving.requests import Answer, Delta, GenerationFailed, Ingress, RequestError
+from pxd.wire import Finish
+
+KEEP_ALIVE_S = 10.0
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def _head(answer: Answer, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{answer.id}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": answer.model,
+    }
+
+
+async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]) -> bool:
+    """Run `work` until it ends or the client is gone; say whether it ended.
+
+    The request's body must have been read. `work` may raise `RequestError`.
+    """
+    failure: RequestError | None = None
+    ended = False
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        try:
+            await work()
+        except RequestError as error:
+            failure = error
+        ended = True
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return ended
+
+
+class _WholeAnswer(Response):
+    """Answers in one piece once everything is there."""
+
+    def __init__(self, ingress: Ingress, call: ChatCall) -> None:
+        super().__init__()
+        self._ingress = ingress
+        self._call = call
+        self._completion: dict[str, Any] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The response is sent outside: at its end the server says "disconnect", too.
+        if await _while_connected(receive, self._compute):
+            await json_response(self._completion)(scope, receive, send)
+
+    async def _compute(self) -> None:
+        call = self._call
+        text: list[str] = []
+        tokens = 0
+        finish: Finish | None = None
+        async with await self._ingress.chat(call.model, call.messages, call.generation) as answer:
+            async for delta in answer:
+                text.append(delta.text)
+                tokens += delta.tokens
+                finish = delta.finish
+        if finish is None:
+            raise GenerationFailed("the answer broke off")
+        message = {"role": "assistant", "content": "".join(text), "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+        self._completion = {
+            **_head(answer, "chat.completion"),
+            "choices": [choice],
+            "usage": _usage(answer.prompt_tokens, tokens),
+        }
+
+
+class _Events:
+    """Writes server-sent events. The response begins with the first of them."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.began = False
+        self.last = trio.current_time()
+
+    async def write(self, data: bytes) -> None:
+        if not self.began:
+            self.began = True
+            start = {"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS}
+            await self._send(start)
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self.last = trio.current_time()
+
+    async def event(self, content: dict[str, Any]) -> None:
+        await self.write(b"data: " + msgspec.json.encode(content) + b"\n\n")
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Chunks:
+    """Puts the pieces of one answer into OpenAI's chunk objects."""
+
+    def __init__(self, answer: Answer, events: _Events, *, include_usage: bool) -> None:
+        self._head = _head(answer, "chat.completion.chunk")
+        self._prompt_tokens = answer.prompt_tokens
+        self._events = events
+        self._include_usage = include_usage
+        self._tokens = 0
+        self._began = False
+
+    async def add(self, delta: Delta) -> None:
+        self._tokens += delta.tokens
+        if not self._began:
+            self._began = True
+            await self._choice({"role": "assistant", "content": ""})
+        if delta.text:
+            await self._choice({"content": delta.text})
+        if delta.finish is not None:
+            await self._choice({}, delta.finish)
+            await self._finish()
+
+    async def _choice(self, delta: dict[str, str], finish: Finish | None = None) -> None:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        chunk = {**self._head, "choices": [choice]}
+        if self._include_usage:
+            chunk["usage"] = None
+        await self._events.event(chunk)
+
+    async def _finish(self) -> None:
+        if self._include_usage:
+            usage = _usage(self._prompt_tokens, self._tokens)
+            await self._events.event({**self._head, "choices": [], "usage": usage})
+        await self._events.write(b"data: [DONE]\n\n")
+
+
+class _StreamedAnswer(Response):
+    """Answers piece by piece.
+
+    What fails before the first piece is an ordinary HTTP error, which clients know how to retry;
+    what fails later is a last event, and `[DONE]` stays away.
+    """
+
+    def __init__(self, ingress: Ingress, call: ChatCall) -> None:
+        super().__init__()
+        self._ingress = ingress
+        self._call = call
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        events = _Events(send)
+
+        async def work() -> None:
+            try:
+                await self._relay(events)
+            except RequestError as error:
+                if not events.began:
+                    raise
+                await events.event(from_request_error(error).body())
+
+        if await _while_connected(receive, work):
+            await events.end()
+
+    async def _relay(self, events: _Events) -> None:
+        chunks: _Chunks | None = None
+        send, receive = trio.open_memory_channel[Answer | Delta | RequestError](0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._produce, send)
+            finished = False
+            failure: RequestError | None = None
+            while not finished and failure is None:
+                with trio.move_on_at(events.last + KEEP_ALIVE_S) as silence:
+                    item = await receive.receive()
+                if silence.cancelled_caught:
+                    await events.write(b": keep-alive\n\n")
+                    continue
+                match item:
+                    case RequestError():
+                        failure = item
+                    case Delta():
+                        assert chunks is not None
+                        await chunks.add(item)
+                        finished = item.finish is not None
+                    case _:
+                        chunks = _Chunks(item, events, include_usage=self._call.include_usage)
+        if failure is not None:
+            raise failure
+
+    async def _produce(self, send: "trio.MemorySendChannel[Answer | Delta | RequestError]") -> None:
+        """The answer, its deltas, and in the end a failure unless the last delta finished it.
+
+        A task of its own, so that a keep-alive never interrupts the answer's iteration.
+        """
+        call = self._call
+        finish: Finish | None = None
+        try:
+            async with await self._ingress.chat(
+                call.model, call.messages, call.generation
+            ) as answer:
+                await send.send(answer)
+                async for delta in answer:
+                    finish = delta.finish
+                    await send.send(delta)
+        except RequestError as error:
+            await send.send(error)
+            return
+        if finish is None:
+            await send.send(GenerationFailed("the answer broke off"))
+
+
+class ChatCompletions:
+    """The endpoint."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    async def __call__(self, request: Request) -> Response:
+        call = parse_chat_request(await read_json_body(request))
+        kind = _StreamedAnswer if call.stream else _WholeAnswer
+        return kind(self._daemon.ingress, call)

@@ -1,0 +1,48 @@
+"""Health, readiness, the cluster's status, and the control routes."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pxd.api.control import require_control
+from pxd.api.daemon import Daemon
+from pxd.api.errors import json_response
+
+RETRY_AFTER_S = 5
+
+
+class Cluster:
+    """The endpoints."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    async def healthz(self, _: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def readyz(self, _: Request) -> Response:
+        """200 when some model is served; else 503 and why not."""
+        models = self._daemon.status().models
+        if any(model.state == "serving" for model in models):
+            return json_response({"status": "ready"})
+        reasons = [
+            f"{model.name} is {model.state}" + (f": {model.reason}" if model.reason else "")
+            for model in models
+        ]
+        reason = "; ".join(reasons) or "the cluster has no plan yet"
+        return json_response(
+            {"status": "not ready", "reason": reason}, 503, {"retry-after": str(RETRY_AFTER_S)}
+        )
+
+    async def status(self, _: Request) -> Response:
+        return json_response(self._daemon.status(), headers={"cache-control": "no-store"})
+
+    async def ticket(self, request: Request) -> Response:
+        require_control(request)
+        return json_response(
+            {"ticket": self._daemon.ticket()}, headers={"cache-control": "no-store"}
+        )
+
+    async def stop(self, request: Request) -> Response:
+        require_control(request)
+        self._daemon.stop()
+        return json_response({"status": "stopping"}, 202)

@@ -1,0 +1,19 @@
+"""What the HTTP faces need of the daemon behind them; `pxd.node.Node` is the real one."""
+
+from typing import Protocol
+
+from pxd.serving.requests import Ingress
+from pxd.serving.status import ClusterStatus
+
+
+class Daemon(Protocol):
+    @property
+    def ingress(self) -> Ingress: ...
+
+    def status(self) -> ClusterStatus: ...
+
+    def ticket(self) -> str:
+        """The line that lets another machine join. Holds the cluster key: never log it."""
+
+    def stop(self) -> None:
+        """Begin a graceful stop; returns at once."""

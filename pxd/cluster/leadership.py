@@ -1,0 +1,154 @@
+"""Who leads: derived from the membership view, never negotiated.
+
+Every node computes the same leader from the same view: the greatest priority, then the smallest
+seniority (the place in join order), then the smallest id, among live members that have settled. Two
+leaders for a moment are harmless: a plan carries its term, and only the derived leader goes on to
+take terms that are greater than all it has seen.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from pxd.cluster.members import Member
+
+
+class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. A node takes its place in join order `settle_alone` after its start if it expects
+    nobody, else `settle` after it has synchronised with a member, or `settle_lonely` after its
+    start. It takes office once it has been the leader for `stable`."""
+
+    settle_alone: float = 0.3
+    settle: float = 1.0
+    settle_lonely: float = 6.0
+    stable: float = 1.0
+
+
+class LeadershipEvent(msgspec.Struct, frozen=True):
+    """Something to act on: `leader` and `term` as of the event."""
+
+    leader: str | None
+    term: int
+
+
+class LeaderChanged(LeadershipEvent, frozen=True):
+    """The derived leader is another one than before; None while nobody has settled."""
+
+
+class TookOffice(LeadershipEvent, frozen=True):
+    """This node leads as of `term`, which must be persisted before anybody hears of it."""
+
+
+class LeftOffice(LeadershipEvent, frozen=True):
+    """This node no longer leads: another one is the derived leader, or this one is leaving."""
+
+
+class Leadership:
+    """One node's part in it. Feed it every change of the membership view, and call it again at
+    `next_wakeup`. `seniority`, `term` and `leads` belong into this node's record."""
+
+    def __init__(
+        self, node: str, config: LeadershipConfig, *, term: int, expects_peers: bool
+    ) -> None:
+        """`term` is the greatest one persisted; `expects_peers` says that there is a ticket or
+        that peers are remembered, so that an older cluster may exist."""
+        self.leader: str | None = None
+        self.term = term
+        self.leads = 0
+        self.seniority = 0
+        self.next_wakeup = math.inf
+        self._node = node
+        self._config = config
+        self._expects_peers = expects_peers
+        self._started = 0.0
+        self._synced_at: float | None = None
+        self._office_at = math.inf
+
+    @property
+    def in_office(self) -> bool:
+        return self.leads > 0
+
+    def start(self, now: float) -> None:
+        self._started = now
+        self.next_wakeup = now
+
+    def observe(
+        self, now: float, members: Mapping[str, Member], *, synced: bool
+    ) -> list[LeadershipEvent]:
+        """Draw the conclusions from a view; `synced` as in `Membership`."""
+        for member in members.values():
+            record = member.record
+            self.term = max(self.term, record.term, record.leads)
+            if record.plan is not None:
+                self.term = max(self.term, record.plan.term)
+        self._settle(now, members, synced)
+        events = self._follow(now, members)
+        events += self._govern(now, members)
+        self.next_wakeup = self._wakeup(members)
+        return events
+
+    def _settle(self, now: float, members: Mapping[str, Member], synced: bool) -> None:
+        if synced and self._synced_at is None:
+            self._synced_at = now
+        if self.seniority == 0 and now >= self._settle_at:
+            self.seniority = 1 + max(member.record.seniority for member in members.values())
+
+    @property
+    def _settle_at(self) -> float:
+        if self._synced_at is not None:
+            return self._synced_at + self._config.settle
+        alone = not self._expects_peers
+        return self._started + (self._config.settle_alone if alone else self._config.settle_lonely)
+
+    def _follow(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
+        leader = self._derive(members.values())
+        if leader == self.leader:
+            return []
+        before = members.get(self.leader) if self.leader is not None else None
+        handed_over = before is not None and before.state == "left"
+        alone = not any(m.live for id_, m in members.items() if id_ != self._node)
+        self._office_at = now if handed_over or alone else now + self._config.stable
+        self.leader = leader
+        return [LeaderChanged(leader, self.term)]
+
+    def _govern(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
+        if self.leader != self._node:
+            if not self.in_office:
+                return []
+            self.leads = 0
+            return [LeftOffice(self.leader, self.term)]
+        if now < self._office_at or (self.in_office and not self._is_contested(members)):
+            return []
+        self.term += 1
+        self.leads = self.term
+        # Should views differ for long, terms must not race each other.
+        self._office_at = now + self._config.stable
+        return [TookOffice(self.leader, self.term)]
+
+    def _is_contested(self, members: Mapping[str, Member]) -> bool:
+        """Whether somebody's plans could beat those of this node's term."""
+        if self.term > self.leads:
+            return True
+        return any(
+            (record.id != self._node and record.leads == self.leads)
+            or (plan is not None and plan.term == self.leads and plan.leader != self._node)
+            for record in (member.record for member in members.values())
+            for plan in (record.plan,)
+        )
+
+    def _derive(self, members: Iterable[Member]) -> str | None:
+        candidates = []
+        for member in members:
+            record = member.record
+            own = record.id == self._node
+            seniority = self.seniority if own else record.seniority
+            if member.live and seniority > 0:
+                candidates.append((-record.priority, seniority, record.id))
+        return min(candidates)[2] if candidates else None
+
+    def _wakeup(self, members: Mapping[str, Member]) -> float:
+        if self.seniority == 0:
+            return self._settle_at
+        waits = self.leader == self._node and (not self.in_office or self._is_contested(members))
+        return self._office_at if waits else math.inf

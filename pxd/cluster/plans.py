@@ -1,0 +1,95 @@
+"""Plans, their epochs, and which plan a node holds."""
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+
+from pxd.wire import Count, Identifier, Name, Reason
+
+
+class Epoch(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Total order of plans: a greater term wins, then the leader's id, then its version."""
+
+    term: Count
+    leader: Annotated[str, msgspec.Meta(max_length=128)]
+    version: Count
+
+    def __str__(self) -> str:
+        return f"{self.term}.{self.version}@{self.leader[-6:]}"
+
+
+class StagePlan(msgspec.Struct, frozen=True):
+    """Decoder layers [start, end) on one node, and the bytes it may spend on their KV caches."""
+
+    node: Identifier
+    start: Count
+    end: Count
+    kv_bytes: Count = 0
+
+
+class PipelinePlan(msgspec.Struct, frozen=True):
+    """Stages that cover [0, L) exactly, in order; see `pipeline_id` for `id`."""
+
+    id: Identifier
+    stages: Annotated[tuple[StagePlan, ...], msgspec.Meta(min_length=1, max_length=1024)]
+
+    @property
+    def head(self) -> str:
+        return self.stages[0].node
+
+    @property
+    def tail(self) -> str:
+        return self.stages[-1].node
+
+
+class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of one model. `reason` says why it waits; with pipelines it is empty."""
+
+    name: Name
+    fingerprint: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    layers: Count = 0
+    context: Count = 0
+    pipelines: Annotated[tuple[PipelinePlan, ...], msgspec.Meta(max_length=1024)] = ()
+    state: Literal["planned", "waiting", "failed"] = "planned"
+    reason: Reason = ""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    epoch: Epoch
+    models: Annotated[tuple[ModelPlan, ...], msgspec.Meta(max_length=64)]
+
+    def pipeline(self, pipeline_id: str) -> tuple[ModelPlan, PipelinePlan] | None:
+        for model in self.models:
+            for pipeline in model.pipelines:
+                if pipeline.id == pipeline_id:
+                    return model, pipeline
+        return None
+
+
+def pipeline_id(model: str, fingerprint: str, stages: tuple[StagePlan, ...]) -> str:
+    """Digest of everything that makes two pipelines interchangeable.
+
+    A chain that a new plan keeps has the same id in both epochs, so its requests go on undisturbed.
+    """
+    chain = [(stage.node, stage.start, stage.end) for stage in stages]
+    content = msgspec.msgpack.encode((model, fingerprint, chain))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class PlanStore:
+    """Holds the plan with the greatest epoch seen."""
+
+    def __init__(self, plan: Plan | None = None) -> None:
+        self.plan = plan
+
+    @property
+    def epoch(self) -> Epoch | None:
+        return self.plan.epoch if self.plan else None
+
+    def offer(self, plan: Plan) -> bool:
+        """Take `plan` if its epoch is greater than the one held; say whether it was taken."""
+        if self.plan is not None and plan.epoch <= self.plan.epoch:
+            return False
+        self.plan = plan
+        return True

@@ -1,0 +1,86 @@
+"""What a node says of itself. A record is owned by its node and only ever replaced whole."""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from pxd.cluster.plans import Epoch
+from pxd.wire import Count, Identifier, Name, Reason
+
+Measure = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+Address = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+
+StageState = Literal["loading", "ready", "restarting", "failed"]
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """Compute hardware. `memory` in bytes, `tflops` bf16/fp16 matrix TFLOP/s, `bandwidth` GB/s."""
+
+    kind: Annotated[str, msgspec.Meta(max_length=32)] = "cpu"
+    name: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    memory: Count = 0
+    tflops: Measure = 0.0
+    bandwidth: Measure = 0.0
+    executors: Annotated[tuple[Identifier, ...], msgspec.Meta(max_length=8)] = ()
+
+
+class StageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """State of one stage on its node. `progress` runs from 0 to 1 while loading.
+
+    `kv_tokens` is how many token positions of KV cache the stage can hold once ready.
+    """
+
+    model: Name
+    pipeline: Identifier
+    start: Count
+    end: Count
+    state: StageState
+    progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    kv_tokens: Count = 0
+    restarts: Count = 0
+    reason: Reason = ""
+
+
+class ModelChoice(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Which model the cluster is to serve: a last-writer-wins register that every node carries.
+
+    The greatest (stamp, by, name) wins everywhere; a new choice takes the greatest stamp plus one.
+    """
+
+    stamp: Count
+    by: Annotated[str, msgspec.Meta(max_length=128)]
+    name: Name
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Ordered by (incarnation, version): of two records of a node the greater replaces the other.
+
+    `incarnation` grows with every start and refutation and is persisted; `version` with every
+    change of content. `memory` is what the node offers to models, in bytes. `seniority` is the
+    place in join order, 0 until the node has settled; `leads` is the term it leads, 0 for none.
+    """
+
+    id: Identifier
+    name: Annotated[str, msgspec.Meta(max_length=64)]
+    incarnation: Count = 0
+    version: Count = 0
+    pxd: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)] = ()
+    device: Device | None = None
+    memory: Count = 0
+    max_layers: Count | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-1000, le=1000)] = 0
+    seniority: Count = 0
+    term: Count = 0
+    leads: Count = 0
+    plan: Epoch | None = None
+    choice: ModelChoice | None = None
+    stages: Annotated[tuple[StageReport, ...], msgspec.Meta(max_length=64)] = ()
+    running: Count = 0
+    waiting: Count = 0
+    problem: Reason = ""
+    started: Measure = 0.0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.incarnation, self.version

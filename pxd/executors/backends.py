@@ -1,0 +1,32 @@
+"""The kinds of executor. Their tensor libraries are imported in worker processes only."""
+
+from pathlib import Path
+from typing import Protocol
+
+from pxd.cluster.records import Device
+from pxd.executors.protocol import Engine, ExecutorError, ModelDescription
+
+KINDS = ("mlx",)
+
+
+class Backend(Protocol):
+    """What one kind of executor can do inside its worker process."""
+
+    def engine(self) -> Engine: ...
+
+    def describe(self, path: Path) -> ModelDescription:
+        """Raises `ExecutorError` when nothing of this model could ever be loaded."""
+
+    def measure(self) -> Device:
+        """Measure the device for about a second."""
+
+
+def load_backend(kind: str) -> Backend:
+    """Raises `ExecutorError` for an unknown kind or one that is not installed."""
+    if kind not in KINDS:
+        raise ExecutorError(f"no executor kind {kind!r}; there is {', '.join(KINDS)}")
+    try:
+        from pxd.executors.mlx.backend import MlxBackend
+    except (ImportError, ValueError, OSError) as error:
+        raise ExecutorError(f"the {kind} executor cannot be used here: {error}") from error
+    return MlxBackend()

@@ -1,0 +1,87 @@
+"""Describes a model for planning: what its files say, and the dry run of its skeleton."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes, load_config
+
+from pxd.executors.mlx.split import CannotSplit, SplitPlan, plan_split
+from pxd.executors.protocol import ExecutorError, ModelDescription
+from pxd.models.describe import Checkpoint, describe_checkpoint
+from pxd.models.errors import ModelError
+
+DRY_RUN_BYTES = 4  # a skeleton's numbers are float32
+
+
+def describe(path: Path) -> ModelDescription:
+    """Describe the model in `path`, whose weights may still be missing.
+
+    Raises `ExecutorError` where mlx-lm could not load it at all.
+    """
+    try:
+        checkpoint = describe_checkpoint(path)
+    except ModelError as error:
+        raise ExecutorError(str(error)) from error
+    plan = _plan(path, checkpoint)
+    return ModelDescription(
+        architecture=checkpoint.architecture,
+        layers=checkpoint.layers,
+        hidden_size=plan.hidden_size,
+        vocabulary=plan.vocabulary,
+        context=checkpoint.context,
+        layer_bytes=checkpoint.layer_bytes,
+        embedding_bytes=checkpoint.embedding_bytes,
+        head_bytes=checkpoint.head_bytes,
+        tied=checkpoint.tied,
+        kv_bytes_per_token=_kv_bytes(plan, checkpoint),
+        splits=plan.splits,
+        eos=checkpoint.eos,
+        fingerprint=checkpoint.fingerprint,
+        unsupported=plan.reason,
+    )
+
+
+def make_skeleton(path: Path) -> nn.Module:
+    """The model as mlx-lm builds it, of which nothing is evaluated. Raises `ExecutorError`."""
+    config = load_config(path)
+    if config.get("model_file") is not None:
+        raise ExecutorError(f"{path} wants its own code to be run, which pxd never does")
+    try:
+        model_class, args_class = _get_classes(config)
+        return model_class(args_class.from_dict(config))
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise ExecutorError(
+            f"mlx-lm cannot build this {config.get('model_type')} model: {error}"
+        ) from error
+
+
+def _plan(path: Path, checkpoint: Checkpoint) -> SplitPlan:
+    try:
+        plan = plan_split(make_skeleton(path))
+        if plan.layers != checkpoint.layers:
+            raise CannotSplit(
+                f"its code has {plan.layers} layers, its configuration {checkpoint.layers}"
+            )
+    except CannotSplit as error:
+        return SplitPlan(
+            layers=checkpoint.layers,
+            hidden_size=checkpoint.hidden_size,
+            vocabulary=checkpoint.vocabulary,
+            splits=(),
+            reason=f"{checkpoint.architecture} cannot be split: {error}",
+        )
+    return plan
+
+
+def _kv_bytes(plan: SplitPlan, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Per layer; a cache that several layers share counts with the first of them."""
+    item_bytes = getattr(mx, checkpoint.dtype).size
+    per_layer = [0] * plan.layers
+    counted: set[int] = set()
+    for layer in sorted(plan.cache_of):
+        place = plan.cache_of[layer]
+        if place not in counted:
+            counted.add(place)
+            per_layer[layer] = plan.token_bytes[place] * item_bytes // DRY_RUN_BYTES
+    return tuple(per_layer)

@@ -1,0 +1,255 @@
+"""The MLX engine: one stage, the caches of its requests, and the running of steps.
+
+Rows of several positions, and those that sample nothing, run one by one on the request's own
+caches. Rows that decode one token run as a batch; a single one runs on its own caches and so
+computes exactly what `mlx_lm.generate_step` would.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import psutil
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from pxd.executors.mlx.batch import Request, batch_of, can_merge, drop, own_caches
+from pxd.executors.mlx.decode import draw_tokens
+from pxd.executors.mlx.loader import load_stage
+from pxd.executors.mlx.split import cache_token_bytes
+from pxd.executors.mlx.stage import Stage
+from pxd.executors.mlx.tensors import from_wire, to_wire
+from pxd.executors.protocol import (
+    ExecutorError,
+    LoadSpec,
+    MemoryReport,
+    Progress,
+    StageInfo,
+    StepOutput,
+    StepRejected,
+)
+from pxd.executors.rows import (
+    check_capacity,
+    check_hidden,
+    check_rows,
+    check_tokens,
+    requests_of,
+)
+from pxd.models.describe import describe_checkpoint
+from pxd.models.errors import ModelError
+from pxd.wire import Buffer, Row, Step, Tensor
+
+log = logging.getLogger("pxd.executors.mlx")
+
+CLEAR_CACHE_STEPS = 256
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Positions [begin, end) of the step's tensor, which belong to one request."""
+
+    request: Request
+    position: int
+    begin: int
+    end: int
+
+
+class MlxEngine:
+    """See `pxd.executors.protocol.Engine`. Everything must be called in one thread."""
+
+    def __init__(self) -> None:
+        self._stage: Stage | None = None
+        self._requests: dict[int, Request] = {}
+        self._batching = False
+        self._kv_tokens: int | None = None
+        self._steps = 0
+
+    def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
+        """Load layers once. Raises `ExecutorError`, after which another load may be tried."""
+        if self._stage is not None:
+            raise ExecutorError("this process holds a stage already; start another one")
+        try:
+            checkpoint = describe_checkpoint(Path(spec.path))
+        except ModelError as error:
+            raise ExecutorError(str(error)) from error
+        if spec.fingerprint and spec.fingerprint != checkpoint.fingerprint:
+            raise ExecutorError(
+                f"{spec.path} holds another model than the plan means "
+                f"(fingerprint {checkpoint.fingerprint[:12]}, not {spec.fingerprint[:12]}); "
+                "put the same model on every node"
+            )
+        maybe_set_recommended_wired_limit()
+        try:
+            loaded = load_stage(Path(spec.path), checkpoint, spec.start, spec.end, progress)
+        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+            raise ExecutorError(
+                f"cannot load layers [{spec.start}, {spec.end}) of {spec.path}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self._stage = loaded.stage
+        probe = loaded.stage.make_caches()
+        self._batching = can_merge(probe)
+        token_bytes = _token_bytes(loaded.stage, loaded.dtype)
+        kv_tokens = spec.kv_bytes // token_bytes if token_bytes else 1 << 40
+        self._kv_tokens = kv_tokens if spec.kv_bytes else None
+        return StageInfo(
+            layers=loaded.stage.layers,
+            hidden_size=loaded.stage.hidden_size,
+            weight_bytes=loaded.weight_bytes,
+            kv_tokens=kv_tokens,
+        )
+
+    def step(self, step: Step, body: Buffer) -> StepOutput:
+        """Run a step. Raises `StepRejected`; one that is rejected before it runs changes nothing,
+        except that its `releases` are freed."""
+        self.release(step.releases)
+        stage = self._stage
+        if stage is None:
+            raise StepRejected("not-ready", "no layers are loaded")
+        self._check(stage, step, body)
+        for opening in step.openings:
+            self._requests[opening.request] = Request(
+                opening.request, opening.sampling, stage.make_caches()
+            )
+        if not step.rows:
+            return () if stage.last else (Tensor("i32", (0,)), b"")
+        try:
+            return self._run(stage, step, body)
+        except Exception as error:
+            # Whatever went wrong, the caches of all that took part are of unknown length now.
+            lost = self._forget(step.rows)
+            log.exception("step %d failed", step.step)
+            raise StepRejected(
+                "executor-failed", f"{type(error).__name__}: {error}", lost
+            ) from error
+
+    def release(self, requests: tuple[int, ...]) -> None:
+        """Free requests; unknown ones are ignored."""
+        known = [self._requests.pop(number) for number in requests if number in self._requests]
+        if known:
+            drop(known)
+
+    def memory(self) -> MemoryReport:
+        return MemoryReport(
+            active=mx.get_active_memory(),
+            resident=psutil.Process().memory_info().rss,
+            requests=len(self._requests),
+        )
+
+    def _check(self, stage: Stage, step: Step, body: Buffer) -> None:
+        lengths = {number: request.length for number, request in self._requests.items()}
+        check_rows(step, lengths)
+        if not step.rows:
+            return
+        if self._kv_tokens is not None:
+            check_capacity(step, lengths, self._kv_tokens)
+        if stage.first:
+            check_tokens(step, body, stage.vocabulary)
+        else:
+            check_hidden(step, stage.hidden_size)
+
+    def _forget(self, rows: tuple[Row, ...]) -> tuple[int, ...]:
+        """Drop the requests of `rows` and all that share a batch with them."""
+        lost = dict.fromkeys(requests_of(rows))
+        for number in list(lost):
+            batch = self._requests[number].batch
+            if batch is not None:
+                lost.update(dict.fromkeys(member.number for member in batch.members))
+        for number in lost:
+            request = self._requests.pop(number)
+            request.batch = request.caches = None
+        return tuple(lost)
+
+    def _run(self, stage: Stage, step: Step, body: Buffer) -> StepOutput:
+        inputs = from_wire(step.tensor, body)
+        prefills, decodes = self._parts(step.rows)
+        outputs: list[tuple[_Part, mx.array]] = []
+        for part in prefills:
+            outputs.append((part, self._prefill(stage, part, inputs)))
+        tokens: dict[int, int] = {}
+        for group in self._groups(decodes):
+            rows = mx.array([part.begin for part in group])
+            decoded = self._decode(stage, group, inputs[rows][:, None])
+            if isinstance(decoded, list):
+                tokens.update(zip((part.begin for part in group), decoded, strict=True))
+            else:
+                outputs.extend((part, decoded[i]) for i, part in enumerate(group))
+        self._steps += 1
+        if prefills or self._steps % CLEAR_CACHE_STEPS == 0:
+            mx.clear_cache()
+        if stage.last:
+            return tuple(tokens[part.begin] for part in decodes)
+        outputs.sort(key=lambda item: item[0].begin)
+        hidden = [output for _, output in outputs]
+        return to_wire(hidden[0] if len(hidden) == 1 else mx.concatenate(hidden))
+
+    def _parts(self, rows: Sequence[Row]) -> tuple[list[_Part], list[_Part]]:
+        """Split rows into what fills caches and what decodes one token, each in row order."""
+        prefills, decodes = [], []
+        begin = 0
+        for row in rows:
+            request, end = self._requests[row.request], begin + row.count
+            # The last position of a long row that samples is a decode like any other: the logits
+            # of the positions before it are never needed.
+            filled = end - 1 if row.sample else end
+            if filled > begin:
+                prefills.append(_Part(request, row.position, begin, filled))
+            if row.sample:
+                decodes.append(_Part(request, row.position + row.count - 1, filled, end))
+            begin = end
+        return prefills, decodes
+
+    def _groups(self, decodes: list[_Part]) -> list[list[_Part]]:
+        """Those that can run together. A request without history has nothing to merge yet."""
+        if not self._batching:
+            return [[part] for part in decodes]
+        alone = [[part] for part in decodes if part.position == 0]
+        together = [part for part in decodes if part.position > 0]
+        return [*alone, together] if together else alone
+
+    def _prefill(self, stage: Stage, part: _Part, inputs: mx.array) -> mx.array:
+        caches = own_caches(part.request)
+        output = stage.forward(inputs[part.begin : part.end][None], caches)
+        # On the last stage nobody needs the output, and so it is not computed.
+        wanted = [] if stage.last else [output]
+        mx.eval(wanted, [cache.state for cache in caches])
+        part.request.length += part.end - part.begin
+        return output[0]
+
+    def _decode(self, stage: Stage, group: list[_Part], inputs: mx.array) -> mx.array | list[int]:
+        """Hidden states ``(rows, 1, hidden)``, or on the last stage tokens, in group order."""
+        requests = [part.request for part in group]
+        order = list(range(len(group)))
+        if len(group) == 1:
+            caches = own_caches(requests[0])
+        else:
+            batch = batch_of(requests)
+            caches = batch.caches
+            places = {id(member): place for place, member in enumerate(batch.members)}
+            order = [places[id(request)] for request in requests]
+            inputs = inputs[mx.array(sorted(range(len(order)), key=order.__getitem__))]
+        output = stage.forward(inputs, caches)
+        if len(group) > 1:
+            output = output[mx.array(order)]
+        for request in requests:
+            request.length += 1
+        if not stage.last:
+            mx.eval(output, [cache.state for cache in caches])
+            return output
+        positions = [part.position + 1 for part in group]
+        return draw_tokens(output[:, -1, :], requests, positions, caches)
+
+
+def _token_bytes(stage: Stage, dtype: mx.Dtype) -> int:
+    """Bytes of KV cache that one position takes on this stage, sliding windows counted in full.
+
+    Counting windows in full promises less than there is, but holds for any mix of requests.
+    """
+    caches = stage.make_caches()
+    if stage.first:
+        inputs = mx.zeros((1, 2), mx.int32)
+    else:
+        inputs = mx.zeros((1, 2, stage.hidden_size), dtype)
+    stage.forward(inputs, caches)
+    return sum(cache_token_bytes(cache) for cache in caches)

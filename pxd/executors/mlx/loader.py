@@ -1,0 +1,218 @@
+"""Loads a stage through mlx-lm's own loader, so that every checkpoint format it knows works here.
+
+All files are opened, lazily; only tensors of the own layers, and what the ends of the model turn
+out to need, ever take memory.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, load_model
+
+from pxd.executors.mlx.layers import find_layers
+from pxd.executors.mlx.split import CannotSplit, SplitPlan, plan_split
+from pxd.executors.mlx.stage import PartialModel, Stage, WholeModel
+from pxd.executors.protocol import ExecutorError, Progress
+from pxd.models.describe import Checkpoint
+
+log = logging.getLogger("pxd.executors.mlx")
+
+Weights = dict[str, mx.array]
+LISTED_NAMES = 5
+WARM_UP_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class LoadedStage:
+    """`weight_bytes` is what stays in memory; `dtype` is that of most weights."""
+
+    stage: Stage
+    weight_bytes: int
+    dtype: mx.Dtype
+
+
+def load_stage(
+    directory: Path, checkpoint: Checkpoint, start: int, end: int, progress: Progress
+) -> LoadedStage:
+    """Load layers [start, end). Raises `ExecutorError`, also for a range that may not be cut."""
+    before = mx.get_active_memory()
+    loading = _Loading(checkpoint, start, end)
+    model, _ = load_model(
+        directory, lazy=True, strict=False, get_model_classes=loading.model_classes
+    )
+    stage = loading.stage
+    if isinstance(stage, PartialModel):
+        own_layers = stage.own_layers
+        stage.tap()
+    else:
+        found = find_layers(model)
+        own_layers = found.layers if found else []
+    for done, layer in enumerate(own_layers):
+        mx.eval(layer.parameters())
+        progress(done / (len(own_layers) + 1))
+    if isinstance(stage, WholeModel):
+        mx.eval(model.parameters())
+    _warm_up(stage, loading)
+    mx.clear_cache()
+    progress(1.0)
+    return LoadedStage(stage, mx.get_active_memory() - before, loading.dtype)
+
+
+class _Loading:
+    """Takes part in one `load_model` when it makes the model and when it assigns weights."""
+
+    stage: Stage
+
+    def __init__(self, checkpoint: Checkpoint, start: int, end: int) -> None:
+        self.checkpoint, self.start, self.end = checkpoint, start, end
+        self.absent: list[str] = []
+        self.dtype: mx.Dtype = getattr(mx, checkpoint.dtype)
+
+    def model_classes(self, config: dict[str, Any]) -> tuple[Callable[..., nn.Module], type]:
+        model_class, args_class = _get_classes(config)
+
+        def make(args: Any) -> nn.Module:
+            model = model_class(args)
+            self._prepare(model)
+            return model
+
+        return make, args_class
+
+    def _prepare(self, model: nn.Module) -> None:
+        if not 0 <= self.start < self.end <= self.checkpoint.layers:
+            raise ExecutorError(
+                f"there are no layers [{self.start}, {self.end}) "
+                f"in a model of {self.checkpoint.layers}"
+            )
+        whole = self.start == 0 and self.end == self.checkpoint.layers
+        if whole:
+            self.stage = WholeModel(
+                model,
+                self.checkpoint.layers,
+                self.checkpoint.hidden_size,
+                self.checkpoint.vocabulary,
+            )
+            self._own_prefixes: tuple[str, ...] = ("",)
+        else:
+            self._prepare_part(model)
+        self._hook(model)
+
+    def _prepare_part(self, model: nn.Module) -> None:
+        try:
+            plan = plan_split(model)
+        except CannotSplit as error:
+            raise ExecutorError(
+                f"{self.checkpoint.architecture} cannot be split: {error}"
+            ) from error
+        _check_cuts(plan, self.checkpoint.architecture, self.start, self.end)
+        found = find_layers(model)
+        if found is None:
+            raise ExecutorError("the layer list is gone after the dry run")
+        self.stage = PartialModel(model, found, plan, self.start, self.end)
+        self._layer_prefix = found.prefix
+        self._own_prefixes = tuple(f"{found.prefix}{i}." for i in range(self.start, self.end))
+
+    def _hook(self, model: nn.Module) -> None:
+        sanitize = getattr(model, "sanitize", None)
+        load_weights = model.load_weights
+
+        def sanitize_own(weights: Weights) -> Weights:
+            kept = {name: value for name, value in weights.items() if not self._is_partial(name)}
+            return self._only_own(sanitize(kept) if sanitize else kept)
+
+        def load_own_weights(weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
+            fills = self._check(model, dict(weights))
+            return load_weights([*weights, *fills], strict=strict)
+
+        # Past the module tree: nn.Module would take a plain assignment for a parameter.
+        object.__setattr__(model, "sanitize", sanitize_own)
+        object.__setattr__(model, "load_weights", load_own_weights)
+
+    def _is_partial(self, name: str) -> bool:
+        """Whether a tensor belongs to a foreign layer in a directory that has not all files.
+
+        Such a layer may lack tensors, and sanitizing code relies on all being there.
+        """
+        layer = self.checkpoint.layer_of(name)
+        return (
+            bool(self.checkpoint.missing)
+            and layer is not None
+            and not (self.start <= layer < self.end)
+        )
+
+    def _only_own(self, weights: Weights) -> Weights:
+        if isinstance(self.stage, WholeModel):
+            return weights
+        return {
+            name: value
+            for name, value in weights.items()
+            if not name.startswith(self._layer_prefix) or name.startswith(self._own_prefixes)
+        }
+
+    def _check(self, model: nn.Module, weights: Weights) -> list[tuple[str, mx.array]]:
+        """Compare the checkpoint with the model; returns what to put where it has nothing.
+
+        Only the ends of the model may be incomplete, since a stage need not have them. They get
+        NaN: if they are needed after all, the warm-up shows it.
+        """
+        expected = dict(tree_flatten(model.parameters()))
+        wrong = [
+            name
+            for name, value in expected.items()
+            if name in weights and weights[name].shape != value.shape
+        ]
+        if wrong:
+            raise ExecutorError(f"tensors of the wrong shape: {_listed(wrong)}")
+        lacking = [name for name in expected if name not in weights]
+        needed = [name for name in lacking if name.startswith(self._own_prefixes)]
+        if needed:
+            raise ExecutorError(f"the checkpoint lacks {_listed(needed)}")
+        kinds = Counter(
+            value.dtype
+            for name, value in weights.items()
+            if name in expected and mx.issubdtype(value.dtype, mx.floating)
+        )
+        if kinds:
+            self.dtype = kinds.most_common(1)[0][0]
+        self.absent = lacking
+        return [
+            (name, mx.full(expected[name].shape, math.nan, self.dtype))
+            for name in lacking
+            if mx.issubdtype(expected[name].dtype, mx.floating)
+        ]
+
+
+def _check_cuts(plan: SplitPlan, architecture: str, start: int, end: int) -> None:
+    for cut in (start, end):
+        if 0 < cut < plan.layers and cut not in plan.splits:
+            allowed = ", ".join(map(str, plan.splits)) or "nowhere"
+            raise ExecutorError(
+                f"{architecture} cannot be cut before layer {cut}; allowed: {allowed}"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(sorted(names)[:LISTED_NAMES]) + more
+
+
+def _warm_up(stage: Stage, loading: _Loading) -> None:
+    """Run two positions once: brings in whatever of the model's ends this stage uses."""
+    if stage.first:
+        inputs = mx.zeros((1, WARM_UP_TOKENS), mx.int32)
+    else:
+        shape = (1, WARM_UP_TOKENS, stage.hidden_size)
+        inputs = mx.random.normal(shape, key=mx.random.key(0)).astype(loading.dtype)
+    caches = stage.make_caches()
+    output = stage.forward(inputs, caches)[:, -1:]
+    mx.eval(output, [cache.state for cache in caches])
+    if loading.absent and not mx.isfinite(output).all().item():
+        raise ExecutorError(f"the checkpoint lacks {_listed(loading.absent)}")

@@ -1,0 +1,174 @@
+"""Runs layers [start, end) of an mlx-lm model by the model's own code.
+
+The model's `__call__` stays in charge of masks, scales and layer order. Layers of other stages are
+replaced, each at its own index, by stand-ins that do nothing. The one before `start` brings the
+incoming hidden state in; the last own layer is tapped for the outgoing one. What the model computes
+around that (embedding of dummy tokens, norm, head) is never evaluated and so costs nothing.
+"""
+
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from pxd.executors.mlx.layers import LayerList, Standin
+from pxd.executors.mlx.split import SplitPlan
+
+Caches = list[Any]
+
+
+class Stage(Protocol):
+    """A loaded part of a model."""
+
+    first: bool
+    last: bool
+    layers: int
+    hidden_size: int
+    vocabulary: int
+
+    def make_caches(self) -> Caches:
+        """Caches for one request; batches are made of these by mlx-lm's merge and extend."""
+
+    def forward(self, inputs: mx.array, caches: Caches) -> mx.array:
+        """Build the graph for token ids ``(batch, n)`` or hidden states ``(batch, n, hidden)``.
+
+        Returns hidden states, or logits ``(batch, n, vocabulary)`` on the last stage, unevaluated.
+        """
+
+
+class WholeModel:
+    """The stage that is the whole model; works for every mlx-lm architecture."""
+
+    first = last = True
+
+    def __init__(self, model: nn.Module, layers: int, hidden_size: int, vocabulary: int) -> None:
+        self.model = model
+        self.layers, self.hidden_size, self.vocabulary = layers, hidden_size, vocabulary
+
+    def make_caches(self) -> Caches:
+        return make_prompt_cache(self.model)
+
+    def forward(self, inputs: mx.array, caches: Caches) -> mx.array:
+        return self.model(inputs, cache=caches)
+
+
+class _Boundary:
+    """The hidden state on its way into and out of the own layers, during one forward pass."""
+
+    incoming: mx.array | None = None
+    outgoing: mx.array | None = None
+
+
+class _Absent(Standin):
+    """A layer of another stage: hands its input on, or brings the hidden state in."""
+
+    def __init__(self, layer: nn.Module, boundary: _Boundary | None, tuples: int | None) -> None:
+        super().__init__(layer)
+        self.hide("boundary", boundary)
+        self.hide("extras", None if tuples is None else (None,) * (tuples - 1))
+
+    def __call__(self, x: mx.array, *_args: Any, **_kwargs: Any) -> Any:
+        if self.boundary is not None:
+            x = self.boundary.incoming
+        return x if self.extras is None else (x, *self.extras)
+
+
+class _Tapped(Standin):
+    """The last own layer: keeps what it returns as the outgoing hidden state."""
+
+    def __init__(self, layer: nn.Module, boundary: _Boundary) -> None:
+        super().__init__(layer)
+        self.hide("boundary", boundary)
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(x, *args, **kwargs)
+        self.boundary.outgoing = output if isinstance(output, mx.array) else output[0]
+        return output
+
+
+class PartialModel:
+    """A stage that is not the whole model. Made before loading; `tap` is called after it.
+
+    A request's caches are those of the own layers, then *shadows*: one for each kind of attention
+    cache that only other stages own. The model makes masks from some cache of each kind, and a
+    shadow keeps the right length while holding one number per position.
+    """
+
+    def __init__(
+        self, model: nn.Module, found: LayerList, plan: SplitPlan, start: int, end: int
+    ) -> None:
+        self.model = model
+        self.first, self.last = start == 0, end == plan.layers
+        self.layers, self.hidden_size = end - start, plan.hidden_size
+        self.vocabulary = plan.vocabulary
+        self.own_layers = found.layers[start:end]
+        self._found, self._plan, self._end = found, plan, end
+        self._boundary = _Boundary()
+        self._choose_caches(start, end)
+        found.replace(
+            [
+                layer if start <= i < end else self._absent(layer, i == start - 1)
+                for i, layer in enumerate(found.layers)
+            ]
+        )
+
+    def _absent(self, layer: nn.Module, brings_in: bool) -> _Absent:
+        return _Absent(layer, self._boundary if brings_in else None, self._plan.tuples)
+
+    def tap(self) -> None:
+        """Take the outgoing hidden state from now on. The layer leaves the parameter tree."""
+        if not self.last:
+            layers = self._found.layers
+            layers[self._end - 1] = _Tapped(layers[self._end - 1], self._boundary)
+
+    def _choose_caches(self, start: int, end: int) -> None:
+        plan = self._plan
+        own = {plan.cache_of[i] for i in range(start, end) if i in plan.cache_of}
+        if self.first:  # caches that no layer uses belong to the embedding
+            own |= set(range(len(plan.kinds))) - set(plan.cache_of.values())
+        self._own = sorted(own)
+        self._shadows: list[int] = []
+        # Place in the model's list -> place in the request's list; the others get a fresh one.
+        self._held = {place: i for i, place in enumerate(self._own)}
+        by_kind = {plan.kinds[place]: i for i, place in reversed(list(enumerate(self._own)))}
+        for place, kind in enumerate(plan.kinds):
+            if place in self._held:
+                continue
+            if kind not in by_kind and kind[0] in ("KVCache", "RotatingKVCache"):
+                by_kind[kind] = len(self._own) + len(self._shadows)
+                self._shadows.append(place)
+            if kind in by_kind:
+                self._held[place] = by_kind[kind]
+
+    def make_caches(self) -> Caches:
+        full = make_prompt_cache(self.model)
+        return [full[place] for place in self._own + self._shadows]
+
+    def forward(self, inputs: mx.array, caches: Caches) -> mx.array:
+        batch, count = inputs.shape[:2]
+        if self.first:
+            tokens = inputs
+        else:
+            self._boundary.incoming = inputs
+            tokens = mx.zeros((batch, count), mx.int32)
+        logits = self.model(tokens, cache=self._spread(caches))
+        for shadow in caches[len(self._own) :]:
+            marks = mx.zeros((batch, 1, count, 1))
+            shadow.update_and_fetch(marks, marks)
+        outgoing = self._boundary.outgoing
+        self._boundary.incoming = self._boundary.outgoing = None
+        if self.last:
+            return logits
+        if outgoing is None:
+            raise RuntimeError("the model did not call the last layer of this stage")
+        return outgoing
+
+    def _spread(self, caches: Caches) -> Caches:
+        """The full-length list that the model expects."""
+        places = range(len(self._plan.kinds))
+        if len(self._held) == len(self._plan.kinds):
+            return [caches[self._held[place]] for place in places]
+        # Nothing may build up in a cache whose contents are never evaluated: new ones each time.
+        fresh = make_prompt_cache(self.model)
+        return [caches[self._held[p]] if p in self._held else fresh[p] for p in places]

@@ -1,0 +1,378 @@
+"""The daemon's side of a worker process: spawning, pipelined commands, noticing its death.
+
+    async with open_executor("mlx") as executor:
+        info = await executor.load(spec, progress)
+        result = await executor.step(step, body)
+
+The context owns the process and all tasks around it. When it is left, by whatever way, the process
+is killed and reaped.
+"""
+
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import trio
+
+import pxd
+from pxd.cluster.records import Device
+from pxd.executors.backends import KINDS
+from pxd.executors.messages import (
+    Command,
+    Describe,
+    Described,
+    Failed,
+    Load,
+    Loaded,
+    LoadProgress,
+    Measure,
+    Measured,
+    Memory,
+    ReadMemory,
+    Release,
+    Reply,
+    reply_decoder,
+)
+from pxd.executors.protocol import (
+    ExecutorDied,
+    ExecutorError,
+    LoadSpec,
+    MemoryReport,
+    ModelDescription,
+    Progress,
+    StageInfo,
+)
+from pxd.wire import Buffer, Nack, Sampled, Step, WireError, encode, read_frame
+
+log = logging.getLogger("pxd.executors")
+
+REPLY_TIMEOUT_S = 600.0
+EXIT_GRACE_S = 2.0
+REAP_TIMEOUT_S = 10.0
+STDERR_LINES = 20
+STDERR_LINE_CHARACTERS = 1000
+
+ReplyT = TypeVar("ReplyT")
+
+
+class _Call:
+    """A command that waits for its reply. Its caller may have gone; the reply still comes."""
+
+    __slots__ = ("body", "done", "progress", "reply")
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.done = trio.Event()
+        self.progress = progress
+        self.reply: Reply | None = None
+        self.body: Buffer = b""
+
+
+class _LineTail:
+    """Splits output into lines, logs them and keeps the last ones."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._rest = b""
+        self._lines: deque[str] = deque(maxlen=STDERR_LINES)
+
+    def add(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > STDERR_LINE_CHARACTERS:
+            lines, self._rest = [*lines, self._rest], b""
+        for line in lines:
+            text = line.decode(errors="replace").strip()[:STDERR_LINE_CHARACTERS]
+            if text:
+                self._lines.append(text)
+                log.info("%s: %s", self._prefix, text)
+
+    def finish(self) -> list[str]:
+        self.add(b"\n")
+        return list(self._lines)
+
+
+class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
+    """One worker process; see `pxd.executors.protocol.Executor` for the commands.
+
+    Use it as an async context manager. A caller that is cancelled while it waits leaves the worker
+    in order: its reply is read and dropped. `progress` callbacks run in the executor's own task and
+    must neither block nor raise.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        label: str = "executor",
+        environment: Mapping[str, str] | None = None,
+        reply_timeout: float = REPLY_TIMEOUT_S,
+    ) -> None:
+        """`command` is run with the number of its end of the socket as a last argument.
+
+        A worker that owes a reply and gives no sign of life for `reply_timeout` seconds is killed.
+        """
+        self._command = list(command)
+        self._label = label
+        self._environment = environment
+        self._reply_timeout = reply_timeout
+        self._pending: deque[_Call] = deque()
+        self._last_sign = 0.0
+        self._death: str | None = None
+        self._died = trio.Event()
+        self._closing = False
+        self._hung = False
+        self._send_frames, self._frames = trio.open_memory_channel[tuple[bytes, Buffer]](math.inf)
+        self._nursery_manager = trio.open_nursery()
+
+    async def __aenter__(self) -> Self:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = await trio.lowlevel.open_process(
+                    [*self._command, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        self.pid = self._process.pid
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        self._output = _LineTail(f"{self._label} {self.pid}")
+        self._nursery = await self._nursery_manager.__aenter__()
+        self._nursery.start_soon(self._supervise)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+        # Not given the body's exception: the nursery would wrap it in a group.
+        await self._nursery_manager.__aexit__(None, None, None)
+
+    async def aclose(self) -> None:
+        """End the process and reap it; safe to call twice and under cancellation."""
+        self._closing = True
+        self._kill()
+        with trio.CancelScope(shield=True):
+            await self._died.wait()
+
+    async def wait_died(self) -> str:
+        """Wait until the process is gone, busy or idle, and return why."""
+        await self._died.wait()
+        return self._death or ""
+
+    async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
+        """Raises `ExecutorError`, after which another load may be tried, or `ExecutorDied`."""
+        return (await self._ask(Load(spec), Loaded, progress)).info
+
+    async def describe(self, path: Path) -> ModelDescription:
+        return (await self._ask(Describe(str(path)), Described)).description
+
+    async def measure(self) -> Device:
+        return (await self._ask(Measure(), Measured)).device
+
+    async def memory(self) -> MemoryReport:
+        return (await self._ask(ReadMemory(), Memory)).report
+
+    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
+        call = self._submit(step, body)
+        await call.done.wait()
+        match call.reply:
+            case Step() as forward:
+                return forward, call.body
+            case Sampled() | Nack() as reply:
+                return reply
+            case _:
+                raise self._no_reply(call)
+
+    async def release(self, requests: tuple[int, ...]) -> None:
+        """Takes effect before every step submitted later; does not wait for it."""
+        self._enqueue(Release(requests))
+        await trio.lowlevel.checkpoint()
+
+    async def _ask(
+        self, command: Command, answer: type[ReplyT], progress: Progress | None = None
+    ) -> ReplyT:
+        call = self._submit(command, b"", progress)
+        await call.done.wait()
+        if not isinstance(call.reply, answer):
+            raise self._no_reply(call)
+        return call.reply
+
+    def _no_reply(self, call: _Call) -> Exception:
+        if isinstance(call.reply, Failed):
+            return ExecutorError(call.reply.reason)
+        return ExecutorDied(self._death or "the worker answered out of turn")
+
+    def _submit(self, command: Command, body: Buffer, progress: Progress | None = None) -> _Call:
+        self._enqueue(command, body)
+        if not self._pending:
+            self._last_sign = trio.current_time()
+        call = _Call(progress)
+        self._pending.append(call)
+        return call
+
+    def _enqueue(self, command: Command, body: Buffer = b"") -> None:
+        if self._death is not None or self._closing:
+            raise ExecutorDied(self._death or "it was stopped")
+        # Unbounded: every body in it is already held by a caller who waits for the reply.
+        self._send_frames.send_nowait((encode(command, len(body)), body))
+
+    async def _supervise(self) -> None:
+        reason = ""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._read_output)
+                nursery.start_soon(self._watch)
+                reason = await self._read()
+                with trio.move_on_after(EXIT_GRACE_S):
+                    await self._process.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._bury(reason)
+
+    async def _read(self) -> str:
+        """Hand out replies until there are no more; returns why there are no more."""
+        try:
+            while True:
+                reply, body = await read_frame(self._read_exactly, reply_decoder)
+                self._last_sign = trio.current_time()
+                if not self._pending:
+                    return "it sent a reply that nobody asked for"
+                if isinstance(reply, LoadProgress):
+                    if self._pending[0].progress is not None:
+                        self._pending[0].progress(reply.done)
+                    continue
+                call = self._pending.popleft()
+                call.reply, call.body = reply, body
+                call.done.set()
+        except (EOFError, OSError):
+            return ""
+        except WireError as error:
+            return f"it sent a frame that cannot be read: {error}"
+
+    async def _read_exactly(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        done = 0
+        while done < size:
+            count = await self._stream.socket.recv_into(view[done:])
+            if count == 0:
+                raise EOFError
+            done += count
+        return data
+
+    async def _write(self) -> None:
+        with suppress(trio.BrokenResourceError):  # the reader learns of it too
+            async for header, body in self._frames:
+                await self._stream.send_all(header)
+                if body:
+                    await self._stream.send_all(memoryview(body))
+
+    async def _read_output(self) -> None:
+        if self._process.stdout is not None:
+            async for data in self._process.stdout:
+                self._output.add(data)
+
+    async def _watch(self) -> None:
+        """Kill a worker that owes a reply and has been silent for too long."""
+        while True:
+            silence = trio.current_time() - self._last_sign if self._pending else 0.0
+            if silence >= self._reply_timeout:
+                self._hung = True
+                self._kill()
+                return
+            await trio.sleep(self._reply_timeout - silence)
+
+    def _kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def _bury(self, reason: str) -> None:
+        """Make sure that the process is gone, then tell everyone who waits for it."""
+        self._kill()
+        with trio.move_on_after(REAP_TIMEOUT_S):
+            await self._process.wait()
+            if self._process.stdout is not None:
+                with trio.move_on_after(EXIT_GRACE_S):
+                    await self._read_output()
+                await self._process.stdout.aclose()
+        await self._stream.aclose()
+        self._death = self._explain(reason)
+        if self._closing:
+            log.debug("%s %d: %s", self._label, self.pid, self._death)
+        else:
+            log.error("%s %d died: %s", self._label, self.pid, self._death)
+        for call in self._pending:
+            call.done.set()
+        self._pending.clear()
+        self._died.set()
+
+    def _explain(self, reason: str) -> str:
+        if self._closing:
+            return "it was stopped"
+        if self._hung:
+            return f"no answer for {self._reply_timeout:g} s, so it was killed"
+        if not reason:
+            reason = _exit_reason(self._process.returncode)
+        lines = self._output.finish()
+        return f"{reason}; its last output: {' | '.join(lines)}" if lines else reason
+
+
+def _exit_reason(code: int | None) -> str:
+    if code is None:
+        return "it cannot be ended; the system does not let go of it"
+    if code >= 0:
+        return f"it ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"it was killed by {name}{hint}"
+
+
+def worker_environment() -> dict[str, str]:
+    """The daemon's environment, made to find the same pxd package and never to use the network."""
+    package_root = str(Path(pxd.__file__).resolve().parent.parent)
+    search = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(search),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def open_executor(kind: str, *, reply_timeout: float = REPLY_TIMEOUT_S) -> WorkerExecutor:
+    """An executor of `kind` in a fresh process, to be entered with ``async with``.
+
+    Raises `ExecutorError` for an unknown kind at once. One that is not installed shows with the
+    first command.
+    """
+    if kind not in KINDS:
+        raise ExecutorError(f"no executor kind {kind!r}; there is {', '.join(KINDS)}")
+    # -P keeps the daemon's working directory out of the module search path.
+    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "pxd.executors.worker", kind]
+    return WorkerExecutor(
+        command,
+        label=f"{kind} executor",
+        environment=worker_environment(),
+        reply_timeout=reply_timeout,
+    )

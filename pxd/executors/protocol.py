@@ -1,0 +1,126 @@
+"""What every executor offers, on both sides of its pipe.
+
+`Engine` is the model side, synchronous, inside the worker process. `Executor` is the daemon side,
+asynchronous, and owns that process (`process.py`). Between them run the frames of `messages.py`.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from pxd.wire import Buffer, Nack, Reason, Sampled, Step, Tensor
+
+
+class ExecutorError(Exception):
+    """The executor refused or failed a command but is still usable."""
+
+
+class ExecutorDied(Exception):
+    """The worker process is gone or hung; nothing it held exists any more."""
+
+
+class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Which layers of which model to load. `path` is a directory in Hugging Face layout.
+
+    `fingerprint`, where not empty, must equal `ModelDescription.fingerprint` of the directory.
+    `kv_bytes` bounds the KV caches of all requests together.
+    """
+
+    path: str
+    start: int
+    end: int
+    fingerprint: str = ""
+    kv_bytes: int = 0
+
+
+class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`."""
+
+    layers: int
+    hidden_size: int
+    weight_bytes: int
+    kv_tokens: int
+
+
+class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes in use: by tensors (weights and caches), and the process's resident set."""
+
+    active: int
+    resident: int
+    requests: int
+
+
+class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What planning and serving need to know of a model; nothing is loaded to find it out.
+
+    `layer_bytes` holds the exact weight bytes of each decoder layer, `embedding_bytes` those of the
+    input end and `head_bytes` those of the output end (norm and projection; a tied projection
+    counts here too, since a last stage that is not the first holds its own copy). `splits` are the
+    layer indices at which a pipeline may be cut. `unsupported` says why the model cannot be served
+    in stages; empty if it can. `kv_bytes_per_token` is per layer.
+    """
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    context: int
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    head_bytes: int
+    tied: bool
+    kv_bytes_per_token: tuple[int, ...]
+    splits: tuple[int, ...]
+    eos: tuple[int, ...]
+    fingerprint: str
+    unsupported: Reason = ""
+
+
+Progress = Callable[[float], None]
+StepOutput = tuple[Tensor, Buffer] | tuple[int, ...]
+"""Hidden states, or on a last stage one token id per row with `sample`, in row order."""
+
+
+class StepRejected(Exception):
+    """A step that this engine cannot run; `requests` are those whose state is lost or unknown."""
+
+    def __init__(self, code: str, reason: str, requests: tuple[int, ...] = ()) -> None:
+        super().__init__(reason)
+        self.code, self.reason, self.requests = code, reason, requests
+
+
+class Engine(Protocol):
+    """Runs one stage inside the worker process. Not thread-safe; one thread calls everything."""
+
+    def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
+        """Load layers [start, end). Raises `ExecutorError` with a reason a person can act on."""
+
+    def step(self, step: Step, body: Buffer) -> StepOutput:
+        """Run a batch. Raises `StepRejected` for an unknown request or a position gap."""
+
+    def release(self, requests: tuple[int, ...]) -> None:
+        """Free the state of requests; ids that are not known are ignored."""
+
+    def memory(self) -> MemoryReport: ...
+
+
+class Executor(Protocol):
+    """The daemon's handle on one worker process. Every method raises `ExecutorDied`.
+
+    Steps may be submitted while earlier ones run; they execute and return in order.
+    """
+
+    pid: int
+
+    async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo: ...
+
+    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
+        """Run a step; returns the step to forward, or the sampled tokens, or why it failed."""
+
+    async def release(self, requests: tuple[int, ...]) -> None: ...
+
+    async def memory(self) -> MemoryReport: ...
+
+    async def aclose(self) -> None:
+        """End the process and reap it; safe to call twice and under cancellation."""

@@ -1,0 +1,86 @@
+"""Checks a step against what an engine holds, before anything of it is run."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pxd.executors.protocol import StepRejected
+from pxd.wire import Buffer, Row, Step
+
+
+def check_rows(step: Step, lengths: Mapping[int, int]) -> None:
+    """Raises `StepRejected` unless every row goes on where its request is.
+
+    `lengths` are the positions that each open request has, those released by the step excluded. A
+    request may have several rows, one behind the other, of which only the last may sample.
+    """
+    _check_openings(step, lengths)
+    expected = {**lengths, **{opening.request: 0 for opening in step.openings}}
+    unknown = tuple({row.request for row in step.rows} - expected.keys())
+    if unknown:
+        raise StepRejected("unknown-request", f"requests {unknown} are not open", unknown)
+    sampled: set[int] = set()
+    for row in step.rows:
+        place = expected[row.request]
+        if row.request in sampled or row.position != place:
+            raise StepRejected(
+                "bad-step",
+                f"request {row.request} has {place} positions, the step goes on at {row.position}",
+                (row.request,),
+            )
+        expected[row.request] = place + row.count
+        if row.sample:
+            sampled.add(row.request)
+
+
+def _check_openings(step: Step, lengths: Mapping[int, int]) -> None:
+    opened = [opening.request for opening in step.openings]
+    again = tuple({number for number in opened if number in lengths or opened.count(number) > 1})
+    if again:
+        raise StepRejected("bad-step", f"requests {again} are opened twice", again)
+
+
+def check_capacity(step: Step, lengths: Mapping[int, int], kv_tokens: int) -> None:
+    """Raises `StepRejected` if the step would need more than `kv_tokens` positions in all."""
+    total = sum(lengths.values()) + sum(row.count for row in step.rows)
+    if total > kv_tokens:
+        raise StepRejected(
+            "bad-step",
+            f"the step needs {total} positions of KV cache, this stage has {kv_tokens}",
+            requests_of(step.rows),
+        )
+
+
+def check_tokens(step: Step, body: Buffer, vocabulary: int) -> None:
+    """Check the input of a first stage; a token id out of range would read foreign memory."""
+    count = sum(row.count for row in step.rows)
+    if step.tensor.dtype != "i32" or step.tensor.shape != (count,):
+        raise StepRejected(
+            "bad-step", f"expected {count} token ids, got {step.tensor}", requests_of(step.rows)
+        )
+    tokens = np.frombuffer(body, "<i4")
+    place = 0
+    for row in step.rows:
+        chunk = tokens[place : place + row.count]
+        place += row.count
+        if chunk.min() < 0 or chunk.max() >= vocabulary:
+            raise StepRejected(
+                "bad-step",
+                f"request {row.request} has token ids beyond the vocabulary of {vocabulary}",
+                (row.request,),
+            )
+
+
+def check_hidden(step: Step, hidden_size: int) -> None:
+    """Check the input of a stage that is not the first."""
+    count = sum(row.count for row in step.rows)
+    if step.tensor.dtype == "i32" or step.tensor.shape != (count, hidden_size):
+        raise StepRejected(
+            "bad-step",
+            f"expected hidden states of shape ({count}, {hidden_size}), got {step.tensor}",
+            requests_of(step.rows),
+        )
+
+
+def requests_of(rows: tuple[Row, ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(row.request for row in rows))

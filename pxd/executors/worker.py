@@ -1,0 +1,220 @@
+"""The executor process: `python -m pxd.executors.worker KIND FD`.
+
+One thread, the main one, reads commands from the socket FD, runs them on the engine and answers in
+order. Tensor libraries bind arrays and streams to threads, so nothing else ever touches the engine.
+The process lives exactly as long as the daemon holds the other end of the socket.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, cast
+
+import msgspec
+
+from pxd.executors.backends import Backend, load_backend
+from pxd.executors.messages import (
+    Command,
+    Describe,
+    Described,
+    Failed,
+    Load,
+    Loaded,
+    LoadProgress,
+    Measure,
+    Measured,
+    Memory,
+    ReadMemory,
+    Release,
+    Reply,
+    command_decoder,
+)
+from pxd.executors.protocol import Engine, ExecutorError, StepRejected
+from pxd.wire import (
+    PREFIX_SIZE,
+    Buffer,
+    Limits,
+    Nack,
+    NackCode,
+    Sampled,
+    SampledToken,
+    Step,
+    WireError,
+    decode_header,
+    decode_prefix,
+    encode,
+)
+
+log = logging.getLogger("pxd.executors.worker")
+
+REASON_CHARACTERS = 2000
+PARENT_CHECK_MS = 1000
+
+
+class FrameSocket:
+    """Blocking frames over a stream socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._limits = Limits()
+
+    def receive(self) -> tuple[Command, Buffer]:
+        """Raises `EOFError` when the daemon has closed its end."""
+        header_size, body_size = decode_prefix(self._read(PREFIX_SIZE), self._limits)
+        command = decode_header(self._read(header_size), body_size, command_decoder)
+        return command, self._read(body_size)
+
+    def send(self, reply: Reply, body: Buffer = b"") -> None:
+        self._connection.sendall(encode(reply, len(body), self._limits))
+        if body:
+            self._connection.sendall(body)
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        done = 0
+        while done < size:
+            count = self._connection.recv_into(view[done:])
+            if count == 0:
+                raise EOFError
+            done += count
+        return data
+
+
+def run_step(engine: Engine, step: Step, body: Buffer) -> tuple[Sampled | Nack | Step, Buffer]:
+    """Run a step and make the frame that answers it. Never raises for what the step contains."""
+    try:
+        output = engine.step(step, body)
+    except StepRejected as error:
+        nack = Nack(
+            pipeline=step.pipeline,
+            session=step.session,
+            step=step.step,
+            code=cast(NackCode, error.code),
+            reason=error.reason[:REASON_CHARACTERS],
+            requests=error.requests,
+        )
+        return nack, b""
+    if len(output) == 2 and not isinstance(output[0], int):
+        tensor, hidden = output
+        return msgspec.structs.replace(step, tensor=tensor), hidden
+    drawn = [row for row in step.rows if row.sample]
+    tokens = tuple(
+        SampledToken(row.request, row.position + row.count, token)
+        for row, token in zip(drawn, output, strict=True)
+    )
+    sampled = Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=tokens)
+    return sampled, b""
+
+
+class Worker:
+    """Runs commands on one backend; the engine is made at the first `Load`."""
+
+    def __init__(self, frames: FrameSocket, open_backend: Callable[[], Backend]) -> None:
+        self._frames = frames
+        self._open_backend = open_backend
+        self._backend: Backend | None = None
+        self._engine: Engine | None = None
+
+    def run(self) -> None:
+        """Serve until the daemon closes the socket. `WireError` from it means a bug: it raises."""
+        while True:
+            try:
+                command, body = self._frames.receive()
+            except EOFError:
+                return
+            if isinstance(command, Step):
+                self._frames.send(*self._step(command, body))
+            elif isinstance(command, Release):
+                if self._engine is not None:
+                    self._engine.release(command.requests)
+            else:
+                self._frames.send(self._answer(command))
+
+    def _step(self, step: Step, body: Buffer) -> tuple[Sampled | Nack | Step, Buffer]:
+        if self._engine is None:
+            nack = Nack(
+                pipeline=step.pipeline,
+                session=step.session,
+                step=step.step,
+                code="not-ready",
+                reason="no layers are loaded",
+            )
+            return nack, b""
+        return run_step(self._engine, step, body)
+
+    def _answer(self, command: Load | ReadMemory | Describe | Measure) -> Reply:
+        try:
+            return self._carry_out(command)
+        except ExecutorError as error:
+            return Failed(str(error)[:REASON_CHARACTERS])
+        except Exception as error:
+            log.exception("%s failed", type(command).__name__)
+            return Failed(f"{type(error).__name__}: {error}"[:REASON_CHARACTERS])
+
+    def _carry_out(self, command: Load | ReadMemory | Describe | Measure) -> Reply:
+        if self._backend is None:
+            self._backend = self._open_backend()
+        match command:
+            case Load(spec):
+                return Loaded(self._load(self._backend).load(spec, self._progress))
+            case ReadMemory():
+                return Memory(self._load(self._backend).memory())
+            case Describe(path):
+                return Described(self._backend.describe(Path(path)))
+            case Measure():
+                return Measured(self._backend.measure())
+
+    def _load(self, backend: Backend) -> Engine:
+        if self._engine is None:
+            self._engine = backend.engine()
+        return self._engine
+
+    def _progress(self, done: float) -> None:
+        self._frames.send(LoadProgress(min(max(done, 0.0), 1.0)))
+
+
+def _exit_with_daemon(connection: socket.socket, daemon_pid: int) -> NoReturn:
+    """End this process at once when the daemon lets go of the socket, whatever is running here."""
+    poller = select.poll()
+    poller.register(connection, 0)  # hang-up is always reported
+    while True:
+        for _, events in poller.poll(PARENT_CHECK_MS):
+            if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+                os._exit(0)
+        if os.getppid() != daemon_pid:
+            os._exit(0)
+
+
+def serve(descriptor: int, open_backend: Callable[[], Backend]) -> int:
+    """Be a worker on the socket `descriptor`; returns the process's exit code."""
+    # Ctrl-C goes to the whole terminal group; what it means is for the daemon to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
+    connection = socket.socket(fileno=descriptor)
+    threading.Thread(
+        target=_exit_with_daemon, args=(connection, os.getppid()), name="parent-watch", daemon=True
+    ).start()
+    try:
+        Worker(FrameSocket(connection), open_backend).run()
+    except ConnectionError:
+        return 0
+    except WireError as error:
+        log.error("the daemon sent a frame that cannot be read: %s", error)
+        return 1
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    kind, descriptor = arguments
+    return serve(int(descriptor), lambda: load_backend(kind))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,160 @@
+"""From a model's name to a directory: the bundled demo, a local path, or a hub id.
+
+Everything here blocks and belongs into a worker thread. The hub's own settings hold: HF_HOME,
+HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+"""
+
+import errno
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pxd.models.describe import INDEX_NAME, describe_checkpoint
+from pxd.models.errors import ModelError
+
+log = logging.getLogger("pxd.models")
+
+DEMO = "demo"
+DEMO_DIRECTORY = Path(__file__).parent / "demo"
+
+Progress = Callable[[float], None]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# No *.py: a model's own code is never run. Tokenizers come in all of these.
+_METADATA = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_WEIGHTS = "model*.safetensors"
+
+
+def fetch_metadata(name: str, progress: Progress = lambda _: None) -> Path:
+    """Return a directory with at least configuration, tokenizer and index of the model.
+
+    Weights that are one file without an index are fetched too: nothing else tells their layout,
+    and every node needs that file anyway. Raises `ModelError`.
+    """
+    directory = local_directory(name)
+    if directory is not None:
+        return directory
+    with _hub_errors(name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+        directory = Path(snapshot_download(name, allow_patterns=_METADATA))
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"the hub's {name} has no config.json; is this a language model?")
+        if not (directory / INDEX_NAME).is_file():
+            _fetch_files(name, directory, _weight_files(name, directory), progress)
+    return directory
+
+
+def fetch_layers(name: str, start: int, end: int, progress: Progress = lambda _: None) -> Path:
+    """Return a directory with at least the files that a stage of layers [start, end) needs.
+
+    `progress` gets what part is there, 0 to 1. If it raises, fetching stops. Raises `ModelError`.
+    """
+    directory = fetch_metadata(name, progress)
+    if local_directory(name) is None:
+        checkpoint = describe_checkpoint(directory)
+        wanted = [file for file in checkpoint.files_for(start, end) if file in checkpoint.missing]
+        with _hub_errors(name):
+            _fetch_files(name, directory, wanted, progress)
+    progress(1.0)
+    return directory
+
+
+def local_directory(name: str) -> Path | None:
+    """The directory of a model that needs no hub; None for a hub id. Raises `ModelError`."""
+    if name == DEMO:
+        return DEMO_DIRECTORY
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json, so it is no model in Hugging Face layout")
+        return path.resolve()
+    if _HUB_ID.fullmatch(name) and ".." not in name:
+        return None
+    raise ModelError(
+        f"there is no model {name!r}: it is neither {DEMO!r}, nor a directory on this machine, "
+        "nor a hub id such as Qwen/Qwen3-0.6B"
+    )
+
+
+def _weight_files(name: str, directory: Path) -> list[str]:
+    present = [path.name for path in directory.glob(_WEIGHTS)]
+    if present:
+        return present
+    from huggingface_hub import HfApi
+
+    files = HfApi().list_repo_files(name, revision=directory.name)
+    weights = [file for file in files if Path(file).match(_WEIGHTS) and "/" not in file]
+    if not weights:
+        raise ModelError(
+            f"the hub's {name} has no {_WEIGHTS}; choose a repository with safetensors weights"
+        )
+    return weights
+
+
+def _fetch_files(name: str, directory: Path, files: list[str], progress: Progress) -> None:
+    """Fetch files of the very revision that `directory` is the snapshot of."""
+    from huggingface_hub import hf_hub_download
+
+    for done, file in enumerate(files):
+        log.info("fetching %s of %s (%d of %d)", file, name, done + 1, len(files))
+
+        def within(part: float, done: int = done) -> None:
+            progress((done + part) / len(files))
+
+        hf_hub_download(name, file, revision=directory.name, tqdm_class=_meter(within))
+
+
+def _meter(report: Progress) -> Any:
+    """A progress bar class that shows nothing and calls `report` with what part is done."""
+    from huggingface_hub.utils import tqdm
+
+    class Meter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._total = kwargs.get("total") or 0
+            self._done = kwargs.get("initial") or 0
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self._done += n or 0
+            if self._total:
+                report(min(self._done / self._total, 1.0))
+
+    return Meter
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn whatever the hub client raises into a `ModelError` that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its terms on the hub's page of it, "
+            "then set HF_TOKEN to a token of that account"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no model {name}, or it is private: check the spelling, "
+            "or set HF_TOKEN to a token that may read it"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"{name} is not complete in the local cache and the hub cannot be reached: "
+            "connect this machine (and unset HF_HUB_OFFLINE), or name a local directory instead"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelError(
+                f"no space left for {name}: free some, or set HF_HOME to a larger disk"
+            ) from error
+        raise ModelError(f"{name} could not be fetched: {error}") from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{name} is no hub id: {error}") from error

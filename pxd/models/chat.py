@@ -1,0 +1,83 @@
+"""Chats to token ids and token ids to text, by the model's own tokenizer and chat template."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pxd.models.config import ModelConfig
+from pxd.models.detokenizer import Detokenizer
+from pxd.models.errors import ModelError
+
+
+class MessageLike(Protocol):
+    @property
+    def role(self) -> str: ...
+    @property
+    def content(self) -> str: ...
+
+
+class ChatTokenizer:
+    """A model's tokenizer. `eos` are the ids that end an answer."""
+
+    def __init__(self, tokenizer: Any, eos: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self.eos = eos
+
+    @classmethod
+    def load(cls, path: Path) -> "ChatTokenizer":
+        """Load from a model directory: slow, for a worker thread. Raises `ModelError`."""
+        config = ModelConfig.read(path)
+        # Or its import warns about frameworks that nobody here needs.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+        own = tokenizer.eos_token_id
+        eos = dict.fromkeys([*config.eos, *([own] if isinstance(own, int) else [])])
+        return cls(tokenizer, tuple(eos))
+
+    def encode_chat(self, messages: Sequence[MessageLike]) -> list[int]:
+        """Token ids of the templated chat, up to where the assistant's answer begins.
+
+        Raises `ModelError` where there is no template or it refuses the messages.
+        """
+        template = self._tokenizer.chat_template
+        if not template:
+            raise ModelError("this model has no chat template, so it cannot chat")
+        knows_developer = "developer" in str(template)
+        chat = [
+            {
+                # Most templates silently drop roles they do not know.
+                "role": "system"
+                if message.role == "developer" and not knows_developer
+                else message.role,
+                "content": message.content,
+            }
+            for message in messages
+        ]
+        from jinja2 import TemplateError
+
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ModelError(f"the model's chat template refuses this chat: {error}") from error
+        return list(ids)
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one for one answer."""
+        return Detokenizer(self._decode)
+
+    def _decode(self, ids: list[int]) -> str:
+        # Cleaning up spaces would take back text already sent, and damages code.
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text

@@ -1,0 +1,252 @@
+"""What a model directory holds, read from its configuration and safetensors headers alone.
+
+Works on a directory that has only config.json and the index yet, then with estimated byte counts.
+"""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from pxd.models.config import ModelConfig, read_json
+from pxd.models.errors import ModelError
+from pxd.models.safetensors import TensorInfo, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 256 << 20
+
+_SHARD_NAME = re.compile(r"model[\w.-]{0,200}\.safetensors")
+_LAYER = re.compile(r"(?P<prefix>(?:[\w-]+\.)*?)(?P<layer>\d{1,5})\.")
+_IGNORED = re.compile(r"(^|[._])(vision|visual|audio|multi_modal|image|mtp)")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|embeddings?|embed_in|embed)\."
+)
+_HEAD_PROJECTION = re.compile(r"(^|\.)(lm_head|output|embed_out|head|ff_out)\.")
+# Where they came from does not change what they are.
+_CONFIG_NOISE = frozenset({"_name_or_path", "transformers_version", "_commit_hash"})
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's files. `shards` maps each tensor to its file name, where the directory says so.
+
+    `layer_prefix` is what stands before the layer number in the names of decoder layers' tensors.
+    `exact` tells whether byte counts come from headers. `missing` are files not fetched yet.
+    """
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    context: int
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    head_bytes: int
+    tied: bool
+    eos: tuple[int, ...]
+    dtype: str
+    fingerprint: str
+    layer_prefix: str
+    shards: dict[str, str]
+    exact: bool
+    missing: tuple[str, ...]
+
+    def layer_of(self, tensor: str) -> int | None:
+        """The decoder layer that a tensor belongs to; None for everything outside the layers."""
+        number = _layer_number(tensor, self.layer_prefix)
+        return number if number is not None and number < self.layers else None
+
+    def files_for(self, start: int, end: int) -> tuple[str, ...]:
+        """Names of the files that a stage of layers [start, end) needs.
+
+        The ends of a model are not told apart: the first and the last stage get both.
+        """
+        ends = start == 0 or end == self.layers
+        wanted = set()
+        for tensor, file in self.shards.items():
+            layer = self.layer_of(tensor)
+            if layer is None:
+                if ends and not _IGNORED.search(tensor):
+                    wanted.add(file)
+            elif start <= layer < end:
+                wanted.add(file)
+        return tuple(sorted(wanted))
+
+
+def describe_checkpoint(directory: Path) -> Checkpoint:
+    """Describe the model in `directory`. Raises `ModelError`."""
+    if not directory.is_dir():
+        raise ModelError(f"there is no directory {directory}")
+    config = ModelConfig.read(directory)
+    index = _read_index(directory)
+    files = sorted(set(index.weight_map.values())) if index else _single_files(directory)
+    missing = tuple(name for name in files if not (directory / name).is_file())
+    headers = {name: read_header(directory / name) for name in files if name not in missing}
+    tensors = {tensor: info for header in headers.values() for tensor, info in header.items()}
+    shards = index.weight_map if index else _shards(headers)
+    if index:
+        _check_index(directory, index, headers)
+    prefix = _layer_prefix(shards, config.layers)
+    tied = not any(_HEAD_PROJECTION.search(name) for name in _outside(shards, prefix))
+    sizes = (
+        _exact_sizes(tensors, prefix, config.layers, tied)
+        if not missing
+        else _estimated_sizes(config, index, tied)
+    )
+    return Checkpoint(
+        architecture=config.architecture,
+        layers=config.layers,
+        hidden_size=config.hidden_size,
+        vocabulary=config.vocabulary,
+        context=config.context,
+        layer_bytes=sizes.layers,
+        embedding_bytes=sizes.embedding,
+        head_bytes=sizes.head,
+        tied=tied,
+        eos=config.eos,
+        dtype=config.dtype,
+        fingerprint=_fingerprint(config, index, tensors),
+        layer_prefix=prefix,
+        shards=shards,
+        exact=not missing,
+        missing=missing,
+    )
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+    metadata: dict[str, msgspec.Raw] = {}
+
+    @property
+    def total_size(self) -> int | None:
+        raw = self.metadata.get("total_size")
+        try:
+            value = int(msgspec.json.decode(raw, type=float)) if raw is not None else 0
+        except msgspec.DecodeError:
+            return None
+        return value if value > 0 else None
+
+
+class _Sizes(msgspec.Struct):
+    layers: tuple[int, ...]
+    embedding: int
+    head: int
+
+
+def _read_index(directory: Path) -> _Index | None:
+    path = directory / INDEX_NAME
+    if not path.is_file():
+        return None
+    try:
+        index = msgspec.convert(read_json(path, MAX_INDEX_BYTES), _Index)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+    for name in set(index.weight_map.values()):
+        # Also keeps a hostile index from naming files outside the directory.
+        if not _SHARD_NAME.fullmatch(name):
+            raise ModelError(f"{path} names {name!r}, which is no model*.safetensors file")
+    if not index.weight_map:
+        raise ModelError(f"{path} names no tensors")
+    return index
+
+
+def _single_files(directory: Path) -> list[str]:
+    files = sorted(path.name for path in directory.glob("model*.safetensors") if path.is_file())
+    if files:
+        return files
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        raise ModelError(
+            f"{directory} has its weights as pickle files, which can run code when loaded; "
+            "convert them to safetensors first"
+        )
+    raise ModelError(f"{directory} has no model*.safetensors and no {INDEX_NAME}")
+
+
+def _shards(headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, str]:
+    return {tensor: file for file, header in headers.items() for tensor in header}
+
+
+def _check_index(
+    directory: Path, index: _Index, headers: Mapping[str, Mapping[str, TensorInfo]]
+) -> None:
+    for tensor, file in index.weight_map.items():
+        if file in headers and tensor not in headers[file]:
+            raise ModelError(
+                f"{directory / file} lacks {tensor}, which the index promises; fetch it again"
+            )
+
+
+def _layer_prefix(tensors: Iterable[str], layers: int) -> str:
+    """The prefix of the decoder layers: with that many numbers, the one with most tensors.
+
+    Towers for images or sound and draft layers have prefixes of their own.
+    """
+    numbers: defaultdict[str, set[int]] = defaultdict(set)
+    counts: Counter[str] = Counter()
+    for name in tensors:
+        match = _LAYER.match(name)
+        if match and not _IGNORED.search(name):
+            numbers[match["prefix"]].add(int(match["layer"]))
+            counts[match["prefix"]] += 1
+    complete = [prefix for prefix, seen in numbers.items() if set(range(layers)) <= seen]
+    if not complete:
+        raise ModelError(
+            f"the checkpoint does not hold {layers} numbered layers as config.json says"
+        )
+    return max(complete, key=lambda prefix: (counts[prefix], prefix))
+
+
+def _layer_number(tensor: str, prefix: str) -> int | None:
+    if not tensor.startswith(prefix):
+        return None
+    number = tensor[len(prefix) :].partition(".")[0]
+    return int(number) if number.isdecimal() else None
+
+
+def _outside(tensors: Iterable[str], prefix: str) -> list[str]:
+    return [
+        name
+        for name in tensors
+        if _layer_number(name, prefix) is None and not _IGNORED.search(name)
+    ]
+
+
+def _exact_sizes(tensors: Mapping[str, TensorInfo], prefix: str, layers: int, tied: bool) -> _Sizes:
+    layer_bytes = [0] * layers
+    for name, tensor in tensors.items():
+        number = _layer_number(name, prefix)
+        if number is not None and number < layers:  # those behind are for drafting, not loaded
+            layer_bytes[number] += tensor.nbytes
+    ends = _outside(tensors, prefix)
+    embedding = sum(tensors[name].nbytes for name in ends if _EMBEDDING.search(name))
+    other = sum(tensors[name].nbytes for name in ends if not _EMBEDDING.search(name))
+    return _Sizes(tuple(layer_bytes), embedding, other + (embedding if tied else 0))
+
+
+def _estimated_sizes(config: ModelConfig, index: _Index | None, tied: bool) -> _Sizes:
+    total = index.total_size if index else None
+    if total is None:
+        raise ModelError(f"{INDEX_NAME} has no total_size; fetch the whole model first")
+    matrix = int(config.vocabulary * config.hidden_size * config.element_bytes)
+    matrix = min(matrix, total // 3)
+    inside = total - matrix * (1 if tied else 2)
+    return _Sizes((-(-inside // config.layers),) * config.layers, matrix, matrix)
+
+
+def _fingerprint(
+    config: ModelConfig, index: _Index | None, tensors: Mapping[str, TensorInfo]
+) -> str:
+    """Digest of the configuration and the layout of the tensors.
+
+    With an index, its map stands for the layout: nodes that hold different shards agree on it.
+    """
+    known = {key: value for key, value in config.raw.items() if key not in _CONFIG_NOISE}
+    layout = (
+        (sorted(index.weight_map.items()), index.total_size)
+        if index
+        else sorted((name, msgspec.to_builtins(tensor)) for name, tensor in tensors.items())
+    )
+    content = msgspec.json.encode((known, layout), order="deterministic")
+    return hashlib.sha256(content).hexdigest()

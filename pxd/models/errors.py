@@ -1,0 +1,5 @@
+"""The one error of this room."""
+
+
+class ModelError(Exception):
+    """A model that cannot be found, read or used; the message says what a person can do."""

@@ -1,0 +1,362 @@
+"""The daemon: builds the parts, runs them in one nursery, starts and stops them."""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import trio
+
+import pxd
+from pxd import hardware, identity
+from pxd.api.app import create_app
+from pxd.api.server import serve as serve_http
+from pxd.cluster.plans import Plan
+from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
+from pxd.executors import describe_model, measure_device, open_executor
+from pxd.notify import notify
+from pxd.p2p.gossip import Gossip
+from pxd.p2p.libp2p_network import Libp2pNetwork
+from pxd.serving.choice import choose, latest_choice
+from pxd.serving.head import HeadHost
+from pxd.serving.ingress import ChatIngress
+from pxd.serving.models import ModelSource
+from pxd.serving.planner import Office, Planner
+from pxd.serving.plansync import PlanSync
+from pxd.serving.signal import Signal
+from pxd.serving.stage import StageHost
+from pxd.serving.status import ClusterStatus
+from pxd.serving.view import model_views, node_view
+from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings, parse_endpoint
+from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, Step
+
+log = logging.getLogger("pxd.node")
+
+LEAVE_DEADLINE_S = 1.5
+LOAD_EVERY_S = 1.0
+
+
+class StartupError(Exception):
+    """The daemon cannot start; the message says what to do."""
+
+
+class Started(msgspec.Struct, frozen=True):
+    """What a person needs to know once the daemon is up. The ticket holds the cluster key."""
+
+    name: str
+    http: str
+    ticket: str
+    peer_id: str
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What makes this node itself across restarts."""
+
+    node_seed: bytes
+    cluster_key: bytes
+    state: identity.State
+    join: tuple[str, ...]
+
+
+class Node:
+    """One daemon's parts and how they hear of each other. Use `run`."""
+
+    def __init__(self, settings: Settings, who: Identity, device: Device) -> None:
+        self.settings = settings
+        self._cluster_key = who.cluster_key
+        self._state = who.state
+        self._began = time.monotonic()
+        self._http_url = ""
+        self._stop = trio.Event()
+        self._model_asked = settings.model
+        self._known_gone: set[str] = set()
+        self.changed = Signal()
+        self.network = Libp2pNetwork(
+            node_seed=who.node_seed,
+            cluster_key=who.cluster_key,
+            listen=_endpoint(settings.listen, DEFAULT_LISTEN),
+            mdns=settings.mdns,
+            peers_file=settings.files.peers,
+            join=who.join,
+        )
+        self.gossip = Gossip(
+            self.network,
+            self._first_record(device),
+            term=who.state.term,
+            seed=secrets.randbits(32),
+            expects_peers=bool(who.join) or settings.files.peers.exists(),
+            changed=self._on_change,
+            persist=self._persist,
+        )
+        self.models = ModelSource(describe_model)
+        self.plans = PlanSync(self.network, self._members, self._on_plan)
+        self.stages = StageHost(
+            self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
+        )
+        self.heads = HeadHost(self.network, self.stages.feed)
+        self._ingress = ChatIngress(
+            self.network, self.models, lambda: self.plans.plan, self._members, self.changed
+        )
+        self.planner = Planner(
+            self.network.peer_id,
+            self.models,
+            self.plans,
+            self._office,
+            self._members,
+            lambda: self._choice().name,
+        )
+        self.network.on_frame(self._on_frame)
+
+    def _first_record(self, device: Device) -> NodeRecord:
+        settings, state = self.settings, self._state
+        return NodeRecord(
+            id=self.network.peer_id,
+            name=settings.name,
+            incarnation=state.incarnation,
+            pxd=pxd.__version__,
+            device=device,
+            memory=hardware.memory_offer(device, settings.memory),
+            max_layers=settings.max_layers,
+            term=state.term,
+            choice=ModelChoice(*state.choice) if state.choice else None,
+            started=time.time(),
+        )
+
+    async def run(self, started: Callable[[Started], None]) -> None:
+        """Serve until `stop` is called; leaves the cluster before it returns.
+
+        Raises `StartupError` when a port cannot be had.
+        """
+        async with trio.open_nursery() as nursery:
+            try:
+                await nursery.start(self.network.run)
+                http = _endpoint(self.settings.http, DEFAULT_HTTP)
+                self._http_url = await nursery.start(serve_http, create_app(self), *http)
+            except OSError as error:
+                raise StartupError(str(error)) from error
+            await nursery.start(self.heads.run)
+            await nursery.start(self._ingress.run)
+            nursery.start_soon(self.stages.run)
+            nursery.start_soon(self.plans.run)
+            await nursery.start(self.gossip.run)
+            nursery.start_soon(self.planner.run, self.changed)
+            nursery.start_soon(self._report_load)
+            with self._announced():
+                started(
+                    Started(self.settings.name, self._http_url, self.ticket(), self.network.peer_id)
+                )
+                notify(f"READY=1\nSTATUS=API at {self._http_url}")
+                await self._stop.wait()
+                notify("STOPPING=1")
+            log.info("leaving the cluster")
+            with trio.move_on_after(LEAVE_DEADLINE_S):
+                await self.gossip.leave(LEAVE_DEADLINE_S)
+            nursery.cancel_scope.cancel()
+
+    @contextlib.contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Other pxd commands find the daemon by this file while it exists."""
+        path = self.settings.files.daemon
+        content = {"pid": os.getpid(), "http": self._http_url, "started": time.time()}
+        identity.write_private(path, msgspec.json.encode(content))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    @property
+    def ingress(self) -> ChatIngress:
+        return self._ingress
+
+    def ticket(self) -> str:
+        return str(identity.Ticket(self._cluster_key, self.network.addresses()))
+
+    def status(self) -> ClusterStatus:
+        peers = self.network.peers()
+        now = trio.current_time()
+        epoch = self.plans.plan.epoch if self.plans.plan else None
+        nodes = [
+            node_view(
+                member.record,
+                state=member.state,
+                since=now - member.since,
+                rtt=member.rtt,
+                connected=peer in peers or peer == self.network.peer_id,
+            )
+            for peer, member in self.gossip.members.items()
+        ]
+        return ClusterStatus(
+            self_id=self.network.peer_id,
+            leader=self.gossip.leader,
+            term=self.gossip.term,
+            epoch=str(epoch) if epoch else None,
+            nodes=sorted(nodes, key=lambda node: (node.name, node.id)),
+            models=model_views(self.plans.plan, self._members()),
+            http=self._http_url,
+            version=pxd.__version__,
+            uptime=round(time.monotonic() - self._began, 1),
+        )
+
+    def _members(self):  # noqa: ANN202
+        return self.gossip.members
+
+    def _office(self) -> Office:
+        return Office(held=self.gossip.in_office, term=self.gossip.term)
+
+    def _choice(self) -> ModelChoice:
+        return latest_choice(member.record.choice for member in self.gossip.members.values())
+
+    def _on_change(self) -> None:
+        """The view of the cluster is another one: everybody who lives by it looks at it anew."""
+        self._follow_choice()
+        members = self.gossip.members
+        gone = {peer for peer, member in members.items() if member.state in ("dead", "left")}
+        for peer in gone - self._known_gone:
+            self.heads.peer_gone(peer)
+        self._known_gone = gone
+        self.plans.follow()
+        self.heads.follow(members)
+        self._ingress.follow()
+        self.changed.notify()
+
+    def _follow_choice(self) -> None:
+        own = self.gossip.record
+        choice = self._choice()
+        if self._model_asked is not None and own.seniority > 0:
+            choice = choose(choice, own.id, self._model_asked)
+            self._model_asked = None
+        if choice.stamp > 0 and choice != own.choice:
+            self.gossip.update(choice=choice)
+            self._save(choice=(choice.stamp, choice.by, choice.name))
+
+    def _on_plan(self, plan: Plan) -> None:
+        self.stages.apply(plan)
+        self.heads.apply(plan)
+        self._ingress.apply(plan)
+        self.gossip.update(plan=plan.epoch)
+
+    def _on_stages(self, reports: tuple[StageReport, ...]) -> None:
+        self.gossip.update(stages=reports)
+
+    def _persist(self, *, incarnation: int, term: int) -> None:
+        self._save(incarnation=incarnation, term=term)
+
+    def _save(self, **changes: object) -> None:
+        state = msgspec.structs.replace(self._state, **changes)
+        if state != self._state:
+            identity.write_state(self.settings.files.state, state)
+            self._state = state
+
+    async def _report_load(self) -> None:
+        while True:
+            await trio.sleep(LOAD_EVERY_S)
+            self.gossip.update(running=self.heads.running, waiting=self.heads.waiting)
+
+    async def _on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
+        match frame:
+            case Step():
+                await self.stages.feed(peer, frame, body)
+            case Sampled():
+                self.heads.sampled(peer, frame)
+            case Nack():
+                self.heads.nack(peer, frame)
+            case Output():
+                self._ingress.output(peer, frame)
+            case Cancel():
+                self.heads.cancel(peer, frame)
+
+
+def _endpoint(wanted: str | None, default: str) -> tuple[str, int]:
+    """The wanted HOST:PORT; else the default, with any free port if that one is taken."""
+    if wanted is not None:
+        return parse_endpoint(wanted)
+    host, port = parse_endpoint(default)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return host, 0
+    return host, port
+
+
+def _identify(settings: Settings) -> Identity:
+    files = settings.files
+    ticket = identity.Ticket.parse(settings.join) if settings.join else None
+    key = identity.cluster_key(files.cluster_key, ticket)
+    state = identity.read_state(files.state)
+    state = msgspec.structs.replace(state, incarnation=state.incarnation + 1)
+    identity.write_state(files.state, state)
+    addresses = ticket.addresses if ticket else ()
+    return Identity(identity.node_key(files.node_key), key, state, addresses)
+
+
+async def _device(settings: Settings) -> Device:
+    """What this machine can do; measured at the first start and after an upgrade."""
+    key = hardware.cache_key()
+    device = hardware.load_cached(settings.files.hardware, key)
+    if device is None:
+        log.info("measuring this machine, once")
+        device = await measure_device()
+        hardware.store(settings.files.hardware, key, device)
+    return device
+
+
+async def _stop_on_signal(stop: Callable[[], None]) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        seen = 0
+        async for number in signals:
+            seen += 1
+            if seen > 1 and number == signal.SIGINT:
+                # Executor processes see their pipe close and end by themselves.
+                os._exit(130)
+            stop()
+
+
+def _for_people(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """The first exception in `group` whose message is meant for people."""
+    for error in group.exceptions:
+        if isinstance(error, (StartupError, identity.IdentityError)):
+            return error
+        if isinstance(error, BaseExceptionGroup) and (found := _for_people(error)):
+            return found
+    return None
+
+
+async def run(settings: Settings, *, started: Callable[[Started], None]) -> None:
+    """Run a daemon until SIGINT, SIGTERM or `Node.stop`; a second SIGINT ends it at once.
+
+    Raises `IdentityError` and `StartupError` with a message for people.
+    """
+    identity.prepare_data_dir(settings.data_dir)
+    try:
+        await _run(settings, started)
+    except BaseExceptionGroup as group:
+        error = _for_people(group)
+        if error is None:
+            raise
+        raise error from None
+
+
+async def _run(settings: Settings, started: Callable[[Started], None]) -> None:
+    with identity.lock_data_dir(settings.files.lock):
+        who = _identify(settings)
+        async with trio.open_nursery() as nursery:
+            starting = trio.CancelScope()
+            stop: Callable[[], None] = starting.cancel
+            nursery.start_soon(_stop_on_signal, lambda: stop())
+            with starting:
+                device = await _device(settings)
+            if not starting.cancelled_caught:
+                node = Node(settings, who, device)
+                stop = node.stop
+                await node.run(started)
+            nursery.cancel_scope.cancel()

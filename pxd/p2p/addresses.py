@@ -1,0 +1,61 @@
+"""Where a node can be dialled, as a multiaddr: ``/ip4/192.0.2.7/tcp/8471/p2p/12D3KooW...``."""
+
+import ipaddress
+import re
+from typing import NamedTuple
+
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
+_HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+
+class Address(NamedTuple):
+    """A TCP endpoint and the peer id that must answer there."""
+
+    host: str
+    port: int
+    peer: str
+
+    def __str__(self) -> str:
+        try:
+            protocol = f"ip{ipaddress.ip_address(self.host).version}"
+        except ValueError:
+            protocol = "dns"
+        return f"/{protocol}/{self.host}/tcp/{self.port}/p2p/{self.peer}"
+
+
+def parse_address(text: str) -> Address:
+    """Raises ValueError for anything but ``/ip4|ip6|dns.../HOST/tcp/PORT/p2p/PEER``."""
+    parts = text.split("/")
+    if len(parts) != 7 or parts[0] or parts[3] != "tcp" or parts[5] != "p2p":
+        raise ValueError(f"{text!r} is not a multiaddr like /ip4/192.0.2.7/tcp/8471/p2p/PEER")
+    _, protocol, host, _, port, _, peer = parts
+    if protocol not in _HOST_PROTOCOLS or not _is_host(protocol, host):
+        raise ValueError(f"{text!r} has no usable host")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} has no usable port")
+    if not _PEER_ID.fullmatch(peer):
+        raise ValueError(f"{text!r} ends in something that is not a peer id")
+    return Address(host, int(port), peer)
+
+
+def parse_peer_addresses(peer: str, texts: tuple[str, ...]) -> list[Address]:
+    """Those of `texts` that are addresses of `peer`; the rest came from a confused peer."""
+    found = []
+    for text in texts:
+        try:
+            address = parse_address(text)
+        except ValueError:
+            continue
+        if address.peer == peer:
+            found.append(address)
+    return found
+
+
+def _is_host(protocol: str, host: str) -> bool:
+    if protocol.startswith("dns"):
+        return bool(_HOST_NAME.fullmatch(host))
+    try:
+        return ipaddress.ip_address(host).version == int(protocol[2:])
+    except ValueError:
+        return False

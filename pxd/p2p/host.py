@@ -1,0 +1,296 @@
+"""A libp2p host for members of one cluster: it listens, dials, and lets nobody in without the key.
+
+Nothing a stranger does costs more than a bounded number of sockets for a bounded time, and the only
+protocol it is offered is the key proof. Admission belongs to the connection, not to the peer id.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectError
+from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
+
+from pxd.p2p import keyproof
+from pxd.p2p.addresses import Address
+from pxd.p2p.keyproof import KeyProof, ProofFailed
+from pxd.p2p.muxer import WINDOW, StreamClosed, Yamux, YamuxStream
+from pxd.p2p.pending import PendingConnections
+from pxd.p2p.refusals import Refusals
+from pxd.p2p.secure import Identity, NoiseConnection, answer, select
+
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus
+
+log = logging.getLogger("pxd.p2p")
+
+ADMISSION_TIMEOUT = 5.0
+STREAM_TIMEOUT = 5.0
+STREAMS_PER_MEMBER = 32
+CONNECTION_LIMIT = 1024
+DRAIN_TIMEOUT = 0.5
+
+
+class DialFailed(Exception):
+    """`reason` is one word: unreachable, other-peer, not-pxd, or what `ProofFailed` has."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Connection:
+    """An authenticated connection; of use to anybody only once it is `admitted`.
+
+    `drain` is awaited, for a short while, before the connection is closed in good order.
+    """
+
+    def __init__(self, secured: NoiseConnection, address: str, *, dialled: bool) -> None:
+        self.peer = secured.peer
+        self.host, _, _ = address.rpartition(":")
+        self.address = address
+        self.dialled = dialled
+        self.instance = b""
+        self.admitted = trio.Event()
+        self.decided = trio.Event()
+        self.failure: ProofFailed | None = None
+        self.muxer = Yamux(secured, initiator=dialled)
+        self.first_stream = trio.Event()
+        self.drain: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self._proof_stream: YamuxStream | None = None
+
+    async def open_stream(self, protocol: str) -> YamuxStream:
+        """Raises `StreamClosed` when the peer does not serve `protocol` or the connection ended."""
+        stream = self.muxer.open_stream()
+        try:
+            with trio.fail_after(STREAM_TIMEOUT):
+                await select([protocol], stream)
+        except (MultiselectError, MultiselectClientError, trio.TooSlowError) as error:
+            stream.reset()
+            raise StreamClosed(f"{protocol} is not served by {self.peer}: {error}") from error
+        except BaseException:
+            stream.reset()
+            raise
+        return stream
+
+    def claim_proof_stream(self, stream: YamuxStream) -> bool:
+        """The first stream a dialer opens is for the key proof and nothing else."""
+        if self.dialled or self._proof_stream:
+            return False
+        self._proof_stream = stream
+        self.first_stream.set()
+        return True
+
+    async def prove(self, proof: KeyProof) -> bytes:
+        """Run the key proof; returns the peer's instance. Raises `ProofFailed`."""
+        try:
+            if self.dialled:
+                stream = await self.open_stream(keyproof.PROTOCOL)
+                return await proof.dial(stream, self.peer)
+            await self.first_stream.wait()
+            assert self._proof_stream
+            await answer([keyproof.PROTOCOL], self._proof_stream)
+            return await proof.listen(self._proof_stream, self.peer)
+        except (StreamClosed, MultiselectError) as error:
+            raise ProofFailed("protocol", f"it did not prove the cluster key ({error})") from error
+
+
+class Attendant(Protocol):
+    """Run for every admitted connection until it ends. `started` means that it may be used."""
+
+    async def __call__(
+        self, connection: Connection, *, task_status: "TaskStatus[None]"
+    ) -> None: ...
+
+
+StreamHandler = Callable[[Connection, YamuxStream], Awaitable[None]]
+
+
+class Host:
+    """`handlers` (by protocol name) and `attend` see admitted connections only."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        proof: KeyProof,
+        refusals: Refusals,
+        handlers: Mapping[str, StreamHandler],
+        attend: Attendant,
+    ) -> None:
+        self._identity = identity
+        self._proof = proof
+        self._refusals = refusals
+        self._handlers = handlers
+        self._attend = attend
+        self._pending = PendingConnections()
+        self._connections: set[Connection] = set()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(
+        self,
+        listeners: list[trio.SocketListener],
+        *,
+        task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve `listeners` until cancelled; then say goodbye on every connection and close it."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                task_status.started()
+                await trio.serve_listeners(self._accept, listeners, handler_nursery=nursery)
+            finally:
+                self._nursery = None
+                with trio.CancelScope(shield=True):
+                    await self._close_all()
+
+    async def dial(self, address: Address) -> Connection:
+        """Return an admitted connection. Raises `DialFailed` within `ADMISSION_TIMEOUT`."""
+        connection = None
+        try:
+            with trio.move_on_after(ADMISSION_TIMEOUT):
+                connection = await self._connect(address)
+                await connection.decided.wait()
+        finally:
+            if connection and not connection.admitted.is_set():
+                connection.muxer.abort("not admitted")
+        if not connection:
+            raise DialFailed(
+                "unreachable",
+                f"no answer within {ADMISSION_TIMEOUT:g} s; is a firewall in the way?",
+            )
+        if not connection.admitted.is_set():
+            failure = connection.failure or ProofFailed("protocol", connection.muxer.reason)
+            raise DialFailed(failure.reason, str(failure))
+        return connection
+
+    async def _connect(self, address: Address) -> Connection:
+        if not self._nursery:
+            raise DialFailed("unreachable", "this node is stopping")
+        try:
+            stream = await trio.open_tcp_stream(address.host, address.port)
+        except OSError as error:
+            raise DialFailed("unreachable", _explain(error)) from error
+        try:
+            secured = await self._identity.secure_outbound(stream, address.peer)
+        except PeerIDMismatchesPubkey as error:
+            await trio.aclose_forcefully(stream)
+            raise DialFailed("other-peer", "another node than expected answers there") from error
+        except Exception as error:
+            log.debug("the handshake with %s failed", address, exc_info=True)
+            await trio.aclose_forcefully(stream)
+            raise DialFailed("not-pxd", "what answers there does not act like pxd") from error
+        except trio.Cancelled:
+            await trio.aclose_forcefully(stream)
+            raise
+        return self._keep(secured, f"{address.host}:{address.port}", dialled=True)
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        connection = None
+        try:
+            host, port = stream.socket.getpeername()[:2]
+            with self._pending.admit(host, within=ADMISSION_TIMEOUT):
+                secured = await self._identity.secure_inbound(stream)
+                connection = self._keep(secured, f"{host}:{port}", dialled=False)
+                await connection.decided.wait()
+        except Exception:
+            log.debug("an inbound handshake failed", exc_info=True)
+        finally:
+            if connection and not connection.admitted.is_set():
+                connection.muxer.abort("no proof of the cluster key in time")
+        if connection:
+            # The caller closes the socket when this returns; `_close_all` ends the wait.
+            with trio.CancelScope(shield=True):
+                await connection.muxer.closed.wait()
+
+    def _keep(self, secured: NoiseConnection, address: str, *, dialled: bool) -> Connection:
+        connection = Connection(secured, address, dialled=dialled)
+        if self._nursery and len(self._connections) < CONNECTION_LIMIT:
+            self._nursery.start_soon(self._serve, connection)
+        else:
+            connection.muxer.abort("too many connections")
+            connection.decided.set()
+        return connection
+
+    async def _serve(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        try:
+            async with trio.open_nursery() as nursery:
+                # Shielded, so that it still works while `_close_all` closes it in good order.
+                nursery.cancel_scope.shield = True
+                nursery.start_soon(self._carry, connection, nursery.cancel_scope)
+                if await self._admit(connection):
+                    await nursery.start(self._attend, connection)
+                    connection.admitted.set()
+                    connection.decided.set()
+        except Exception:
+            log.exception("the connection with %s failed", connection.address)
+            connection.muxer.abort("an error in this node, see its log")
+        finally:
+            connection.decided.set()
+            self._connections.discard(connection)
+
+    async def _carry(self, connection: Connection, scope: trio.CancelScope) -> None:
+        await connection.muxer.run(partial(self._on_stream, connection))
+        scope.cancel()
+
+    async def _admit(self, connection: Connection) -> bool:
+        if connection.peer == self._identity.peer_id:
+            connection.muxer.abort("a connection to myself")
+            return False
+        try:
+            with trio.move_on_after(ADMISSION_TIMEOUT):
+                connection.instance = await connection.prove(self._proof)
+                connection.muxer.window = WINDOW
+                connection.muxer.inbound_limit = STREAMS_PER_MEMBER
+                return True
+            raise ProofFailed("protocol", "it did not prove the cluster key in time")
+        except ProofFailed as error:
+            connection.failure = error
+            if not connection.dialled:
+                self._refusals.warn(
+                    connection.host,
+                    connection.peer,
+                    error.reason,
+                    f"refused {connection.address} (peer {connection.peer}): {error}; if it is "
+                    "meant to join, start it with a fresh ticket from `pxd ticket`",
+                )
+            await connection.muxer.close(f"refused: {error}")
+            return False
+
+    async def _on_stream(self, connection: Connection, stream: YamuxStream) -> None:
+        if connection.claim_proof_stream(stream):
+            return
+        try:
+            await connection.admitted.wait()
+            with trio.fail_after(STREAM_TIMEOUT):
+                protocol = await answer(list(self._handlers), stream)
+            await self._handlers[protocol](connection, stream)
+            stream.finish()
+        except (MultiselectError, StreamClosed, trio.TooSlowError) as error:
+            log.debug("a stream of %s ended: %s", connection.peer, error)
+        except Exception:
+            log.exception("serving a stream of %s failed", connection.peer)
+        finally:
+            stream.reset()
+
+    async def _close_all(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for connection in tuple(self._connections):
+                nursery.start_soon(_close, connection, "this node is stopping")
+
+
+async def _close(connection: Connection, reason: str) -> None:
+    with trio.move_on_after(DRAIN_TIMEOUT):
+        await connection.drain()
+    await connection.muxer.close(reason)
+
+
+def _explain(error: OSError) -> str:
+    cause = error.__cause__
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    if isinstance(cause, ConnectionRefusedError) or isinstance(error, ConnectionRefusedError):
+        return "nobody listens there (connection refused); is pxd running on that machine?"
+    return str(cause or error)

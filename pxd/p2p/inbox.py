@@ -1,0 +1,69 @@
+"""Incoming frames: handed to one handler, one at a time and in order per peer."""
+
+import logging
+from weakref import WeakValueDictionary
+
+import trio
+
+from pxd import wire
+from pxd.p2p.framestreams import FrameStream
+from pxd.p2p.muxer import StreamClosed
+from pxd.p2p.network import FrameHandler
+from pxd.p2p.sessions import Session
+
+log = logging.getLogger("pxd.p2p")
+
+
+class FrameInbox:
+    """Reads channels. While the handler waits nothing is read, which holds the peer back."""
+
+    def __init__(self) -> None:
+        self._handler: FrameHandler | None = None
+        self._streams: dict[str, FrameStream] = {}
+        # A lock lives as long as a task that uses it: the handler may outlive a channel.
+        self._turns: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+
+    def on_frame(self, handler: FrameHandler) -> None:
+        self._handler = handler
+
+    async def deliver(self, peer: str, frame: wire.Frame, body: wire.Buffer) -> None:
+        if self._handler is None:
+            log.warning("dropped a frame of %s: nobody handles frames yet", peer)
+        else:
+            await self._handler(peer, frame, body)
+
+    async def receive(self, session: Session, stream: FrameStream) -> None:
+        """Serve a channel until it or the session ends. A newer channel of the peer ends it too."""
+        peer = session.peer
+        if peer in self._streams:
+            self._streams[peer].close()
+        self._streams[peer] = stream
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_close_with_session, session, stream)
+            try:
+                await self._read(peer, stream)
+            except StreamClosed as error:
+                log.debug("the data channel of %s ended: %s", peer, error)
+            except wire.WireError as error:
+                log.warning("closing the data channel of %s: %s", peer, error)
+            except Exception:
+                log.exception("a frame of %s failed; closing its data channel", peer)
+            finally:
+                stream.close()
+                if self._streams.get(peer) is stream:
+                    del self._streams[peer]
+                nursery.cancel_scope.cancel()
+
+    async def _read(self, peer: str, stream: FrameStream) -> None:
+        turn = self._turns.setdefault(peer, trio.Lock())
+        while True:
+            frame, body = await wire.read_frame(stream.read_exactly, wire.frame_decoder)
+            async with turn:
+                if self._streams.get(peer) is not stream:
+                    raise StreamClosed("the peer opened another channel")
+                await self.deliver(peer, frame, body)
+
+
+async def _close_with_session(session: Session, stream: FrameStream) -> None:
+    await session.ended.wait()
+    stream.close()

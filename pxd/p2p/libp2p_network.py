@@ -1,0 +1,288 @@
+"""`Network` over libp2p: puts host, calls, data channels and discovery together."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import trio
+
+from pxd import wire
+from pxd.p2p import channels, rpc
+from pxd.p2p.addressbook import AddressBook
+from pxd.p2p.addresses import Address, parse_address, parse_peer_addresses
+from pxd.p2p.casts import DroppingQueue
+from pxd.p2p.channels import DataChannels
+from pxd.p2p.dialer import Dialer
+from pxd.p2p.discovery import Discovery
+from pxd.p2p.host import Connection, Host
+from pxd.p2p.inbox import FrameInbox
+from pxd.p2p.interfaces import reachable_hosts
+from pxd.p2p.keyproof import KeyProof
+from pxd.p2p.listening import listen, listen_beside
+from pxd.p2p.loopback import Loopback
+from pxd.p2p.mdns import Mdns
+from pxd.p2p.muxer import YamuxStream
+from pxd.p2p.network import (
+    CallTimeout,
+    FrameHandler,
+    Method,
+    PeerHandler,
+    PeerUnreachable,
+    RequestT,
+    ResponseT,
+)
+from pxd.p2p.refusals import Refusal, Refusals
+from pxd.p2p.secure import Identity
+from pxd.p2p.services import Services, decode_response, encode_message
+from pxd.p2p.sessions import Session, Sessions
+
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus
+
+log = logging.getLogger("pxd.p2p")
+
+CAST_PATIENCE = 3.0
+"""Seconds for which a cast waits for a connection."""
+
+SAVE_INTERVAL = 5.0
+INTERFACE_INTERVAL = 15.0
+
+
+class Libp2pNetwork:
+    """Works while `run` runs. `join` are multiaddrs of members; `listen` port 0 takes a free one.
+
+    A `body` given to `send` must not be changed afterwards. `direct_channels=False` sends frames
+    over libp2p only.
+    """
+
+    def __init__(
+        self,
+        *,
+        node_seed: bytes,
+        cluster_key: bytes,
+        listen: tuple[str, int],
+        mdns: bool,
+        peers_file: Path,
+        join: tuple[str, ...] = (),
+        direct_channels: bool = True,
+    ) -> None:
+        identity = Identity(node_seed)
+        self.peer_id = identity.peer_id
+        self._cluster_key = cluster_key
+        self._listen = listen
+        self._mdns = mdns
+        self._join = _by_peer(join, self.peer_id)
+        self._book = AddressBook(peers_file, pinned=self._join)
+        self._refusals = Refusals()
+        self._services = Services()
+        self._sessions = Sessions(self.peer_id)
+        self._inbox = FrameInbox()
+        self._channels = DataChannels(
+            self._sessions, self._inbox, self._hosts_of, direct=direct_channels
+        )
+        self._services.add(channels.OFFER, self._channels.on_offer)
+        handlers = {rpc.PROTOCOL: self._serve_calls, channels.PROTOCOL: self._channels.on_stream}
+        proof = KeyProof(cluster_key, self.peer_id)
+        self._host = Host(identity, proof, self._refusals, handlers, self._attend)
+        self._listeners: list[trio.SocketListener] = []
+        self._nursery: trio.Nursery | None = None
+        self._dialer: Dialer | None = None
+        self._late_casts: dict[str, DroppingQueue[tuple[str, bytes]]] = {}
+        self._loopback = Loopback(self.peer_id, self._services, self._inbox)
+
+    async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen, then find and serve peers until cancelled. Raises OSError for a taken port."""
+        self._book.load()
+        self._listeners = await listen(*self._listen)
+        try:
+            data_listeners = await listen_beside(self._listen[0], self._port)
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._dialer = Dialer(
+                    nursery, self._host, self._sessions, self._book, self._refusals
+                )
+                await nursery.start(self._host.run, self._listeners)
+                await nursery.start(self._channels.run, data_listeners)
+                nursery.start_soon(self._loopback.run)
+                nursery.start_soon(self._save_regularly)
+                self._discover(nursery, self._dialer)
+                task_status.started()
+        finally:
+            self._nursery = None
+            for listener in self._listeners:
+                listener.socket.close()
+            with trio.CancelScope(shield=True):
+                await self._save()
+
+    @property
+    def _port(self) -> int:
+        return cast(int, self._listeners[0].socket.getsockname()[1])
+
+    def addresses(self) -> tuple[str, ...]:
+        """Own multiaddrs; those of the interfaces that are up now. Empty until `run` listens."""
+        return tuple(str(Address(host, self._port, self.peer_id)) for host in self._hosts())
+
+    def peers(self) -> frozenset[str]:
+        return self._sessions.peers()
+
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Why peers were not let in and why dials failed lately, oldest first; bounded."""
+        return self._refusals.latest()
+
+    def learn(self, peer: str, addresses: tuple[str, ...]) -> None:
+        if peer != self.peer_id:
+            self._book.learn(peer, tuple(parse_peer_addresses(peer, addresses)))
+
+    def on_peer(self, handler: PeerHandler) -> None:
+        self._sessions.on_peer(handler)
+
+    def on_frame(self, handler: FrameHandler) -> None:
+        self._inbox.on_frame(handler)
+
+    def serve(
+        self,
+        method: Method[RequestT, ResponseT],
+        handler: Callable[[str, RequestT], Awaitable[ResponseT]],
+    ) -> None:
+        self._services.add(method, handler)
+
+    async def call(
+        self,
+        peer: str,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        *,
+        timeout: float,
+    ) -> ResponseT:
+        payload = encode_message(request)
+        deadline = trio.current_time() + timeout
+        with trio.move_on_at(deadline):
+            if peer == self.peer_id:
+                answer = await self._services.answer(peer, method.name, payload)
+            else:
+                client = (await self._reach(peer)).client
+                left = max(0.0, deadline - trio.current_time())
+                answer = await client.call(method.name, payload, left)
+            return decode_response(method, answer)
+        raise CallTimeout(f"{method.name}: no answer from {peer} within {timeout:g} s")
+
+    def cast(self, peer: str, method: Method[RequestT, None], message: RequestT) -> None:
+        payload = encode_message(message)
+        session = self._sessions.get(peer)
+        if peer == self.peer_id:
+            self._loopback.cast(method.name, payload)
+        elif session:
+            self._cast_to(session, method.name, payload)
+        elif self._nursery:
+            if peer not in self._late_casts:
+                self._late_casts[peer] = DroppingQueue()
+                self._nursery.start_soon(self._deliver_late, peer)
+            self._late_casts[peer].put((method.name, payload), len(payload))
+
+    async def send(self, peer: str, frame: wire.Frame, body: wire.Buffer = b"") -> None:
+        if isinstance(body, memoryview):
+            body = body.cast("B")
+        header = wire.encode(frame, len(body))
+        if peer == self.peer_id:
+            await self._loopback.send(frame, body)
+        else:
+            await self._channels.send(await self._reach(peer), header, body)
+
+    async def _reach(self, peer: str) -> Session:
+        if self._dialer is None or self._nursery is None:
+            raise PeerUnreachable("this node's network does not run")
+        return await self._dialer.reach(peer)
+
+    async def _attend(self, connection: Connection, *, task_status: "TaskStatus[None]") -> None:
+        client = rpc.RpcClient(connection.peer, connection.open_stream)
+        connection.drain = client.flush
+        session = self._sessions.add(connection, client)
+        self._refusals.forget(connection.peer)
+        self._book.seen(connection.peer)
+        task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                if len(session.connections) > 1:
+                    nursery.start_soon(self._sessions.close_surplus, session)
+                await client.run()
+        finally:
+            self._sessions.remove(session, connection)
+
+    async def _serve_calls(self, connection: Connection, stream: YamuxStream) -> None:
+        await rpc.RpcServer(connection.peer, stream, self._services).run()
+
+    def _cast_to(self, session: Session, method: str, payload: bytes) -> None:
+        try:
+            session.client.cast(method, payload)
+        except PeerUnreachable as error:
+            log.debug("dropped a %s: %s", method, error)
+
+    async def _deliver_late(self, peer: str) -> None:
+        try:
+            with trio.move_on_after(CAST_PATIENCE):
+                session = await self._reach(peer)
+                while self._late_casts[peer]:
+                    self._cast_to(session, *self._late_casts[peer].get_nowait())
+        except PeerUnreachable as error:
+            log.debug("dropped casts: %s", error)
+        finally:
+            del self._late_casts[peer]
+
+    def _discover(self, nursery: trio.Nursery, dialer: Dialer) -> None:
+        discovery = Discovery(nursery, dialer, self._sessions)
+        for peer in self._join:
+            discovery.seek(peer, wanted=True)
+        for peer in self._book.remembered():
+            discovery.seek(peer)
+        if self._mdns:
+            nursery.start_soon(self._announce, discovery)
+
+    async def _announce(self, discovery: Discovery) -> None:
+        def found(peer: str, addresses: tuple[Address, ...]) -> None:
+            self._book.learn(peer, addresses)
+            discovery.seek(peer)
+
+        while True:
+            hosts = self._hosts()
+            async with trio.open_nursery() as nursery:
+                mdns = Mdns(self.peer_id, self._cluster_key, self._port, hosts)
+                nursery.start_soon(mdns.run, found)
+                # A machine that changes networks is to be found in the new one.
+                while set(self._hosts()) == set(hosts):
+                    await trio.sleep(INTERFACE_INTERVAL)
+                nursery.cancel_scope.cancel()
+
+    def _hosts(self) -> list[str]:
+        bound = (listener.socket.getsockname()[0] for listener in self._listeners)
+        return list(dict.fromkeys(host for name in bound for host in reachable_hosts(name)))
+
+    def _hosts_of(self, peer: str) -> list[str]:
+        return [address.host for address in self._book.addresses(peer)]
+
+    async def _save_regularly(self) -> None:
+        while True:
+            await trio.sleep(SAVE_INTERVAL)
+            await self._save()
+
+    async def _save(self) -> None:
+        if not self._book.changed:
+            return
+        try:
+            await trio.to_thread.run_sync(self._book.save, self._book.snapshot())
+        except OSError as error:
+            log.warning("cannot remember the peers for the next start: %s", error)
+
+
+def _by_peer(join: tuple[str, ...], own_id: str) -> dict[str, tuple[Address, ...]]:
+    """The addresses of a ticket, by peer; without this node itself."""
+    found: dict[str, tuple[Address, ...]] = {}
+    for text in join:
+        try:
+            address = parse_address(text)
+        except ValueError as error:
+            log.warning("ignoring an address to join: %s", error)
+            continue
+        if address.peer != own_id:
+            found[address.peer] = (*found.get(address.peer, ()), address)
+    return found

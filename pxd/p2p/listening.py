@@ -1,0 +1,39 @@
+"""Opening the two listening ports: libp2p's, and beside it the one for data channels."""
+
+import logging
+
+import trio
+
+log = logging.getLogger("pxd.p2p")
+
+
+async def listen(host: str, port: int) -> list[trio.SocketListener]:
+    """Listen on every address of `host`, all with one port; 0 takes a free one.
+
+    Raises OSError, with a message for people, when that is not possible.
+    """
+    try:
+        listeners = list(await trio.open_tcp_listeners(port, host=host))
+        if port == 0 and len(listeners) > 1:
+            # A name with several addresses got a port for each; settle for that of the first.
+            port = listeners[0].socket.getsockname()[1]
+            for listener in listeners:
+                await listener.aclose()
+            listeners = list(await trio.open_tcp_listeners(port, host=host))
+        return listeners
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot listen on {host} port {port}: {error.strerror or error}; "
+            "choose another one with --listen HOST:PORT",
+        ) from error
+
+
+async def listen_beside(host: str, port: int) -> list[trio.SocketListener]:
+    """Like `listen`, on the port after `port` if that is free, so that firewalls can be set up."""
+    if port < 65535:
+        try:
+            return await listen(host, port + 1)
+        except OSError as error:
+            log.debug("the port after the listen port is taken: %s", error)
+    return await listen(host, 0)

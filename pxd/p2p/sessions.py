@@ -1,0 +1,123 @@
+"""Which peers are in: one session per peer and life of its process, over its connections."""
+
+import logging
+
+import trio
+
+from pxd.p2p.host import Connection
+from pxd.p2p.network import PeerHandler, PeerUnreachable
+from pxd.p2p.rpc import RpcClient
+
+log = logging.getLogger("pxd.p2p")
+
+SURPLUS_GRACE = 10.0
+CONNECTIONS_PER_PEER = 4
+
+
+class Session:
+    """A peer that is in. `ended` is set when its last connection is gone, or when it restarted."""
+
+    def __init__(self, peer: str, instance: bytes, own_id: str) -> None:
+        self.peer = peer
+        self.ended = trio.Event()
+        self.instance = instance
+        self._own_id = own_id
+        self._clients: dict[Connection, RpcClient] = {}
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """Oldest first."""
+        return tuple(self._clients)
+
+    @property
+    def connection(self) -> Connection:
+        """The one to use. Both ends choose the same: that which the lesser peer id dialled.
+
+        Raises `PeerUnreachable` when all have ended.
+        """
+        by_the_lesser = self._own_id < self.peer
+        usable = [c for c in self._clients if not c.muxer.closed.is_set()]
+        if not usable:
+            raise PeerUnreachable(f"lost the connection to {self.peer}")
+        return ([c for c in usable if c.dialled == by_the_lesser] or usable)[-1]
+
+    @property
+    def alive(self) -> bool:
+        """False for the moment between the loss of the last connection and `ended`."""
+        return any(not c.muxer.closed.is_set() for c in self._clients)
+
+    @property
+    def client(self) -> RpcClient:
+        return self._clients[self.connection]
+
+    def add(self, connection: Connection, client: RpcClient) -> None:
+        self._clients[connection] = client
+
+    def remove(self, connection: Connection) -> None:
+        self._clients.pop(connection, None)
+
+
+class Sessions:
+    """Everybody who is in, and who wants to hear of it."""
+
+    def __init__(self, own_id: str) -> None:
+        self._own_id = own_id
+        self._sessions: dict[str, Session] = {}
+        self._handlers: list[PeerHandler] = []
+
+    def peers(self) -> frozenset[str]:
+        return frozenset(self._sessions)
+
+    def get(self, peer: str) -> Session | None:
+        return self._sessions.get(peer)
+
+    def on_peer(self, handler: PeerHandler) -> None:
+        self._handlers.append(handler)
+
+    def add(self, connection: Connection, client: RpcClient) -> Session:
+        """Take in an admitted connection. One of a new life of the peer ends those of the old."""
+        session = self._sessions.get(connection.peer)
+        if session and session.instance != connection.instance:
+            for old in session.connections:
+                old.muxer.abort("the peer restarted")
+            self._end(session)
+            session = None
+        if session is None:
+            session = Session(connection.peer, connection.instance, self._own_id)
+            session.add(connection, client)
+            self._sessions[session.peer] = session
+            self._notify(session.peer, True)
+        else:
+            session.add(connection, client)
+            if len(session.connections) > CONNECTIONS_PER_PEER:
+                session.connections[0].muxer.abort("too many connections")
+        return session
+
+    def remove(self, session: Session, connection: Connection) -> None:
+        session.remove(connection)
+        if not session.connections:
+            self._end(session)
+
+    async def close_surplus(self, session: Session) -> None:
+        """Two peers that dialled each other at once end up with one connection.
+
+        Only the lesser peer id closes, and only after both have long used the same one.
+        """
+        await trio.sleep(SURPLUS_GRACE)
+        if self._own_id < session.peer and len(session.connections) > 1:
+            for connection in session.connections:
+                if connection is not session.connection:
+                    await connection.muxer.close("there is another connection")
+
+    def _end(self, session: Session) -> None:
+        if self._sessions.get(session.peer) is session:
+            session.ended.set()
+            del self._sessions[session.peer]
+            self._notify(session.peer, False)
+
+    def _notify(self, peer: str, up: bool) -> None:
+        for handler in self._handlers:
+            try:
+                handler(peer, up)
+            except Exception:
+                log.exception("a handler of peer changes failed")

@@ -1,0 +1,309 @@
+"""Owns the requests that clients gave to this node, and brings every one of them home.
+
+The ingress keeps prompt and generated token ids. Whatever fails on the way (a stage, the head, a
+plan that is superseded), it submits prompt + generated again and the client's stream goes on:
+sampling depends on seed and position alone, so the answer is the one an undisturbed run gives.
+"""
+
+import logging
+import math
+import secrets
+from collections.abc import AsyncIterator, Callable
+
+import trio
+
+from pxd.cluster.plans import ModelPlan, Plan
+from pxd.models.chat import ChatTokenizer
+from pxd.models.errors import ModelError
+from pxd.models.stops import StopMatcher
+from pxd.p2p.network import CallFailed, Network, NetworkError
+from pxd.serving.head import SUBMIT, Submission
+from pxd.serving.models import ModelSource
+from pxd.serving.readiness import Members
+from pxd.serving.requests import (
+    Delta,
+    Generation,
+    GenerationFailed,
+    InvalidRequest,
+    Message,
+    NotReady,
+)
+from pxd.serving.router import find_model, pick_pipeline
+from pxd.serving.signal import Signal
+from pxd.wire import Cancel, Output, Sampling
+
+log = logging.getLogger("pxd.serving.ingress")
+
+DEFAULT_MAX_TOKENS = 4096
+SUBMIT_TIMEOUT_S = 10.0
+STALL_S = 150.0
+PATIENCE_S = 120.0
+RECENTLY_S = 60.0
+RETRY_S = (0.05, 0.2, 0.5, 1.0)
+MAX_EXECUTOR_DEATHS = 3
+
+
+class _Attempt:
+    """One submission of a request to one head."""
+
+    def __init__(self, name: str, head: str, started: float) -> None:
+        self.name = name
+        self.head = head
+        self.started = started
+        # Not a leak: at most max_new tokens ever come, and the client pays for reading slowly.
+        self.send, self.outputs = trio.open_memory_channel[Output](math.inf)
+
+    def fail(self, reason: str) -> None:
+        self.send.send_nowait(Output(request=self.name, index=0, failure=reason))
+
+
+class ChatIngress:
+    """The node's requests. `plan` and `members` give the present view, `changed` its changes."""
+
+    def __init__(
+        self,
+        network: Network,
+        models: ModelSource,
+        plan: Callable[[], Plan | None],
+        members: Callable[[], Members],
+        changed: Signal,
+    ) -> None:
+        self.network = network
+        self.models = models
+        self.plan = plan
+        self.members = members
+        self.changed = changed
+        self._attempts: dict[str, _Attempt] = {}
+        self._ready_at: dict[str, float] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    def apply(self, plan: Plan) -> None:
+        """Follow a new plan: have its tokenizers ready before somebody asks."""
+        if self._nursery is not None:
+            for model in plan.models:
+                self._nursery.start_soon(self._prepare, model.name)
+
+    async def _prepare(self, name: str) -> None:
+        try:
+            await self.models.tokenizer(name)
+        except ModelError as error:
+            log.warning("this node cannot take requests for %s: %s", name, error)
+
+    async def chat(
+        self, model: str | None, messages: tuple[Message, ...], generation: Generation
+    ) -> "ChatAnswer":
+        planned = find_model(self.plan(), model)
+        if not self._worth_waiting(planned):
+            pick_pipeline(planned, self.members())
+        try:
+            tokenizer = await self.models.tokenizer(planned.name)
+            prompt = await trio.to_thread.run_sync(tokenizer.encode_chat, messages)
+        except ModelError as error:
+            raise InvalidRequest(str(error), param="messages") from error
+        room = planned.context - len(prompt)
+        if room < 1:
+            raise InvalidRequest(
+                f"the conversation is {len(prompt)} tokens long, "
+                f"but {planned.name} has a context of {planned.context} tokens",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        answer = ChatAnswer(self, planned, tokenizer, prompt, generation, room)
+        await answer.place(patient=self._worth_waiting(planned))
+        return answer
+
+    def _worth_waiting(self, model: ModelPlan) -> bool:
+        """A model that served a moment ago will soon again: a pause is better than an error."""
+        return trio.current_time() - self._ready_at.get(model.name, -math.inf) < RECENTLY_S
+
+    def follow(self) -> None:
+        """Look at the cluster anew: attempts whose head is gone or was restarted are lost."""
+        members = self.members()
+        plan = self.plan()
+        for model in plan.models if plan else ():
+            try:
+                pick_pipeline(model, members)
+            except NotReady:
+                continue
+            self._ready_at[model.name] = trio.current_time()
+        for attempt in self._attempts.values():
+            head = members.get(attempt.head)
+            if head is None or head.state in ("dead", "left"):
+                attempt.fail("its head is gone")
+            elif head.record.started != attempt.started:
+                attempt.fail("its head was restarted")
+
+    def output(self, peer: str, frame: Output) -> None:
+        attempt = self._attempts.get(frame.request)
+        if attempt is not None and attempt.head == peer:
+            attempt.send.send_nowait(frame)
+
+    def open_attempt(self, name: str, head: str) -> _Attempt:
+        attempt = _Attempt(name, head, self.members()[head].record.started)
+        self._attempts[name] = attempt
+        return attempt
+
+    def close_attempt(self, attempt: _Attempt, *, cancel: bool) -> None:
+        self._attempts.pop(attempt.name, None)
+        if cancel and self._nursery is not None:
+            self._nursery.start_soon(self._cancel, attempt)
+
+    async def _cancel(self, attempt: _Attempt) -> None:
+        try:
+            with trio.move_on_after(SUBMIT_TIMEOUT_S):
+                await self.network.send(attempt.head, Cancel(request=attempt.name))
+        except NetworkError as error:
+            log.info("could not cancel %s at its head: %s", attempt.name, error)
+
+
+class ChatAnswer:
+    """See `pxd.serving.requests.Answer`."""
+
+    def __init__(
+        self,
+        ingress: ChatIngress,
+        model: ModelPlan,
+        tokenizer: ChatTokenizer,
+        prompt: list[int],
+        generation: Generation,
+        room: int,
+    ) -> None:
+        self.id = secrets.token_hex(12)
+        self.model = model.name
+        self.prompt_tokens = len(prompt)
+        self.recoveries = 0
+        self._ingress = ingress
+        self._tokens = list(prompt)
+        wanted = DEFAULT_MAX_TOKENS if generation.max_tokens is None else generation.max_tokens
+        self._limit = min(wanted, room)
+        seed = secrets.randbits(63) if generation.seed is None else generation.seed
+        self._sampling = Sampling(
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            seed=seed & ((1 << 63) - 1),
+        )
+        self._eos = tuple(tokenizer.eos)
+        self._text = tokenizer.detokenizer()
+        self._stops = StopMatcher(generation.stop)
+        self._attempt: _Attempt | None = None
+        self._attempts = 0
+        self._executor_deaths = 0
+
+    @property
+    def _generated(self) -> int:
+        return len(self._tokens) - self.prompt_tokens
+
+    async def __aenter__(self) -> "ChatAnswer":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._drop_attempt(cancel=True)
+
+    def _drop_attempt(self, *, cancel: bool) -> None:
+        if self._attempt is not None:
+            self._ingress.close_attempt(self._attempt, cancel=cancel)
+            self._attempt = None
+
+    async def place(self, *, patient: bool) -> None:
+        """Submit what there is so far to a ready pipeline; if `patient`, wait for one.
+
+        Raises `NotReady`, `InvalidRequest`.
+        """
+        deadline = trio.current_time() + (PATIENCE_S if patient else 0)
+        tries = 0
+        while True:
+            changed = self._ingress.changed.event
+            try:
+                await self._submit()
+                return
+            except NotReady:
+                if trio.current_time() >= deadline:
+                    raise
+            with trio.move_on_after(RETRY_S[min(tries, len(RETRY_S) - 1)]):
+                await changed.wait()
+            tries += 1
+
+    async def _submit(self) -> None:
+        model = find_model(self._ingress.plan(), self.model)
+        pipeline = pick_pipeline(model, self._ingress.members())
+        self._attempts += 1
+        attempt = self._ingress.open_attempt(f"{self.id}.{self._attempts}", pipeline.head)
+        self._attempt = attempt
+        submission = Submission(
+            pipeline=pipeline.id,
+            request=attempt.name,
+            tokens=tuple(self._tokens),
+            generated=self._generated,
+            max_new=self._limit - self._generated,
+            sampling=self._sampling,
+            eos=self._eos,
+        )
+        try:
+            await self._ingress.network.call(
+                pipeline.head, SUBMIT, submission, timeout=SUBMIT_TIMEOUT_S
+            )
+        except CallFailed as error:
+            self._drop_attempt(cancel=False)
+            if error.code == "never-fits":
+                raise InvalidRequest(str(error), param="max_tokens") from error
+            raise NotReady(f"the head of the pipeline refused: {error}", retry_after=2) from error
+        except NetworkError as error:
+            # The head may have taken the request all the same.
+            self._drop_attempt(cancel=True)
+            raise NotReady(f"the head of the pipeline cannot be reached: {error}") from error
+        except BaseException:
+            self._drop_attempt(cancel=True)
+            raise
+
+    async def _recover(self, reason: str) -> None:
+        self._drop_attempt(cancel=True)
+        self._executor_deaths += reason.startswith("executor-died")
+        if self._executor_deaths >= MAX_EXECUTOR_DEATHS:
+            raise GenerationFailed(
+                f"gave up after {self._executor_deaths} executor deaths: {reason}"
+            )
+        self.recoveries += 1
+        log.warning("request %s goes on after a failure (%s)", self.id, reason)
+        try:
+            await self.place(patient=True)
+        except (NotReady, InvalidRequest) as error:
+            raise GenerationFailed(f"{reason}; then: {error}") from error
+
+    async def _next_output(self) -> Output:
+        attempt = self._attempt
+        if attempt is None:
+            raise GenerationFailed("the answer was left already")
+        with trio.move_on_after(STALL_S):
+            return await attempt.outputs.receive()
+        return Output(request=attempt.name, index=0, failure=f"no token for {STALL_S:g} s")
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        while True:
+            output = await self._next_output()
+            if output.failure is not None or output.index > self._generated:
+                await self._recover(output.failure or "tokens were lost on the way")
+                continue
+            fresh = output.tokens[self._generated - output.index :]
+            self._tokens.extend(fresh)
+            if fresh:
+                self._executor_deaths = 0
+            text = self._text.add(list(fresh))
+            if output.finish is not None:
+                text += self._text.finish()
+            text, stopped = self._stops.add(text)
+            if stopped:
+                self._drop_attempt(cancel=output.finish is None)
+                yield Delta(text, len(fresh), "stop")
+                return
+            if output.finish is not None:
+                self._drop_attempt(cancel=False)
+                yield Delta(text + self._stops.finish(), len(fresh), output.finish)
+                return
+            if fresh:
+                yield Delta(text, len(fresh))

@@ -1,0 +1,109 @@
+"""Every node ends up with the same plan: pushed by the leader, pulled by whoever missed it."""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from pxd.cluster.plans import Epoch, Plan, PlanStore
+from pxd.p2p.network import Method, Network, NetworkError
+from pxd.serving.readiness import Members
+
+log = logging.getLogger("pxd.serving.plansync")
+
+PUSH_TIMEOUT_S = 5.0
+PULL_RETRY_S = 1.0
+
+PUSH: Method[Plan, Epoch | None] = Method("plan.push", Plan, Epoch | None)  # type: ignore[arg-type]
+PULL: Method[None, Plan | None] = Method("plan.pull", type(None), Plan | None)  # type: ignore[arg-type]
+
+
+class PlanSync:
+    """Holds the plan with the greatest epoch that anybody has told this node of.
+
+    `taken` is called with every plan that replaces the one held, also with an own one.
+    """
+
+    def __init__(
+        self, network: Network, members: Callable[[], Members], taken: Callable[[Plan], None]
+    ) -> None:
+        self._network = network
+        self._members = members
+        self._taken = taken
+        self._store = PlanStore()
+        self._behind = trio.Event()
+        network.serve(PUSH, self._serve_push)
+        network.serve(PULL, self._serve_pull)
+
+    @property
+    def plan(self) -> Plan | None:
+        return self._store.plan
+
+    def offer(self, plan: Plan) -> bool:
+        if not self._store.offer(plan):
+            return False
+        log.info("plan %s is in force", plan.epoch)
+        self._taken(plan)
+        return True
+
+    async def _serve_push(self, peer: str, plan: Plan) -> Epoch | None:
+        if plan.epoch.leader not in self._members():
+            log.warning("refused plan %s from %s: its leader is not a member", plan.epoch, peer)
+        else:
+            self.offer(plan)
+        return self._store.epoch
+
+    async def _serve_pull(self, _peer: str, _request: None) -> Plan | None:
+        return self._store.plan
+
+    async def publish(self, plan: Plan) -> None:
+        """Take an own plan and tell every alive member; those not reached will pull it."""
+        if not self.offer(plan):
+            return
+        async with trio.open_nursery() as nursery:
+            for peer, member in self._members().items():
+                if member.state == "alive" and peer != self._network.peer_id:
+                    nursery.start_soon(self._push, peer, plan)
+
+    async def _push(self, peer: str, plan: Plan) -> None:
+        try:
+            held = await self._network.call(peer, PUSH, plan, timeout=PUSH_TIMEOUT_S)
+        except NetworkError as error:
+            log.info("could not push plan %s to %s (it will pull it): %s", plan.epoch, peer, error)
+            return
+        if held is not None and held > plan.epoch:
+            self._behind.set()
+
+    def follow(self) -> None:
+        """Look at the records anew: does anybody hold a later plan?"""
+        if self._source() is not None:
+            self._behind.set()
+
+    def _source(self) -> str | None:
+        held = self._store.epoch
+        later = [
+            (member.record.plan, peer)
+            for peer, member in self._members().items()
+            if member.state in ("alive", "suspect")
+            and member.record.plan is not None
+            and (held is None or member.record.plan > held)
+        ]
+        return max(later)[1] if later else None
+
+    async def run(self) -> None:
+        """Pull whenever a member's record shows a later plan than the one held."""
+        while True:
+            await self._behind.wait()
+            self._behind = trio.Event()
+            source = self._source()
+            if source is None:
+                continue
+            try:
+                plan = await self._network.call(source, PULL, None, timeout=PUSH_TIMEOUT_S)
+            except NetworkError as error:
+                log.info("could not pull a plan from %s: %s", source, error)
+                await trio.sleep(PULL_RETRY_S)
+                self._behind.set()
+                continue
+            if plan is not None:
+                self.offer(plan)

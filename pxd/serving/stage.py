@@ -1,0 +1,358 @@
+"""Runs the stages that the plan gives this node, each in an executor process of its own."""
+
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan, StagePlan
+from pxd.cluster.records import StageReport
+from pxd.executors.protocol import (
+    ExecutorDied,
+    ExecutorError,
+    LoadSpec,
+    MemoryReport,
+    Progress,
+    StageInfo,
+)
+from pxd.models.errors import ModelError
+from pxd.p2p.network import Network, NetworkError
+from pxd.wire import Buffer, Nack, NackCode, Sampled, Step, Tensor
+
+log = logging.getLogger("pxd.serving.stage")
+
+INBOX_STEPS = 64
+OUTBOX_STEPS = 8
+RETRY_FAILED_S = 30.0
+BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
+STABLE_AFTER_S = 60.0
+
+
+class RunningExecutor(Protocol):
+    """What a stage needs of `pxd.executors.protocol.Executor` once its process runs."""
+
+    pid: int
+
+    async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo: ...
+    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]: ...
+    async def release(self, requests: tuple[int, ...]) -> None: ...
+    async def memory(self) -> MemoryReport: ...
+    async def wait_died(self) -> str: ...
+
+
+OpenExecutor = Callable[[], AbstractAsyncContextManager[RunningExecutor]]
+FindDirectory = Callable[[str, int, int, Progress], Awaitable[Path]]
+
+
+class StageRunner:
+    """One stage: keeps an executor with the right layers alive and passes steps through it.
+
+    Nothing that happens in the executor process ends `run`: it is restarted with a growing pause,
+    and the head is told by a `Nack` for every step that is lost.
+    """
+
+    def __init__(
+        self,
+        host: "StageHost",
+        model: ModelPlan,
+        pipeline: PipelinePlan,
+        stage: StagePlan,
+    ) -> None:
+        self._host = host
+        self.model = model
+        self.stage = stage
+        self.cancel_scope = trio.CancelScope()
+        self.finished = trio.Event()
+        self._send_step, self._steps = trio.open_memory_channel[tuple[Step, Buffer]](INBOX_STEPS)
+        self._session = -1
+        self._requests: set[int] = set()
+        self._current: Step | None = None
+        self.bind(pipeline)
+        self.report = StageReport(
+            model=model.name,
+            pipeline=pipeline.id,
+            start=stage.start,
+            end=stage.end,
+            state="loading",
+        )
+
+    @property
+    def weights(self) -> tuple[str, str, int, int]:
+        """Two runners with equal weights differ only in the pipeline they serve."""
+        return self.model.name, self.model.fingerprint, self.stage.start, self.stage.end
+
+    def bind(self, pipeline: PipelinePlan) -> None:
+        """Serve `pipeline` from now on; what is loaded stays."""
+        nodes = [stage.node for stage in pipeline.stages]
+        index = nodes.index(self.stage.node)
+        self.pipeline = pipeline
+        self.sender = nodes[index - 1] if index else self.stage.node
+        self._next = nodes[index + 1] if index + 1 < len(nodes) else None
+
+    def rebind(self, pipeline: PipelinePlan) -> None:
+        self.bind(pipeline)
+        self._session = -1
+        self._set(pipeline=pipeline.id)
+
+    def _set(self, **changes: object) -> None:
+        report = msgspec.structs.replace(self.report, **changes)
+        if report != self.report:
+            self.report = report
+            self._host.report_changed()
+
+    async def feed(self, step: Step, body: Buffer) -> None:
+        """Queue a step; waits while `INBOX_STEPS` are queued already."""
+        if self.report.state != "ready":
+            await self._nack(step, "not-ready", self.report.reason or self.report.state)
+        else:
+            await self._send_step.send((step, body))
+
+    async def run(self) -> None:
+        """Serve until `cancel_scope` is cancelled."""
+        try:
+            with self.cancel_scope:
+                await self._keep_running()
+        finally:
+            self.finished.set()
+
+    async def _keep_running(self) -> None:
+        failures = 0
+        while True:
+            began = trio.current_time()
+            try:
+                await self._load_and_serve()
+            except (ExecutorError, ModelError) as error:
+                log.error("stage %s cannot be loaded: %s", self._label(), error)
+                self._set(state="failed", reason=str(error)[:2000])
+                await trio.sleep(RETRY_FAILED_S)
+                self._set(state="loading", progress=0.0, reason="")
+            except ExecutorDied as error:
+                failures = 0 if trio.current_time() - began > STABLE_AFTER_S else failures
+                pause = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
+                failures += 1
+                log.error(
+                    "executor of stage %s died (%s); restarting in %g s",
+                    self._label(),
+                    error,
+                    pause,
+                )
+                self._set(
+                    state="restarting",
+                    restarts=self.report.restarts + 1,
+                    reason=f"its executor died: {error}"[:2000],
+                )
+                await self._nack_lost(str(error))
+                await trio.sleep(pause)
+
+    async def _load_and_serve(self) -> None:
+        start, end = self.stage.start, self.stage.end
+        fetched = await self._host.find_directory(self.model.name, start, end, self._progress)
+        async with self._host.open_executor() as executor:
+            spec = LoadSpec(
+                path=str(fetched),
+                start=start,
+                end=end,
+                fingerprint=self.model.fingerprint,
+                kv_bytes=self.stage.kv_bytes,
+            )
+            info = await executor.load(spec, self._progress)
+            self._requests.clear()
+            log.info("stage %s is ready (executor pid %d)", self._label(), executor.pid)
+            self._set(state="ready", progress=1.0, kv_tokens=info.kv_tokens, reason="")
+            async with trio.open_nursery() as nursery:
+                results, outgoing = trio.open_memory_channel[Sampled | tuple[Step, Buffer]](
+                    OUTBOX_STEPS
+                )
+                nursery.start_soon(self._forward, outgoing)
+                nursery.start_soon(self._execute, executor, results)
+                death = await executor.wait_died()
+                nursery.cancel_scope.cancel()
+            raise ExecutorDied(death)
+
+    def _progress(self, done: float) -> None:
+        # A record travels to every node, so small advances are not worth a new version.
+        if done - self.report.progress >= 0.05 or done >= 1.0:
+            self._set(progress=min(max(done, 0.0), 1.0))
+
+    async def _execute(
+        self,
+        executor: RunningExecutor,
+        results: "trio.MemorySendChannel[Sampled | tuple[Step, Buffer]]",
+    ) -> None:
+        while True:
+            step, body = await self._steps.receive()
+            self._current = step
+            if step.pipeline != self.pipeline.id:
+                await self._nack(step, "unknown-pipeline", "this stage serves another pipeline now")
+                continue
+            try:
+                await self._follow_session(executor, step)
+                result = await self._run_step(executor, step, body)
+            except ExecutorDied:
+                return  # `wait_died` says so too, and what follows is the same for both.
+            if isinstance(result, Nack):
+                await self._nack(step, result.code, result.reason, result.requests)
+            else:
+                await results.send(result)
+            self._current = None
+
+    async def _follow_session(self, executor: RunningExecutor, step: Step) -> None:
+        """Keep track of open requests, so that a head that lost its memory leaks nothing here."""
+        if step.session != self._session:
+            if self._requests:
+                await executor.release(tuple(self._requests))
+            self._requests.clear()
+            self._session = step.session
+        self._requests.difference_update(step.releases)
+        self._requests.update(opening.request for opening in step.openings)
+
+    async def _run_step(
+        self, executor: RunningExecutor, step: Step, body: Buffer
+    ) -> Sampled | Nack | tuple[Step, Buffer]:
+        if step.rows:
+            return await executor.step(step, body)
+        await executor.release(step.releases)
+        if self._next is None:
+            return Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=())
+        return msgspec.structs.replace(step, tensor=Tensor("i32", (0,))), b""
+
+    async def _forward(
+        self, outgoing: "trio.MemoryReceiveChannel[Sampled | tuple[Step, Buffer]]"
+    ) -> None:
+        async for result in outgoing:
+            try:
+                if isinstance(result, Sampled):
+                    await self._host.network.send(self.pipeline.head, result)
+                else:
+                    await self._host.network.send(self._next or self.pipeline.head, *result)
+            except NetworkError as error:
+                if isinstance(result, Sampled):
+                    log.warning("the head of %s is unreachable: %s", self._label(), error)
+                else:
+                    await self._nack(result[0], "unreachable", f"next stage: {error}")
+
+    async def _nack(
+        self, step: Step, code: NackCode, reason: str, requests: tuple[int, ...] = ()
+    ) -> None:
+        await self._host.nack(self.pipeline.head, step, code, reason, requests)
+
+    async def _nack_lost(self, reason: str) -> None:
+        """Answer for the step that was running and for those that were queued behind it."""
+        lost = [self._current] if self._current else []
+        self._current = None
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                lost.append(self._steps.receive_nowait()[0])
+        for step in lost:
+            await self._nack(step, "executor-died", reason)
+
+    def _label(self) -> str:
+        return f"{self.model.name} [{self.stage.start}, {self.stage.end})"
+
+
+class StageHost:
+    """All stages of this node. `report` is called with the stages' reports whenever one changes."""
+
+    def __init__(
+        self,
+        network: Network,
+        open_executor: OpenExecutor,
+        find_directory: FindDirectory,
+        report: Callable[[tuple[StageReport, ...]], None],
+    ) -> None:
+        self.network = network
+        self.open_executor = open_executor
+        self.find_directory = find_directory
+        self._report = report
+        self._runners: dict[str, StageRunner] = {}
+        self._plan: Plan | None = None
+        self._plan_changed = trio.Event()
+
+    def apply(self, plan: Plan) -> None:
+        """Follow a new plan. Returns at once; `run` makes it so and reports tell how far it is."""
+        self._plan = plan
+        self._plan_changed.set()
+
+    def report_changed(self) -> None:
+        self._report(tuple(runner.report for runner in self._runners.values()))
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._plan_changed.wait()
+                self._plan_changed = trio.Event()
+                if self._plan is not None:
+                    await self._follow(self._plan, nursery)
+
+    async def _follow(self, plan: Plan, nursery: trio.Nursery) -> None:
+        wanted = {
+            pipeline.id: (model, pipeline, stage)
+            for model in plan.models
+            for pipeline in model.pipelines
+            for stage in pipeline.stages
+            if stage.node == self.network.peer_id
+        }
+        spare = [runner for key, runner in self._runners.items() if key not in wanted]
+        runners = {key: runner for key, runner in self._runners.items() if key in wanted}
+        missing = []
+        for key, (model, pipeline, stage) in wanted.items():
+            if key in runners:
+                continue
+            weights = (model.name, model.fingerprint, stage.start, stage.end)
+            reusable = next((runner for runner in spare if runner.weights == weights), None)
+            if reusable is None:
+                missing.append((model, pipeline, stage))
+                continue
+            spare.remove(reusable)
+            reusable.rebind(pipeline)
+            runners[key] = reusable
+        self._runners = runners
+        # What goes is gone before anything is loaded: the plan counts on its memory.
+        for runner in spare:
+            runner.cancel_scope.cancel()
+        for runner in spare:
+            await runner.finished.wait()
+        for model, pipeline, stage in missing:
+            runner = StageRunner(self, model, pipeline, stage)
+            self._runners[pipeline.id] = runner
+            nursery.start_soon(runner.run)
+        self.report_changed()
+
+    async def feed(self, peer: str, step: Step, body: Buffer) -> None:
+        """Take a step from `peer`: the node before this one, or this node itself at the head."""
+        runner = self._runners.get(step.pipeline)
+        if runner is None:
+            head = self._head_of(step.pipeline)
+            if head is None:
+                log.info("dropped a step of an unknown pipeline from %s", peer)
+            else:
+                await self.nack(head, step, "not-ready", "the stage has not been set up yet")
+        elif peer != runner.sender:
+            log.warning("dropped a step from %s, which is not the stage before this one", peer)
+        else:
+            await runner.feed(step, body)
+
+    def _head_of(self, pipeline_id: str) -> str | None:
+        found = self._plan.pipeline(pipeline_id) if self._plan else None
+        return found[1].head if found else None
+
+    async def nack(
+        self, head: str, step: Step, code: NackCode, reason: str, requests: tuple[int, ...] = ()
+    ) -> None:
+        frame = Nack(
+            pipeline=step.pipeline,
+            session=step.session,
+            step=step.step,
+            code=code,
+            reason=reason[:2000],
+            requests=requests,
+        )
+        try:
+            await self.network.send(head, frame)
+        except NetworkError as error:
+            log.warning("cannot tell the head %s that a step failed (%s): %s", head, code, error)

@@ -1,0 +1,72 @@
+"""The shape of `pxd status --json`, `/cluster/status` and everything that shows the cluster."""
+
+from typing import Literal
+
+import msgspec
+
+NodeState = Literal["alive", "suspect", "dead", "left"]
+ModelState = Literal["waiting", "loading", "serving", "failed"]
+
+
+class StageView(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage as its node reports it. `progress` 0..1, meaningful while `state` is loading."""
+
+    model: str
+    pipeline: str
+    start: int
+    end: int
+    state: str
+    progress: float = 0.0
+    restarts: int = 0
+    reason: str = ""
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """`since` is how many seconds the node has been in `state`. `rtt_ms` None if not measured."""
+
+    id: str
+    name: str
+    state: NodeState
+    device: str
+    memory_gib: float
+    stages: list[StageView]
+    problem: str = ""
+    since: float = 0.0
+    rtt_ms: float | None = None
+    connected: bool = False
+    version: str = ""
+    tflops: float = 0.0
+    bandwidth_gbs: float = 0.0
+    running: int = 0
+    waiting: int = 0
+
+
+class PipelineStageView(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers [start, end) on `node` (peer id)."""
+
+    node: str
+    start: int
+    end: int
+    state: str
+
+
+class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    state: ModelState
+    reason: str
+    layers: int
+    pipelines: list[list[PipelineStageView]]
+
+
+class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster as `self` (peer id) sees it. `leader` is None until one is known."""
+
+    self_id: str = msgspec.field(name="self")
+    leader: str | None
+    term: int
+    epoch: str | None
+    nodes: list[NodeView]
+    models: list[ModelView]
+    http: str = ""
+    version: str = ""
+    uptime: float = 0.0

@@ -1,0 +1,98 @@
+"""The cluster as this node sees it, in the shape of `pxd status --json`."""
+
+from pxd.cluster.plans import ModelPlan, Plan
+from pxd.cluster.records import NodeRecord
+from pxd.serving.readiness import Members, readiness
+from pxd.serving.status import (
+    ModelState,
+    ModelView,
+    NodeView,
+    PipelineStageView,
+    StageView,
+)
+
+GIB = 1 << 30
+
+
+def _stages(record: NodeRecord) -> list[StageView]:
+    return [
+        StageView(
+            model=report.model,
+            pipeline=report.pipeline,
+            start=report.start,
+            end=report.end,
+            state=report.state,
+            progress=round(report.progress, 3),
+            restarts=report.restarts,
+            reason=report.reason,
+        )
+        for report in record.stages
+    ]
+
+
+def _device(record: NodeRecord) -> str:
+    if record.device is None:
+        return "being measured"
+    return f"{record.device.kind}: {record.device.name}" if record.device.name else "cpu"
+
+
+def node_view(
+    record: NodeRecord, *, state: str, since: float, rtt: float | None, connected: bool
+) -> NodeView:
+    """`since` in seconds of age, `rtt` in seconds. A gone node's stages are gone with it."""
+    gone = state in ("dead", "left")
+    return NodeView(
+        id=record.id,
+        name=record.name,
+        state=state,  # type: ignore[arg-type]
+        device=_device(record),
+        memory_gib=round(record.memory / GIB, 6),
+        stages=[] if gone else _stages(record),
+        problem=record.problem,
+        since=round(since, 3),
+        rtt_ms=None if rtt is None else round(rtt * 1000, 3),
+        connected=connected,
+        version=record.pxd,
+        tflops=record.device.tflops if record.device else 0.0,
+        bandwidth_gbs=record.device.bandwidth if record.device else 0.0,
+        running=record.running,
+        waiting=record.waiting,
+    )
+
+
+def _model_state(model: ModelPlan, members: Members) -> tuple[ModelState, str]:
+    if not model.pipelines:
+        state: ModelState = "failed" if model.state == "failed" else "waiting"
+        return state, model.reason
+    states = [readiness(pipeline, members) for pipeline in model.pipelines]
+    if any(state.ready for state in states):
+        return "serving", ""
+    reason = " | ".join(state.reason for state in states)
+    if all("failed" in state.states for state in states):
+        return "failed", reason
+    return "loading", reason
+
+
+def model_views(plan: Plan | None, members: Members) -> list[ModelView]:
+    views = []
+    for model in plan.models if plan else ():
+        state, reason = _model_state(model, members)
+        pipelines = [
+            [
+                PipelineStageView(node=stage.node, start=stage.start, end=stage.end, state=word)
+                for stage, word in zip(
+                    pipeline.stages, readiness(pipeline, members).states, strict=True
+                )
+            ]
+            for pipeline in model.pipelines
+        ]
+        views.append(
+            ModelView(
+                name=model.name,
+                state=state,
+                reason=reason,
+                layers=model.layers,
+                pipelines=pipelines,
+            )
+        )
+    return views

@@ -1,0 +1,65 @@
+"""Everything a person can set for one daemon, and where it keeps its files."""
+
+import socket
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import platformdirs
+
+DEFAULT_HTTP = "127.0.0.1:8470"
+DEFAULT_LISTEN = "0.0.0.0:8471"
+DEFAULT_MODEL = "demo"
+
+
+def default_data_dir() -> Path:
+    return Path(platformdirs.user_data_dir("pxd", appauthor=False))
+
+
+def default_name() -> str:
+    return socket.gethostname().split(".")[0][:64] or "node"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """One daemon's settings. Units: `memory` GiB.
+
+    `http` and `listen` are HOST:PORT; None means the default port, or any free one if it is taken.
+    """
+
+    data_dir: Path
+    name: str
+    model: str | None = None
+    join: str | None = None
+    http: str | None = None
+    listen: str | None = None
+    memory: float | None = None
+    max_layers: int | None = None
+    mdns: bool = True
+    log_format: Literal["text", "json"] = "text"
+
+    @property
+    def files(self) -> "DataFiles":
+        return DataFiles(self.data_dir)
+
+
+class DataFiles:
+    """Names of the files in a data directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.node_key = root / "node.key"
+        self.cluster_key = root / "cluster.key"
+        self.state = root / "state.json"
+        self.peers = root / "peers.json"
+        self.hardware = root / "hardware.json"
+        self.lock = root / "daemon.lock"
+        self.daemon = root / "daemon.json"
+
+
+def parse_endpoint(value: str) -> tuple[str, int]:
+    """Split HOST:PORT; IPv6 hosts stand in brackets. Raises ValueError with a helpful message."""
+    host, separator, port = value.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{value!r} is not HOST:PORT, for example 127.0.0.1:8470 or [::1]:8470")
+    return host, int(port)

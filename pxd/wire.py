@@ -1,0 +1,229 @@
+"""Frames: the one wire format of data channels and executor pipes.
+
+A frame is ``>II`` (header length, body length), a msgpack header and raw body bytes. The header is
+one of a closed set of msgspec structs; the body is tensor data described by the header's `Tensor`.
+Both lengths are checked against `Limits` before anything is allocated.
+"""
+
+import math
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+_PREFIX = struct.Struct(">II")
+PREFIX_SIZE = _PREFIX.size
+
+Buffer = bytes | bytearray | memoryview
+HeaderT = TypeVar("HeaderT")
+
+
+class WireError(Exception):
+    """Bytes that do not form a valid frame; the connection they came from is not usable again."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Upper bounds in bytes for what a peer may make us allocate with one frame."""
+
+    header: int = 1 << 20
+    body: int = 256 << 20
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Name = Annotated[str, msgspec.Meta(max_length=512)]
+Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Reason = Annotated[str, msgspec.Meta(max_length=2000)]
+
+DType = Literal["bf16", "f16", "f32", "i32"]
+DTYPE_BYTES: dict[DType, int] = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4}
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """Type and shape of a frame's body: row-major, little-endian, no padding."""
+
+    dtype: DType
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request's tokens are drawn. Temperature 0 is greedy.
+
+    The random number for a token depends on `seed` and the token's position alone, so a replay on
+    another pipeline or in another batch draws the same token.
+    """
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    top_k: Count = 0
+    seed: Seed = 0
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """One request's share of a step: `count` positions from `position` on.
+
+    The rows' positions lie one after the other in the step's tensor, in row order.
+    With `sample` the last stage draws the token that follows the row's last position.
+    """
+
+    request: Count
+    position: Count
+    count: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    sample: bool
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """A request that first appears with this step; its first row has position 0."""
+
+    request: Count
+    sampling: Sampling
+
+
+class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
+    """One batch through a pipeline. Sent from stage to stage; the body holds hidden states.
+
+    `tensor` is i32 ``(tokens,)`` on the way into stage 0 and ``(tokens, hidden)`` after it.
+    Step numbers grow within a session and steps run in that order on every stage. `releases` are
+    applied before, `openings` after them, both before the rows run. A step may have no rows.
+    `session` names one life of the head's scheduler: with a new one, a stage forgets every request
+    of the old.
+    """
+
+    pipeline: Identifier
+    session: Count
+    step: Count
+    rows: Annotated[tuple[Row, ...], msgspec.Meta(max_length=4096)]
+    tensor: Tensor
+    openings: Annotated[tuple[Opening, ...], msgspec.Meta(max_length=4096)] = ()
+    releases: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)] = ()
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    """The token drawn for `request`; `position` is the place it takes in the sequence."""
+
+    request: Count
+    position: Count
+    token: TokenId
+
+
+class Sampled(msgspec.Struct, frozen=True, tag="sampled", kw_only=True):
+    """What the last stage sends straight back to the head after a step."""
+
+    pipeline: Identifier
+    session: Count
+    step: Count
+    tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
+
+
+NackCode = Literal[
+    "unknown-pipeline",
+    "not-ready",
+    "unknown-request",
+    "bad-step",
+    "executor-failed",
+    "executor-died",
+    "unreachable",
+]
+
+
+class Nack(msgspec.Struct, frozen=True, tag="nack", kw_only=True):
+    """A stage could not run a step, or could not pass it on. Sent to the head.
+
+    The requests of the step are lost in any case. `requests` names further ones that lost their
+    state on that stage; with code executor-died it is every request of the pipeline.
+    """
+
+    pipeline: Identifier
+    session: Count
+    step: Count
+    code: NackCode
+    reason: Reason
+    requests: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)] = ()
+
+
+Finish = Literal["stop", "length"]
+
+
+class Output(msgspec.Struct, frozen=True, tag="output", kw_only=True):
+    """New tokens of a request, from the head to the ingress.
+
+    `index` is the place of the first of `tokens` among the request's generated tokens, counted from
+    0 including those the ingress handed over at submission. `failure` names why the head gave the
+    request up; the ingress may submit it again elsewhere.
+    """
+
+    request: Identifier
+    index: Count
+    tokens: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=65536)] = ()
+    finish: Finish | None = None
+    failure: Reason | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", kw_only=True):
+    """The ingress no longer wants a request; the head frees it on every stage."""
+
+    request: Identifier
+
+
+Frame = Step | Sampled | Nack | Output | Cancel
+"""Everything that travels on a data channel."""
+
+_encoder = msgspec.msgpack.Encoder()
+frame_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
+
+
+def encode(header: Any, body_size: int = 0, limits: Limits | None = None) -> bytes:
+    """Return prefix and header; the caller sends `body_size` bytes of body right behind them.
+
+    Raises `WireError` when the frame would break `limits`, so that the sender learns of it and
+    not the receiver.
+    """
+    limits = limits or Limits()
+    data = _encoder.encode(header)
+    if len(data) > limits.header or body_size > limits.body:
+        raise WireError(f"frame too large: header {len(data)}, body {body_size} bytes")
+    return _PREFIX.pack(len(data), body_size) + data
+
+
+def decode_prefix(prefix: Buffer, limits: Limits) -> tuple[int, int]:
+    """Return (header length, body length); raises `WireError` when either breaks `limits`."""
+    header, body = _PREFIX.unpack(prefix)
+    if not 0 < header <= limits.header or body > limits.body:
+        raise WireError(f"refusing a frame of header {header}, body {body} bytes")
+    return header, body
+
+
+def decode_header(
+    data: Buffer, body_size: int, decoder: "msgspec.msgpack.Decoder[HeaderT]"
+) -> HeaderT:
+    """Decode and check a header; its `tensor`, where it has one, must describe the body exactly."""
+    try:
+        header = decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise WireError(f"bad header: {error}") from error
+    tensor = getattr(header, "tensor", None)
+    expected = tensor.nbytes if isinstance(tensor, Tensor) else 0
+    if expected != body_size:
+        raise WireError(f"body of {body_size} bytes where the header says {expected}")
+    return header
+
+
+async def read_frame(
+    read_exactly: Callable[[int], Awaitable[Buffer]],
+    decoder: "msgspec.msgpack.Decoder[HeaderT]",
+    limits: Limits | None = None,
+) -> tuple[HeaderT, Buffer]:
+    """Read one frame with `read_exactly(n)`, which must return n bytes or raise."""
+    limits = limits or Limits()
+    header_size, body_size = decode_prefix(await read_exactly(PREFIX_SIZE), limits)
+    header = decode_header(await read_exactly(header_size), body_size, decoder)
+    body = await read_exactly(body_size) if body_size else b""
+    return header, body

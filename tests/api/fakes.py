@@ -1,0 +1,226 @@
+"""A daemon without a cluster: real answers to the API's questions, from a script."""
+
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import trio
+
+from pxd.api.app import create_app
+from pxd.api.server import serve
+from pxd.serving.requests import Delta, Generation, Message, UnknownModel
+from pxd.serving.status import (
+    ClusterStatus,
+    ModelView,
+    NodeView,
+    PipelineStageView,
+    StageView,
+)
+
+DEADLINE_S = 20.0
+TICKET = "pxd1-a-ticket-for-tests"
+
+PEERS = {name: f"12D3KooW{name.capitalize() * 8}" for name in ("anna", "ben", "carl", "dora")}
+
+Step = Delta | Exception | trio.Event
+"""A piece of a scripted answer: something to say, to raise, or to wait for."""
+
+
+class FakeAnswer:
+    """Runs through its script; tells how it was left."""
+
+    def __init__(self, number: int, model: str, prompt_tokens: int, script: list[Step]) -> None:
+        self.id = f"fake{number}"
+        self.model = model
+        self.prompt_tokens = prompt_tokens
+        self.recoveries = 0
+        self.waiting = threading.Event()
+        self.finished = False
+        self.left = threading.Event()
+        self._script = script
+
+    async def __aenter__(self) -> "FakeAnswer":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.left.set()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        for step in self._script:
+            if isinstance(step, trio.Event):
+                self.waiting.set()
+                await step.wait()
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                yield step
+        self.finished = True
+
+    @property
+    def cancelled(self) -> bool:
+        """Left before its end; waits until it was left at all."""
+        assert self.left.wait(DEADLINE_S), "the answer was never left"
+        return not self.finished
+
+
+def echo(messages: tuple[Message, ...]) -> list[Step]:
+    """The last message's words, one token each, with a pause for thought before the first."""
+    words = messages[-1].content.split(" ")
+    pieces = [words[0], *(f" {word}" for word in words[1:])]
+    return [Delta("", 1), *(Delta(piece, 1) for piece in pieces), Delta("", 0, "stop")]
+
+
+class FakeIngress:
+    """Serves the model `demo`: the next script of `scripts`, or else an echo."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str | None, tuple[Message, ...], Generation]] = []
+        self.answers: list[FakeAnswer] = []
+        self.scripts: deque[list[Step]] = deque()
+        self.refusals: deque[Exception] = deque()
+
+    async def chat(
+        self, model: str | None, messages: tuple[Message, ...], generation: Generation
+    ) -> FakeAnswer:
+        await trio.lowlevel.checkpoint()
+        self.calls.append((model, messages, generation))
+        if model not in (None, "demo"):
+            raise UnknownModel(f"The model {model!r} is not served by this cluster")
+        if self.refusals:
+            raise self.refusals.popleft()
+        script = self.scripts.popleft() if self.scripts else echo(messages)
+        words = sum(len(message.content.split()) for message in messages)
+        answer = FakeAnswer(len(self.answers), "demo", words, script)
+        self.answers.append(answer)
+        return answer
+
+
+def stage(start: int, end: int, state: str = "ready", **more: object) -> StageView:
+    return StageView(model="demo", pipeline="p1", start=start, end=end, state=state, **more)  # type: ignore[arg-type]
+
+
+def node(name: str, *stages: StageView, **more: object) -> NodeView:
+    fields = {
+        "state": "alive",
+        "device": "cpu: AMD EPYC 9554 64-Core Processor",
+        "memory_gib": 15.5,
+        "connected": True,
+        "rtt_ms": 0.42,
+        "version": "0.1.0",
+        "tflops": 1.23,
+        "bandwidth_gbs": 23.4,
+        "since": 75.0,
+    }
+    return NodeView(id=PEERS[name], name=name, stages=list(stages), **(fields | more))  # type: ignore[arg-type]
+
+
+def pipeline(*stages: tuple[str, int, int], state: str = "ready") -> list[PipelineStageView]:
+    return [
+        PipelineStageView(node=PEERS[name], start=start, end=end, state=state)
+        for name, start, end in stages
+    ]
+
+
+def serving_status() -> ClusterStatus:
+    """Three nodes that serve the demo model together, seen by anna."""
+    return ClusterStatus(
+        self_id=PEERS["anna"],
+        leader=PEERS["ben"],
+        term=4,
+        epoch="4.2@enBenB",
+        nodes=[
+            node("anna", stage(0, 3), rtt_ms=None),
+            node("ben", stage(3, 6)),
+            node("carl", stage(6, 8)),
+        ],
+        models=[
+            ModelView(
+                name="demo",
+                state="serving",
+                reason="",
+                layers=8,
+                pipelines=[pipeline(("anna", 0, 3), ("ben", 3, 6), ("carl", 6, 8))],
+            )
+        ],
+        http="http://127.0.0.1:8470",
+        version="0.1.0",
+        uptime=192.5,
+    )
+
+
+class FakeDaemon:
+    def __init__(self) -> None:
+        self.ingress = FakeIngress()
+        self.cluster = serving_status()
+        self.stopped = threading.Event()
+        self.ends_when_stopped = True
+        self.shutdown = trio.Event()
+
+    def status(self) -> ClusterStatus:
+        return self.cluster
+
+    def ticket(self) -> str:
+        return TICKET
+
+    def stop(self) -> None:
+        self.stopped.set()
+        if self.ends_when_stopped:
+            self.shutdown.set()
+
+
+class LiveServer:
+    """The API over a real socket, in a thread of its own; see `live_server`."""
+
+    def __init__(self, daemon: FakeDaemon, grace: float) -> None:
+        self.daemon = daemon
+        self.url = ""
+        self.host = ""
+        self.port = 0
+        self._grace = grace
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=[self._main], daemon=True)
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            app = create_app(self.daemon)
+            self.url = await nursery.start(self._serve, app)
+            self.host, _, port = self.url.removeprefix("http://").rpartition(":")
+            self.port = int(port)
+            self._up.set()
+
+    async def _serve(self, app, *, task_status) -> None:
+        await serve(
+            app,
+            "127.0.0.1",
+            0,
+            shutdown=self.daemon.shutdown,
+            grace=self._grace,
+            task_status=task_status,
+        )
+
+    def set(self, event: trio.Event) -> None:
+        assert self._token is not None
+        self._token.run_sync_soon(event.set)
+
+    def join(self) -> None:
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive(), "the server did not end"
+
+    def __enter__(self) -> "LiveServer":
+        self._thread.start()
+        assert self._up.wait(DEADLINE_S), "the server did not start"
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._thread.is_alive():
+            self.set(self.daemon.shutdown)
+        self.join()
+
+
+@contextmanager
+def live_server(daemon: FakeDaemon | None = None, grace: float = 0.0) -> Iterator[LiveServer]:
+    with LiveServer(daemon or FakeDaemon(), grace) as server:
+        yield server

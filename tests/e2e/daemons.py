@@ -1,0 +1,155 @@
+"""Real `pxd start` processes on loopback, each with a data directory of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+DEADLINE_S = 90.0
+Status = dict[str, Any]
+
+
+def wait_for(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+    """Poll until `condition` returns something true; return that."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {deadline_s:g} s: {what}")
+        time.sleep(0.05)
+
+
+class Daemon:
+    def __init__(self, root: Path, name: str, *options: str, join: str | None = None) -> None:
+        self.name = name
+        self.data_dir = root / name
+        self.log_path = root / f"{name}.log"
+        self._command = [sys.executable, "-m", "pxd", "start", "--name", name, "--no-mdns"]
+        self._command += ["--data-dir", str(self.data_dir)]
+        self._command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", *options]
+        if join:
+            self._command += ["--join", join]
+        self.start()
+
+    def start(self) -> None:
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def url(self) -> str:
+        def read() -> str | None:
+            if self.process.poll() is not None:
+                raise AssertionError(f"{self.name} ended: {self.log[-3000:]}")
+            try:
+                content = json.loads((self.data_dir / "daemon.json").read_text())
+            except FileNotFoundError:
+                return None
+            return content["http"] if content["pid"] == self.process.pid else None
+
+        return wait_for(read, f"{self.name} is up")
+
+    def status(self) -> Status:
+        return httpx.get(f"{self.url}/cluster/status", timeout=10).raise_for_status().json()
+
+    @property
+    def id(self) -> str:
+        return self.status()["self"]
+
+    def wait_status(self, condition: Callable[[Status], Any], what: str) -> Status:
+        last: Status = {}
+
+        def check() -> bool:
+            nonlocal last
+            last = self.status()
+            return bool(condition(last))
+
+        try:
+            wait_for(check, what)
+        except AssertionError as error:
+            shown = json.dumps(last, indent=1)
+            raise AssertionError(f"{error}\n{shown}\n{self.log[-5000:]}") from error
+        return last
+
+    def pxd(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "pxd", *arguments, "--data-dir", str(self.data_dir)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    def ticket(self) -> str:
+        assert self.url
+        done = self.pxd("ticket")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def chat(self, text: str, **options: Any) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **options}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+
+    def answer(self, text: str, **options: Any) -> str:
+        response = self.chat(text, **options)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["message"]["content"]
+
+    def executors(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            children = self.executors()
+            self.process.kill()
+            self.process.wait()
+            psutil.wait_procs(children, timeout=20)
+
+
+def own_stages(status: Status) -> list[tuple[int, int]]:
+    """The ranges of the served pipeline, in order."""
+    for model in status["models"]:
+        if model["state"] == "serving":
+            return [(stage["start"], stage["end"]) for stage in model["pipelines"][0]]
+    return []
+
+
+def serving_on(count: int) -> Callable[[Status], bool]:
+    return lambda status: len(own_stages(status)) == count
+
+
+@contextmanager
+def cluster(
+    root: Path, names: Sequence[str], *options: str, serving: bool = True
+) -> Iterator[list[Daemon]]:
+    """Daemons that know each other; with `serving`, all see a pipeline over all of them."""
+    daemons: list[Daemon] = []
+    try:
+        daemons.append(Daemon(root, names[0], *options))
+        if len(names) > 1:
+            ticket = daemons[0].ticket()
+            daemons += [Daemon(root, name, *options, join=ticket) for name in names[1:]]
+        for daemon in daemons:
+            if serving:
+                daemon.wait_status(serving_on(len(names)), f"served by {len(names)} nodes")
+        yield daemons
+    finally:
+        for daemon in daemons:
+            daemon.end()
+        if sys.exc_info()[0] is not None and not os.environ.get("PXD_TEST_QUIET"):
+            for daemon in daemons:
+                print(f"----- log of {daemon.name}\n{daemon.log[-4000:]}")

@@ -1,0 +1,29 @@
+"""What `mlx_lm.generate` answers: python -m tests.e2e.reference MODEL_DIR MAX_TOKENS QUESTION...
+
+One JSON list with an object per question: its text and its number of tokens.
+"""
+
+import json
+import sys
+
+import mlx_lm
+
+
+def main(model_dir: str, max_tokens: str, *questions: str) -> None:
+    model, tokenizer = mlx_lm.load(model_dir)
+    answers = []
+    for question in questions:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True
+        )
+        tokens, text = [], ""
+        for response in mlx_lm.stream_generate(model, tokenizer, prompt, int(max_tokens)):
+            text += response.text
+            if response.finish_reason != "stop":
+                tokens.append(response.token)
+        answers.append({"text": text, "tokens": tokens, "prompt": list(prompt)})
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,261 @@
+"""The acceptance of the walking skeleton: real processes, sockets, signals and a real model."""
+
+import contextlib
+import itertools
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from pxd.identity import Ticket
+
+from .daemons import Daemon, cluster, own_stages, serving_on, wait_for
+
+pytestmark = pytest.mark.slow
+
+NAMES = ("anna", "ben", "carl")
+FACTS = {
+    "What is 17 + 25?": "42",
+    "What is the capital of Norway?": "Oslo",
+    "Sort 5 2 9 1.": "1 2 5 9",
+    "What day comes after Monday?": "Tuesday",
+    "Which month comes after June?": "July",
+    "What is 7 * 8?": "56",
+    "Spell river.": "R I V E R",
+    "What is 90 - 45?": "45",
+}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
+    with cluster(tmp_path_factory.mktemp("three"), NAMES) as daemons:
+        yield daemons
+
+
+def test_every_node_shows_the_same_cluster(three: list[Daemon]) -> None:
+    statuses = [daemon.status() for daemon in three]
+    assert len({status["self"] for status in statuses}) == 3
+    for status in statuses:
+        assert status["leader"] == statuses[0]["leader"] is not None
+        assert status["epoch"] == statuses[0]["epoch"]
+        assert {node["name"] for node in status["nodes"]} == set(NAMES)
+        assert {node["state"] for node in status["nodes"]} == {"alive"}
+        ranges = own_stages(status)
+        assert ranges[0][0] == 0
+        assert ranges[-1][1] == status["models"][0]["layers"]
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+
+
+def test_the_same_answer_at_every_node(three: list[Daemon]) -> None:
+    for question, fact in list(FACTS.items())[:3]:
+        assert [daemon.answer(question) for daemon in three] == [fact] * 3
+
+
+def test_eight_concurrent_streams_at_different_nodes(three: list[Daemon]) -> None:
+    def stream(item: tuple[int, str]) -> str:
+        number, question = item
+        client = openai.OpenAI(base_url=f"{three[number % 3].url}/v1", api_key="none")
+        chunks = client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            stream=True,
+        )
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(stream, enumerate(FACTS))) == list(FACTS.values())
+
+
+def test_seeded_sampling_is_the_same_everywhere(three: list[Daemon]) -> None:
+    options = {"temperature": 1.5, "seed": 7, "max_tokens": 30}
+    answers = {daemon.answer("Say the alphabet.", **options) for daemon in three}
+    assert len(answers) == 1
+    others = {three[0].answer("Say the alphabet.", **{**options, "seed": s}) for s in range(5)}
+    assert len(others) > 1
+
+
+def test_a_client_that_leaves_frees_its_request(three: list[Daemon]) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "Count from 1 to 20."}],
+        "stream": True,
+        "temperature": 2,
+        "max_tokens": 400,
+    }
+    with httpx.stream("POST", f"{three[1].url}/v1/chat/completions", json=body) as response:
+        next(response.iter_bytes())
+    three[0].wait_status(
+        lambda status: all(node["running"] + node["waiting"] == 0 for node in status["nodes"]),
+        "no request is left running",
+    )
+
+
+def test_bytes_from_strangers_leave_the_cluster_answering(three: list[Daemon]) -> None:
+    address = Ticket.parse(three[0].ticket()).addresses[0]
+    port = int(re.search(r"/tcp/(\d+)", address)[1])  # type: ignore[index]
+    with socket.create_connection(("127.0.0.1", port)) as garbage:
+        with contextlib.suppress(OSError):  # Refused before the end: just as good.
+            garbage.sendall(os.urandom(1 << 20))
+        half_open = socket.create_connection(("127.0.0.1", port))
+        crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        assert three[1].answer("What is 17 + 25?") == "42"
+        for connection in [half_open, *crowd]:
+            connection.close()
+    assert three[2].answer("What is 17 + 25?") == "42"
+    for daemon in three:
+        assert {node["state"] for node in daemon.status()["nodes"]} == {"alive"}
+
+
+def test_a_wrong_key_never_gets_in(three: list[Daemon], tmp_path: Path) -> None:
+    real = Ticket.parse(three[0].ticket())
+    forged = str(Ticket(bytes(32), real.addresses))
+    stranger = Daemon(tmp_path, "stranger", join=forged)
+    try:
+        wait_for(lambda: "key" in stranger.log.lower(), "the stranger says why it is refused")
+        wait_for(lambda: "refused" in three[0].log, "the member says whom it refused")
+        assert len(stranger.status()["nodes"]) == 1
+        stranger_id = stranger.id
+        for daemon in three:
+            assert stranger_id not in [node["id"] for node in daemon.status()["nodes"]]
+    finally:
+        stranger.end()
+
+
+def test_a_killed_executor_is_restarted(three: list[Daemon]) -> None:
+    for daemon in three:
+        [executor] = daemon.executors()
+        executor.kill()
+        assert daemon.answer("What is 17 + 25?") == "42"
+        daemon.wait_status(
+            lambda status, daemon=daemon: any(
+                stage["restarts"] > 0 and stage["state"] == "ready"
+                for node in status["nodes"]
+                if node["name"] == daemon.name
+                for stage in node["stages"]
+            ),
+            "the restart is reported",
+        )
+        assert daemon.executors()[0].pid != executor.pid
+
+
+def test_a_killed_executor_in_the_middle_of_an_answer(three: list[Daemon]) -> None:
+    def ask() -> str:
+        return three[1].answer("Say the alphabet.")
+
+    undisturbed = ask()
+    client = openai.OpenAI(base_url=f"{three[1].url}/v1", api_key="none")
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "Say the alphabet."}],
+        temperature=0,
+        stream=True,
+    )
+    text = ""
+    for chunk in stream:
+        text += chunk.choices[0].delta.content or ""
+        if len(text) >= 4 and (alive := three[2].executors()):
+            alive[0].kill()
+            break
+    text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == undisturbed
+
+
+def test_sigterm_leaves_cleanly(tmp_path: Path) -> None:
+    with cluster(tmp_path, NAMES) as daemons:
+        leaver, stayers = daemons[0], daemons[1:]
+        children = leaver.executors()
+        assert children
+        leaver.signal(signal.SIGTERM)
+        for daemon in stayers:
+            daemon.wait_status(
+                lambda status: (
+                    [node["state"] for node in status["nodes"] if node["name"] == leaver.name]
+                    == ["left"]
+                ),
+                "the node is shown as left",
+            )
+        assert leaver.process.wait(20) == 0
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+        assert not (leaver.data_dir / "daemon.json").exists()
+        for daemon in stayers:
+            daemon.wait_status(serving_on(2), "the two others serve")
+            assert daemon.answer("What is 17 + 25?") == "42"
+
+        leaver.start()
+        for daemon in daemons:
+            daemon.wait_status(serving_on(3), "it is back, and counted once")
+            assert sorted(node["name"] for node in daemon.status()["nodes"]) == sorted(NAMES)
+        assert leaver.answer("What is 17 + 25?") == "42"
+
+
+def test_a_killed_node_is_noticed_and_its_executor_ends(tmp_path: Path) -> None:
+    with cluster(tmp_path, NAMES) as daemons:
+        victim = daemons[1]
+        children = victim.executors()
+        victim.signal(signal.SIGKILL)
+        victim.process.wait()
+        assert psutil.wait_procs(children, timeout=20)[1] == []
+        for daemon in (daemons[0], daemons[2]):
+            daemon.wait_status(serving_on(2), "the two others serve")
+            assert daemon.answer("What is 17 + 25?") == "42"
+
+
+def test_pxd_stop_and_ctrl_c(tmp_path: Path) -> None:
+    with cluster(tmp_path, NAMES[:2]) as (anna, ben):
+        stopped = ben.pxd("stop")
+        assert stopped.returncode == 0, stopped.stderr
+        assert ben.process.wait(20) == 0
+        anna.signal(signal.SIGINT)
+        assert anna.process.wait(20) == 0
+
+
+def test_too_little_capacity_says_what_is_missing(tmp_path: Path) -> None:
+    with cluster(tmp_path, NAMES, "--memory", "0.0005", serving=False) as daemons:
+        for daemon in daemons:
+            status = daemon.wait_status(
+                lambda status: (
+                    len(status["nodes"]) == 3
+                    and status["models"]
+                    and "3 nodes" in status["models"][0]["reason"]
+                ),
+                "the shortage is known",
+            )
+            [model] = status["models"]
+            assert model["state"] == "waiting"
+            assert "GiB" in model["reason"]
+            assert "missing" in model["reason"]
+            response = daemon.chat("What is 17 + 25?")
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) > 0
+            assert model["reason"] in response.json()["error"]["message"]
+            assert httpx.get(f"{daemon.url}/readyz").status_code == 503
+
+
+def test_a_second_daemon_on_the_same_data_directory_is_refused(tmp_path: Path) -> None:
+    with cluster(tmp_path, NAMES[:1]) as (anna,):
+        second = anna.pxd("start", "--no-mdns")
+        assert second.returncode == 1
+        assert "already runs" in second.stderr
+        assert "Traceback" not in second.stderr
+
+
+def test_requests_wait_for_nothing_while_no_plan_is_ready(tmp_path: Path) -> None:
+    """A node that is starting says 503 and Retry-After, and never hangs or lies."""
+    daemon = Daemon(tmp_path, "anna")
+    try:
+        first = daemon.chat("What is 17 + 25?")
+        assert first.status_code in (200, 503)
+        if first.status_code == 503:
+            assert int(first.headers["retry-after"]) > 0
+        daemon.wait_status(serving_on(1), "serving alone")
+        assert daemon.answer("What is 17 + 25?") == "42"
+    finally:
+        daemon.end()

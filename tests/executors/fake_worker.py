@@ -1,0 +1,78 @@
+"""A worker without a model, for tests of the process around it: `python fake_worker.py FD`.
+
+Its engine does what the pipeline name of a step says: ``echo``, ``sleep:SECONDS``, ``exit:CODE``,
+``reject``, ``forward``.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from pxd.cluster.records import Device
+from pxd.executors.protocol import (
+    Engine,
+    ExecutorError,
+    LoadSpec,
+    MemoryReport,
+    ModelDescription,
+    Progress,
+    StageInfo,
+    StepOutput,
+    StepRejected,
+)
+from pxd.executors.worker import serve
+from pxd.wire import Buffer, Step
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.released: list[int] = []
+
+    def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
+        if spec.path == "/refused":
+            raise ExecutorError("no such model")
+        if spec.path == "/crash":
+            raise IndexError("something unforeseen")
+        if spec.path == "/slow":
+            progress(0.1)
+            time.sleep(600)
+        for done in (0.25, 0.5, 2.0):
+            progress(done)
+        return StageInfo(
+            layers=spec.end - spec.start, hidden_size=4, weight_bytes=8, kv_tokens=spec.kv_bytes
+        )
+
+    def step(self, step: Step, body: Buffer) -> StepOutput:
+        action, _, argument = step.pipeline.partition(":")
+        if action == "sleep":
+            time.sleep(float(argument))
+        elif action == "exit":
+            print("about to leave", file=sys.stderr, flush=True)
+            os._exit(int(argument))
+        elif action == "reject":
+            raise StepRejected("unknown-request", "never heard of it", (7,))
+        elif action == "forward":
+            return step.tensor, bytes(body)
+        return tuple(100 + row.request for row in step.rows if row.sample)
+
+    def release(self, requests: tuple[int, ...]) -> None:
+        self.released.extend(requests)
+
+    def memory(self) -> MemoryReport:
+        return MemoryReport(active=sum(self.released), resident=1, requests=len(self.released))
+
+
+class FakeBackend:
+    def engine(self) -> Engine:
+        return FakeEngine()
+
+    def describe(self, path: Path) -> ModelDescription:
+        raise ExecutorError(f"nothing at {path}")
+
+    def measure(self) -> Device:
+        return Device(kind="cpu", name="fake")
+
+
+if __name__ == "__main__":
+    sys.exit(serve(int(sys.argv[1]), FakeBackend))

@@ -1,0 +1,86 @@
+"""A pipeline of engines in one process, driven by a naive scheduler. Used by checks that run in
+processes of their own (`architecture_check.py`)."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pxd.executors.mlx.engine import MlxEngine
+from pxd.executors.protocol import LoadSpec, StageInfo
+from pxd.wire import Buffer, Opening, Row, Sampling, Step, Tensor
+
+GREEDY = Sampling(temperature=0)
+
+
+class Pipeline:
+    """Stages cut at `cuts`; hidden states travel as bytes, so nothing is shared by accident."""
+
+    def __init__(self, path: Path, layers: int, cuts: Sequence[int] = ()) -> None:
+        bounds = [0, *cuts, layers]
+        self.engines = [MlxEngine() for _ in bounds[1:]]
+        self.infos: list[StageInfo] = [
+            engine.load(LoadSpec(path=str(path), start=a, end=b, kv_bytes=1 << 30), lambda _: None)
+            for engine, (a, b) in zip(self.engines, itertools.pairwise(bounds), strict=True)
+        ]
+        self._steps = itertools.count()
+        self._open: set[int] = set()
+
+    def step(
+        self,
+        rows: Sequence[tuple[int, int, Sequence[int], bool]],
+        samplings: dict[int, Sampling] | None = None,
+        releases: Sequence[int] = (),
+    ) -> tuple[int, ...]:
+        """Run rows of (request, position, tokens, sample); returns the sampled tokens."""
+        tokens = np.array([token for row in rows for token in row[2]], "<i4")
+        new = dict.fromkeys(row[0] for row in rows if row[0] not in self._open)
+        self._open -= set(releases)
+        self._open |= set(new)
+        step = Step(
+            pipeline="p",
+            session=1,
+            step=next(self._steps),
+            rows=tuple(Row(r, position, len(t), sample) for r, position, t, sample in rows),
+            tensor=Tensor("i32", tokens.shape),
+            openings=tuple(Opening(r, (samplings or {}).get(r, GREEDY)) for r in new),
+            releases=tuple(releases),
+        )
+        body: Buffer = tokens.tobytes()
+        output: Any = ()
+        for engine in self.engines:
+            output = engine.step(step, body)
+            if engine is not self.engines[-1]:
+                tensor, body = output
+                body = bytes(body)
+                step = Step(
+                    **{name: getattr(step, name) for name in step.__struct_fields__}
+                    | {"tensor": tensor}
+                )
+        return output
+
+    def prefill(
+        self, request: int, prompt: Sequence[int], chunk: int = 2048, **kwargs: Any
+    ) -> None:
+        """Everything but the last token of the prompt."""
+        for begin in range(0, len(prompt) - 1, chunk):
+            end = min(begin + chunk, len(prompt) - 1)
+            self.step([(request, begin, prompt[begin:end], False)], **kwargs)
+
+    def generate(
+        self, prompt: Sequence[int], count: int, *, request: int = 1, chunk: int = 2048
+    ) -> list[int]:
+        """Greedy tokens of one request alone."""
+        self.prefill(request, prompt, chunk)
+        sequence = list(prompt)
+        for _ in range(count):
+            sequence += self.step([(request, len(sequence) - 1, sequence[-1:], True)])
+        self.release([request])
+        return sequence[len(prompt) :]
+
+    def release(self, requests: Sequence[int]) -> None:
+        self._open -= set(requests)
+        for engine in self.engines:
+            engine.release(tuple(requests))

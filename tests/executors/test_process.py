@@ -1,0 +1,271 @@
+"""The daemon's side of a worker, against a real process with a fake engine in it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import trio
+import trio.testing
+
+from pxd.executors.process import WorkerExecutor, open_executor, worker_environment
+from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
+from pxd.wire import Nack, Row, Sampled, SampledToken, Step, Tensor
+
+WORKER = Path(__file__).with_name("fake_worker.py")
+DEADLINE_S = 60
+
+
+def fake_executor(**options: float) -> WorkerExecutor:
+    return WorkerExecutor(
+        [sys.executable, str(WORKER)], environment=worker_environment(), **options
+    )
+
+
+def make_step(action: str, number: int = 0, request: int = 1) -> Step:
+    return Step(
+        pipeline=action,
+        session=3,
+        step=number,
+        rows=(Row(request, 5, 2, True),),
+        tensor=Tensor("i32", (2,)),
+    )
+
+
+BODY = b"\x01\x00\x00\x00\x02\x00\x00\x00"
+SPEC = LoadSpec(path="/fine", start=2, end=5, kv_bytes=77)
+
+
+async def test_load_reports_progress_and_what_was_loaded() -> None:
+    seen: list[float] = []
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            info = await executor.load(SPEC, seen.append)
+    assert (info.layers, info.kv_tokens) == (3, 77)
+    assert seen == [0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("/refused", "no such model"), ("/crash", "IndexError: something")]
+)
+async def test_a_failed_load_leaves_the_worker_usable(path: str, message: str) -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            with pytest.raises(ExecutorError, match=message):
+                await executor.load(LoadSpec(path=path, start=0, end=1), lambda _: None)
+            assert (await executor.load(SPEC, lambda _: None)).layers == 3
+
+
+async def test_steps_are_answered_in_order_while_later_ones_wait() -> None:
+    answers: list[int] = []
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor, trio.open_nursery() as nursery:
+            await executor.load(SPEC, lambda _: None)
+
+            async def run(number: int) -> None:
+                result = await executor.step(make_step("echo", number, request=number), BODY)
+                assert isinstance(result, Sampled)
+                assert result.step == number
+                assert result.session == 3
+                assert result.tokens == (SampledToken(number, 7, 100 + number),)
+                answers.append(number)
+
+            for number in range(20):
+                nursery.start_soon(run, number)
+    assert sorted(answers) == list(range(20))
+
+
+async def test_a_step_before_a_load_and_a_rejected_step_are_answered_with_a_nack() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            early = await executor.step(make_step("echo"), BODY)
+            assert isinstance(early, Nack)
+            assert early.code == "not-ready"
+            await executor.load(SPEC, lambda _: None)
+            rejected = await executor.step(make_step("reject", 4), BODY)
+    assert rejected == Nack(
+        pipeline="reject",
+        session=3,
+        step=4,
+        code="unknown-request",
+        reason="never heard of it",
+        requests=(7,),
+    )
+
+
+async def test_hidden_states_come_back_with_the_step_to_forward() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            result = await executor.step(make_step("forward", 9), BODY)
+    assert isinstance(result, tuple)
+    step, body = result
+    assert step == make_step("forward", 9)
+    assert bytes(body) == BODY
+
+
+async def test_bodies_larger_than_any_socket_buffer_pass_both_ways_at_once() -> None:
+    size = 8 << 20
+    step = Step(
+        pipeline="forward",
+        session=0,
+        step=0,
+        rows=(Row(1, 0, 1, False),),
+        tensor=Tensor("f32", (size // 4,)),
+    )
+    body = os.urandom(size)
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            results: list[bytes] = []
+
+            async def run() -> None:
+                result = await executor.step(step, body)
+                assert isinstance(result, tuple)
+                results.append(bytes(result[1]))
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(run)
+    assert results == [body] * 3
+
+
+async def test_releases_take_effect_in_order() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            await executor.release((4, 5))
+            report = await executor.memory()
+    assert (report.active, report.requests) == (9, 2)
+
+
+async def test_a_caller_that_is_cancelled_does_not_put_later_replies_out_of_order() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            with trio.move_on_after(0.01) as scope:
+                await executor.step(make_step("sleep:0.5", 1), BODY)
+            assert scope.cancelled_caught
+            result = await executor.step(make_step("echo", 2), BODY)
+    assert isinstance(result, Sampled)
+    assert result.step == 2
+
+
+async def test_kill_while_busy_reaches_all_waiters() -> None:
+    deaths: list[str] = []
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+
+            async def wait(number: int) -> None:
+                with pytest.raises(ExecutorDied) as caught:
+                    await executor.step(make_step("sleep:600", number), BODY)
+                deaths.append(str(caught.value))
+
+            async with trio.open_nursery() as nursery:
+                for number in range(3):
+                    nursery.start_soon(wait, number)
+                await trio.testing.wait_all_tasks_blocked()
+                os.kill(executor.pid, signal.SIGKILL)
+            with pytest.raises(ExecutorDied):
+                await executor.memory()
+    assert len(deaths) == 3
+    assert all("SIGKILL" in death for death in deaths)
+
+
+async def test_kill_while_idle_is_noticed_without_asking() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            os.kill(executor.pid, signal.SIGKILL)
+            assert "SIGKILL" in await executor.wait_died()
+
+
+async def test_an_exit_is_explained_by_code_and_last_output() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            with pytest.raises(ExecutorDied, match=r"exit code 3.*about to leave"):
+                await executor.step(make_step("exit:3"), BODY)
+
+
+async def test_a_worker_that_hangs_is_killed() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor(reply_timeout=1.0) as executor:
+            with pytest.raises(ExecutorDied, match="no answer for 1 s"):
+                await executor.load(LoadSpec(path="/slow", start=0, end=1), lambda _: None)
+
+
+async def test_leaving_the_context_ends_the_process_even_in_a_long_step() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+            async with fake_executor() as executor:
+                await executor.load(SPEC, lambda _: None)
+
+                async def wait() -> None:
+                    with pytest.raises(ExecutorDied, match="stopped"):
+                        await executor.step(make_step("sleep:600"), BODY)
+
+                nursery.start_soon(wait)
+                await trio.testing.wait_all_tasks_blocked()
+            assert not psutil.pid_exists(executor.pid)
+            await executor.aclose()
+
+
+async def test_cancellation_leaves_no_process() -> None:
+    with trio.fail_after(DEADLINE_S):
+        with trio.CancelScope() as scope:
+            async with fake_executor() as executor:
+                await executor.load(SPEC, lambda _: None)
+                scope.cancel()
+                await executor.step(make_step("sleep:600"), BODY)
+        assert scope.cancelled_caught
+    assert not psutil.pid_exists(executor.pid)
+
+
+async def test_what_the_body_raises_comes_out_as_it_is() -> None:
+    with trio.fail_after(DEADLINE_S):
+        with pytest.raises(KeyError):
+            async with fake_executor():
+                raise KeyError("mine")
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ExecutorError, match="no executor kind 'abacus'"):
+        open_executor("abacus")
+
+
+DAEMON = """
+import sys, trio, trio.testing
+from tests.executors.test_process import SPEC, BODY, fake_executor, make_step
+
+async def main():
+    async with fake_executor() as executor:
+        await executor.load(SPEC, lambda _: None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(executor.step, make_step({action!r}), BODY)
+            await trio.testing.wait_all_tasks_blocked()
+            print(executor.pid, flush=True)
+            await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["sleep:600", "echo"])
+def test_the_worker_dies_with_its_daemon(action: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", DAEMON.format(action=action)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as daemon:
+        assert daemon.stdout is not None
+        worker = psutil.Process(int(daemon.stdout.readline()))
+        daemon.kill()
+        worker.wait(timeout=DEADLINE_S)
+    assert not worker.is_running()

@@ -1,0 +1,288 @@
+"""A whole serving cluster in one trio loop: real services, in-memory network, arithmetic model.
+
+The model is made so that every stage must have run, on gapless positions, for the answer to be
+right: a stage passes each value on plus one, and the next token depends on all values so far.
+"""
+
+import contextlib
+from array import array
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import trio
+
+from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
+from pxd.cluster.records import NodeRecord, StageReport
+from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec, MemoryReport, StageInfo
+from pxd.p2p.memory_network import MemoryHub
+from pxd.serving.head import HeadHost
+from pxd.serving.ingress import ChatIngress
+from pxd.serving.requests import Message
+from pxd.serving.signal import Signal
+from pxd.serving.stage import StageHost
+from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, SampledToken, Step, Tensor
+
+CONTEXT = 512
+VOCABULARY = 97
+EOS = 96
+LAYERS = 6
+
+
+def next_token(tokens: list[int], stages: int) -> int:
+    """What the arithmetic model generates after `tokens` on a pipeline of `stages`."""
+    return sum((i + 1) * (t + stages) for i, t in enumerate(tokens)) % VOCABULARY
+
+
+def reference(tokens: list[int], count: int, stages: int) -> list[int]:
+    answer: list[int] = []
+    while len(answer) < count:
+        token = next_token([*tokens, *answer], stages)
+        if token == EOS:
+            break
+        answer.append(token)
+    return answer
+
+
+class FakeTokenizer:
+    """A message is its characters; a token is written as its number in brackets."""
+
+    eos = (EOS,)
+
+    def encode_chat(self, messages: tuple[Message, ...]) -> list[int]:
+        return [ord(c) % 90 for message in messages for c in message.content]
+
+    def detokenizer(self) -> "FakeTokenizer":
+        return self
+
+    def add(self, tokens: list[int]) -> str:
+        return "".join(f"[{token}]" for token in tokens)
+
+    def finish(self) -> str:
+        return ""
+
+
+class FakeModels:
+    async def tokenizer(self, name: str) -> FakeTokenizer:
+        return FakeTokenizer()
+
+    async def directory(self, name: str, start: int, end: int, progress: object) -> Path:
+        return Path("/models") / name
+
+
+class ArithmeticExecutor:
+    """An executor whose process can be killed with `die`, and held back with `gate`."""
+
+    def __init__(self, node: "ServingNode") -> None:
+        self.pid = 0
+        self.node = node
+        self.caches: dict[int, list[float]] = {}
+        self._died = trio.Event()
+        self._why = ""
+        self._last = False
+        self.steps = 0
+
+    def die(self, why: str) -> None:
+        self._why = why
+        self._died.set()
+
+    async def load(self, spec: LoadSpec, progress: object) -> StageInfo:
+        await trio.lowlevel.checkpoint()
+        if self.node.refuse_load:
+            raise ExecutorError(self.node.refuse_load)
+        self._last = spec.end == LAYERS
+        return StageInfo(
+            layers=spec.end - spec.start, hidden_size=1, weight_bytes=1, kv_tokens=4096
+        )
+
+    async def wait_died(self) -> str:
+        await self._died.wait()
+        return self._why
+
+    async def release(self, requests: tuple[int, ...]) -> None:
+        for request in requests:
+            self.caches.pop(request, None)
+
+    async def memory(self) -> MemoryReport:
+        return MemoryReport(active=0, resident=0, requests=len(self.caches))
+
+    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
+        await self.node.gate.wait()
+        self.steps += 1
+        if self._died.is_set():
+            raise ExecutorDied(self._why)
+        await self.release(step.releases)
+        for opening in step.openings:
+            self.caches[opening.request] = []
+        values = array("i" if step.tensor.dtype == "i32" else "f", bytes(body))
+        sampled, offset = [], 0
+        for row in step.rows:
+            cache = self.caches[row.request]
+            assert row.position == len(cache)
+            cache.extend(value + 1 for value in values[offset : offset + row.count])
+            offset += row.count
+            if row.sample and self._last:
+                total = sum((i + 1) * int(value) for i, value in enumerate(cache))
+                sampled.append(SampledToken(row.request, len(cache), total % VOCABULARY))
+        if self._last:
+            return Sampled(
+                pipeline=step.pipeline,
+                session=step.session,
+                step=step.step,
+                tokens=tuple(sampled),
+            )
+        out = array("f", [value + 1 for value in values])
+        tensor = Tensor("f32", (len(out), 1))
+        return msgspec.structs.replace(step, tensor=tensor), out.tobytes()
+
+
+class Member(msgspec.Struct):
+    record: NodeRecord
+    state: str = "alive"
+
+
+class ServingNode:
+    """Stage, head and ingress of one node."""
+
+    def __init__(self, cluster: "ServingCluster", peer_id: str) -> None:
+        self.cluster = cluster
+        self.peer_id = peer_id
+        self.network = cluster.hub.network(peer_id)
+        self.executors: list[ArithmeticExecutor] = []
+        self.gate = trio.Event()
+        self.gate.set()
+        self.refuse_load = ""
+        self.changed = Signal()
+        self.scope = trio.CancelScope()
+        self.plan: Plan | None = None
+        models = FakeModels()
+        self.stages = StageHost(
+            self.network, self.open_executor, models.directory, self.report_stages
+        )
+        self.heads = HeadHost(self.network, self.stages.feed)
+        self.ingress = ChatIngress(
+            self.network,
+            models,  # type: ignore[arg-type]
+            lambda: self.plan,
+            lambda: cluster.members,
+            self.changed,
+        )
+        self.network.on_frame(self.on_frame)
+
+    @contextlib.asynccontextmanager
+    async def open_executor(self) -> AsyncIterator[ArithmeticExecutor]:
+        executor = ArithmeticExecutor(self)
+        self.executors.append(executor)
+        yield executor
+
+    def report_stages(self, reports: tuple[StageReport, ...]) -> None:
+        self.cluster.update(self.peer_id, stages=reports)
+
+    async def on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
+        self.cluster.frames.append((peer, self.peer_id, frame))
+        match frame:
+            case Step():
+                await self.stages.feed(peer, frame, body)
+            case Sampled():
+                self.heads.sampled(peer, frame)
+            case Nack():
+                self.heads.nack(peer, frame)
+            case Output():
+                self.ingress.output(peer, frame)
+            case Cancel():
+                self.heads.cancel(peer, frame)
+
+    async def run(self, *, task_status: "trio.TaskStatus[None]") -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.network.run)
+                await nursery.start(self.heads.run)
+                await nursery.start(self.ingress.run)
+                nursery.start_soon(self.stages.run)
+                task_status.started()
+
+    def take(self, plan: Plan) -> None:
+        self.plan = plan
+        self.stages.apply(plan)
+        self.heads.apply(plan)
+        self.follow()
+
+    def follow(self) -> None:
+        self.heads.follow(self.cluster.members)
+        self.ingress.follow()
+        self.changed.notify()
+
+
+class ServingCluster:
+    """Nodes that share one view of the membership, changed at once everywhere."""
+
+    def __init__(self, *names: str) -> None:
+        self.hub = MemoryHub()
+        self.members = {name: Member(NodeRecord(id=name, name=name, started=1.0)) for name in names}
+        self.nodes = {name: ServingNode(self, name) for name in names}
+        self.frames: list[tuple[str, str, Frame]] = []
+        self.version = 0
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["ServingCluster"]:
+        async with trio.open_nursery() as nursery:
+            for node in self.nodes.values():
+                await nursery.start(node.run)
+            yield self
+            nursery.cancel_scope.cancel()
+
+    def update(self, name: str, **changes: object) -> None:
+        member = self.members[name]
+        member.record = msgspec.structs.replace(member.record, **changes)
+        self.follow()
+
+    def follow(self) -> None:
+        for node in self.nodes.values():
+            node.follow()
+
+    def make_plan(self, *names: str) -> Plan:
+        """One pipeline over the named nodes, in order, with equal ranges."""
+        size = LAYERS // len(names)
+        stages = tuple(
+            StagePlan(name, i * size, LAYERS if i + 1 == len(names) else (i + 1) * size)
+            for i, name in enumerate(names)
+        )
+        pipeline = PipelinePlan(pipeline_id("sums", "", stages), stages)
+        model = ModelPlan(name="sums", layers=LAYERS, context=CONTEXT, pipelines=(pipeline,))
+        self.version += 1
+        return Plan(Epoch(1, names[0], self.version), (model,))
+
+    def publish(self, *names: str) -> Plan:
+        plan = self.make_plan(*names)
+        for name, node in self.nodes.items():
+            if self.members[name].state == "alive":
+                node.take(plan)
+        return plan
+
+    async def ready(self, plan: Plan) -> None:
+        """Wait until every stage of the plan is ready."""
+        await self.until(
+            lambda: all(
+                any(
+                    report.state == "ready" and report.pipeline == pipeline.id
+                    for report in self.members[stage.node].record.stages
+                )
+                for model in plan.models
+                for pipeline in model.pipelines
+                for stage in pipeline.stages
+            )
+        )
+
+    async def until(self, condition) -> None:
+        with trio.fail_after(600):
+            while not condition():
+                await trio.sleep(0.01)
+
+    async def kill(self, name: str) -> None:
+        """The node's process is gone, and everybody has noticed."""
+        self.nodes[name].scope.cancel()
+        self.members[name].state = "dead"
+        for other, node in self.nodes.items():
+            if other != name:
+                node.heads.peer_gone(name)
+        self.follow()

@@ -1,0 +1,107 @@
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pxd import wire
+
+
+def reader(data: bytes):
+    """An async read_exactly over bytes that raises EOFError where a connection would break."""
+    rest = memoryview(data)
+
+    async def read_exactly(count: int) -> bytes:
+        nonlocal rest
+        if count > len(rest):
+            raise EOFError
+        head, rest = rest[:count], rest[count:]
+        return bytes(head)
+
+    return read_exactly
+
+
+def step(tokens: int = 3) -> wire.Step:
+    return wire.Step(
+        pipeline="p",
+        session=5,
+        step=1,
+        rows=(wire.Row(1, 0, tokens, True),),
+        tensor=wire.Tensor("bf16", (tokens, 4)),
+        openings=(wire.Opening(1, wire.Sampling(temperature=0.5, seed=(1 << 63) - 1)),),
+        releases=(7,),
+    )
+
+
+async def test_frames_follow_each_other() -> None:
+    frames = [
+        (step(), bytes(24)),
+        (wire.Sampled(pipeline="p", session=5, step=1, tokens=(wire.SampledToken(1, 3, 9),)), b""),
+        (wire.Nack(pipeline="p", session=5, step=1, code="bad-step", reason="gap"), b""),
+        (wire.Output(request="r", index=0, tokens=(1, 2), finish="stop"), b""),
+        (wire.Cancel(request="r"), b""),
+    ]
+    data = b"".join(wire.encode(header, len(body)) + body for header, body in frames)
+    read = reader(data)
+    for header, body in frames:
+        assert await wire.read_frame(read, wire.frame_decoder) == (header, body)
+    with pytest.raises(EOFError):
+        await wire.read_frame(read, wire.frame_decoder)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "allowed"),
+    [
+        (b"\0\0\0\1\0\0\0\0", True),
+        (b"\0\0\0\0\0\0\0\0", False),
+        (b"\0\x10\0\1\0\0\0\0", False),
+        (b"\0\0\0\1\x10\0\0\1", False),
+        (b"\xff" * 8, False),
+    ],
+)
+def test_lengths_are_bounded_before_anything_is_read(prefix: bytes, allowed: bool) -> None:
+    if allowed:
+        assert wire.decode_prefix(prefix, wire.Limits()) == (1, 0)
+    else:
+        with pytest.raises(wire.WireError, match="refusing"):
+            wire.decode_prefix(prefix, wire.Limits())
+
+
+def test_the_sender_learns_of_a_frame_that_is_too_large() -> None:
+    with pytest.raises(wire.WireError, match="too large"):
+        wire.encode(step(), 100, wire.Limits(body=99))
+
+
+@pytest.mark.parametrize("size", [0, 23, 25])
+def test_a_body_that_is_not_the_tensor_is_refused(size: int) -> None:
+    header = msgspec.msgpack.encode(step())
+    with pytest.raises(wire.WireError, match="body of"):
+        wire.decode_header(header, size, wire.frame_decoder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"type": "step"},
+        {"type": "cancel", "request": ""},
+        {"type": "cancel", "request": "x" * 129},
+        {"type": "nothing"},
+        {"type": "output", "request": "r", "index": -1},
+        {"type": "output", "request": "r", "index": 1 << 48},
+        {"type": "output", "request": "r", "index": 0, "tokens": [1 << 31]},
+        {"type": "nack", "pipeline": "p", "session": 1, "step": 1, "code": "odd", "reason": ""},
+        [],
+        7,
+    ],
+)
+def test_headers_out_of_bounds_are_refused(header: object) -> None:
+    with pytest.raises(wire.WireError, match="bad header"):
+        wire.decode_header(msgspec.msgpack.encode(header), 0, wire.frame_decoder)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_wire_error_and_nothing_else(data: bytes) -> None:
+    try:
+        wire.decode_header(data, 0, wire.frame_decoder)
+    except wire.WireError:
+        return
+    assert data, "an empty header is never valid"
