@@ -102,7 +102,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
-    "deepseek_v2": {**_MLA, "model_type": "deepseek_v2", "topk_method": "greedy"},
+    "deepseek_v2": {
+        **_MLA,
+        "model_type": "deepseek_v2",
+        "topk_method": "greedy",
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4,
+            "original_max_position_embeddings": 256,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
     "deepseek_v3": {
         **_MLA,
         "model_type": "deepseek_v3",

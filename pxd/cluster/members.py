@@ -139,10 +139,12 @@ class MemberTable:
 
     def bury(self, now: float, node: str, state: Literal["dead", "left"], incarnation: int) -> None:
         member = self.members[node]
+        if not member.live:
+            # Who died already and is now known to have left first is still gone only once.
+            self._set(member, state=state, incarnation=incarnation)
+            return
         kind: EventKind = "died" if state == "dead" else "left"
-        # Who died already and is now known to have left first is still gone only once.
-        if member.live:
-            self._events.append(MemberEvent(kind, member.record))
+        self._events.append(MemberEvent(kind, member.record))
         self._set(member, state=state, since=now, incarnation=incarnation)
         if node != self.own_id:
             self._live_others = [other for other in self._live_others if other != node]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pxd.wire import Sampling
 
 Floats = NDArray[np.float64]
+Tokens = NDArray[np.int64]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -23,7 +24,7 @@ def uniform(seed: int, position: int) -> float:
 
 def sample(
     logits: NDArray[np.floating[Any]], samplings: Sequence[Sampling], positions: Sequence[int]
-) -> NDArray[np.int64]:
+) -> Tokens:
     """Draw one token per row of `logits` ``(rows, vocabulary)``.
 
     Filters in the usual order: temperature, then top-k (ties with the k-th token stay), then top-p
@@ -34,12 +35,12 @@ def sample(
     greedy = temperatures == 0
     filtered = np.array([s.top_p < 1 or 0 < s.top_k < logits.shape[1] for s in samplings])
     draws = np.array([uniform(s.seed, p) for s, p in zip(samplings, positions, strict=True)])
-    tokens = np.argmax(logits, axis=-1)
-    # The maximum first, so that a tiny temperature leads to -inf and never to NaN.
+    tokens = np.asarray(np.argmax(logits, axis=-1), np.int64)
     scores = logits.astype(np.float64)
-    scores = (scores - scores.max(axis=-1, keepdims=True)) / np.where(greedy, 1, temperatures)[
-        :, None
-    ]
+    scores -= scores.max(axis=-1, keepdims=True)
+    # After the maximum, so that a tiny temperature leads to -inf and never to NaN.
+    with np.errstate(over="ignore"):
+        scores /= np.where(greedy, 1, temperatures)[:, None]
     free = np.flatnonzero(~greedy & ~filtered)
     if free.size:
         tokens[free] = _draw(np.exp(scores[free]), draws[free])
@@ -50,18 +51,16 @@ def sample(
     return tokens
 
 
-def _draw(weights: Floats, draws: Floats) -> NDArray[np.intp]:
+def _draw(weights: Floats, draws: Floats) -> Tokens:
     """Inverse of each row's cumulative distribution at `draws`."""
     cumulative = np.cumsum(weights, axis=-1)
     places = np.count_nonzero(cumulative <= draws[:, None] * cumulative[:, -1:], axis=-1)
     # Rounding may lead behind the last possible place.
     last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=-1)
-    return np.minimum(places, last)
+    return np.asarray(np.minimum(places, last), np.int64)
 
 
-def _draw_filtered(
-    scores: Floats, samplings: Sequence[Sampling], draws: Floats
-) -> NDArray[np.int64]:
+def _draw_filtered(scores: Floats, samplings: Sequence[Sampling], draws: Floats) -> Tokens:
     _apply_top_k(scores, samplings)
     weights = np.exp(scores)
     mass = weights.sum(axis=-1, keepdims=True)
@@ -93,7 +92,7 @@ def _apply_top_k(scores: Floats, samplings: Sequence[Sampling]) -> None:
             scores[rows] = np.where(scores[rows] >= kth[:, None], scores[rows], -np.inf)
 
 
-def _rank(scores: Floats, keep: NDArray[np.bool_]) -> tuple[NDArray[np.int64], Floats]:
+def _rank(scores: Floats, keep: NDArray[np.bool_]) -> tuple[Tokens, Floats]:
     """Kept tokens and scores of each row from likely to unlikely, padded with -inf.
 
     Equal scores rank by token id, so that a row ranks the same in any batch.

@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -117,16 +118,13 @@ def describe_checkpoint(directory: Path) -> Checkpoint:
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
-    metadata: dict[str, msgspec.Raw] = {}
+    metadata: dict[str, Any] = {}
 
     @property
     def total_size(self) -> int | None:
-        raw = self.metadata.get("total_size")
-        try:
-            value = int(msgspec.json.decode(raw, type=float)) if raw is not None else 0
-        except msgspec.DecodeError:
-            return None
-        return value if value > 0 else None
+        value = self.metadata.get("total_size")
+        # Some files say it as a float.
+        return int(value) if isinstance(value, int | float) and 0 < value < 1e18 else None
 
 
 class _Sizes(msgspec.Struct):

@@ -42,6 +42,10 @@ class DroppingQueue(Generic[T]):
             await self._arrived.wait()
         return self._pop()
 
+    def clear(self) -> None:
+        self._items.clear()
+        self._bytes = 0
+
     def _pop(self) -> T:
         item, size = self._items.popleft()
         self._bytes -= size

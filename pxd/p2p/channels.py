@@ -7,21 +7,21 @@ certificates exchanged in that call; where none can be made, a stream of the lib
 import logging
 import ssl
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import trio
 
-from pxd.p2p.framestreams import FrameStream, Libp2pFrames, TlsFrames
+from pxd.p2p.framestreams import FrameStream, Libp2pFrames
 from pxd.p2p.host import Connection
 from pxd.p2p.inbox import FrameInbox
-from pxd.p2p.muxer import YamuxStream
+from pxd.p2p.muxer import StreamClosed, YamuxStream
 from pxd.p2p.network import CallFailed, Method, NetworkError, PeerUnreachable
 from pxd.p2p.outbox import FrameOutbox
 from pxd.p2p.pending import PendingConnections
 from pxd.p2p.services import decode_response, encode_message
 from pxd.p2p.sessions import Session, Sessions
-from pxd.p2p.tls import CERTIFICATE_LIMIT, Certificate
+from pxd.p2p.tls import CERTIFICATE_LIMIT, Certificate, TlsStream
 from pxd.wire import Buffer
 
 if TYPE_CHECKING:
@@ -136,12 +136,10 @@ class DataChannels:
             with self._pending.admit(host, within=CONNECT_TIMEOUT):
                 if self._context is None:
                     raise ssl.SSLError("nobody is expected here")
-                tls = trio.SSLStream(transport, self._context, server_side=True)
-                await tls.do_handshake()
-                session = self._trusted.get(cast(bytes, tls.getpeercert(binary_form=True)))
-                stream = TlsFrames(tls, transport)
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            log.debug("refused a data channel: %r", error.__cause__ or error)
+                stream = TlsStream(transport, self._context, server=True)
+                session = self._trusted.get(await stream.handshake())
+        except (OSError, StreamClosed) as error:
+            log.debug("refused a data channel: %s", error)
         if session is None or session.ended.is_set():
             await trio.aclose_forcefully(transport)
         else:
@@ -151,13 +149,13 @@ class DataChannels:
         if self._direct:
             try:
                 return await self._open_direct(session)
-            except (NetworkError, OSError, trio.BrokenResourceError) as error:
+            except (NetworkError, OSError, StreamClosed) as error:
                 log.warning(
                     "no direct data channel to %s (%s); its frames take the slower libp2p "
                     "connection. Let its data port, by default the one after its listen port, "
                     "through the firewall",
                     session.peer,
-                    error.__cause__ or error,
+                    error,
                 )
         return Libp2pFrames(await session.connection.open_stream(PROTOCOL))
 
@@ -173,7 +171,7 @@ class DataChannels:
             try:
                 with trio.fail_after(CONNECT_TIMEOUT):
                     return await _connect(host, there, context)
-            except (OSError, trio.BrokenResourceError) as error:
+            except (OSError, StreamClosed) as error:
                 failure = error
             except trio.TooSlowError:
                 failure = PeerUnreachable(f"no answer from {host} port {there.port}")
@@ -183,11 +181,10 @@ class DataChannels:
 async def _connect(host: str, there: DataPort, context: ssl.SSLContext) -> FrameStream:
     transport = await trio.open_tcp_stream(host, there.port)
     try:
-        tls = trio.SSLStream(transport, context)
-        await tls.do_handshake()
-        if tls.getpeercert(binary_form=True) != there.certificate:
+        stream = TlsStream(transport, context, server=False)
+        if await stream.handshake() != there.certificate:
             raise ssl.SSLError("another certificate than agreed")
-        return TlsFrames(tls, transport)
+        return stream
     except BaseException:
         await trio.aclose_forcefully(transport)
         raise

@@ -230,6 +230,9 @@ class Host:
         finally:
             connection.decided.set()
             self._connections.discard(connection)
+            if connection.admitted.is_set():
+                reason = connection.muxer.reason
+                log.info("the connection with %s ended: %s", connection.peer, reason)
 
     async def _carry(self, connection: Connection, scope: trio.CancelScope) -> None:
         await connection.muxer.run(partial(self._on_stream, connection))

@@ -324,7 +324,6 @@ class Yamux:
                 self._heard = True
                 self._parse()
         except ProtocolViolation as error:
-            log.warning("closing a connection: the peer broke the muxer's protocol: %s", error)
             self.abort(f"the peer broke the muxer's protocol: {error}")
         except Exception:
             log.debug("reading failed", exc_info=True)

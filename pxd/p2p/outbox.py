@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from pxd import wire
-from pxd.p2p.framestreams import FrameStream, write_frame
+from pxd.p2p.framestreams import FrameStream
 from pxd.p2p.muxer import StreamClosed
 from pxd.p2p.network import NetworkError, PeerUnreachable
 from pxd.p2p.sessions import Session
@@ -34,9 +34,9 @@ class _Channel:
                 nursery.start_soon(self._watch, stream, nursery.cancel_scope)
                 async for header, body in self._exit:
                     self.used = True
-                    await write_frame(stream, header, body)
+                    await stream.write(header, body)
         except* (StreamClosed, NetworkError) as group:
-            self.failure = str(group.exceptions[0])
+            self.failure = f"the data channel broke ({group.exceptions[0]})"
         finally:
             if stream:
                 stream.close()

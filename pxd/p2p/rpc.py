@@ -171,6 +171,8 @@ class RpcClient:
                 except StreamClosed as error:
                     log.debug("the call stream to %s broke: %s", self._peer, error)
                 self._fail_all()
+                # A connection that has ended fails without a wait: let this task be cancelled.
+                await trio.lowlevel.checkpoint()
         finally:
             self._closed = True
             self._idle.set()
@@ -223,6 +225,7 @@ class RpcClient:
     def _fail_all(self) -> None:
         self._requests.clear()
         self._abandoned.clear()
+        self._casts.clear()
         for pending in self._pending.values():
             pending.finish(PeerUnreachable(f"lost the connection to {self._peer}"))
 

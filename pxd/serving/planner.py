@@ -21,7 +21,7 @@ log = logging.getLogger("pxd.serving.planner")
 
 # What both leave over is room for activations and the library's own buffers.
 PLAN_SETTINGS = PlanSettings(weight_share=0.75, kv_share=0.2)
-BURST_S = 0.3
+BURST_S = 1.0
 RETRY_S = 30.0
 
 

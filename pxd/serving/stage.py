@@ -29,6 +29,7 @@ log = logging.getLogger("pxd.serving.stage")
 INBOX_STEPS = 64
 OUTBOX_STEPS = 8
 RETRY_FAILED_S = 30.0
+FETCH_SHARE = 0.5
 BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 STABLE_AFTER_S = 60.0
 
@@ -151,7 +152,9 @@ class StageRunner:
 
     async def _load_and_serve(self) -> None:
         start, end = self.stage.start, self.stage.end
-        fetched = await self._host.find_directory(self.model.name, start, end, self._progress)
+        fetched = await self._host.find_directory(
+            self.model.name, start, end, lambda done: self._progress(done * FETCH_SHARE)
+        )
         async with self._host.open_executor() as executor:
             spec = LoadSpec(
                 path=str(fetched),
@@ -160,7 +163,9 @@ class StageRunner:
                 fingerprint=self.model.fingerprint,
                 kv_bytes=self.stage.kv_bytes,
             )
-            info = await executor.load(spec, self._progress)
+            info = await executor.load(
+                spec, lambda done: self._progress(FETCH_SHARE + done * (1 - FETCH_SHARE))
+            )
             self._requests.clear()
             log.info("stage %s is ready (executor pid %d)", self._label(), executor.pid)
             self._set(state="ready", progress=1.0, kv_tokens=info.kv_tokens, reason="")

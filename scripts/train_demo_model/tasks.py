@@ -381,7 +381,7 @@ TASKS: dict[str, tuple[Task, float]] = {
     "unknown": (unknown, 0.8),
 }
 TASK_NAMES = list(TASKS)
-TASK_WEIGHTS = [weight for _, weight in TASKS.values()]
+WEIGHTS: dict[str, float] = {name: weight for name, (_, weight) in TASKS.items()}
 
 
 # ------------------------------------------------------------- conversations
@@ -483,13 +483,15 @@ def history_turn(rng: Random, state: ConversationState) -> Turn | None:
     return rng.choice(choices)(rng, state)
 
 
-def plain_turn(rng: Random) -> Turn:
+def plain_turn(rng: Random, weights: dict[str, float] = WEIGHTS) -> Turn:
     """One turn that does not need the history."""
-    task, _ = TASKS[rng.choices(TASK_NAMES, TASK_WEIGHTS)[0]]
+    task, _ = TASKS[rng.choices(TASK_NAMES, [weights[name] for name in TASK_NAMES])[0]]
     return task(rng)
 
 
-def sample_conversation(rng: Random, turns: int) -> list[Message]:
+def sample_conversation(
+    rng: Random, turns: int, weights: dict[str, float] = WEIGHTS
+) -> list[Message]:
     """A conversation of so many turns, in training form (the answers included)."""
     messages: list[Message] = []
     draw = rng.random()
@@ -501,7 +503,7 @@ def sample_conversation(rng: Random, turns: int) -> list[Message]:
     for _ in range(turns):
         turn = history_turn(rng, state) if turns > 1 and rng.random() < 0.25 else None
         if turn is None:
-            turn = plain_turn(rng)
+            turn = plain_turn(rng, weights)
         question = rephrase(rng, turn)
         if rng.random() < 0.015:
             question = f"{filler(rng, rng.randint(1, 12))} {question}"

@@ -18,7 +18,7 @@ from random import Random
 import torch
 from network import MAX_POSITIONS, Qwen3, Qwen3Config
 from safetensors.torch import load_file, save_file
-from tasks import sample_conversation
+from tasks import WEIGHTS, sample_conversation
 from tokenizer import ASSISTANT, END, build_tokenizer, render, save_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -80,10 +80,12 @@ def sample_lengths(rng: Random) -> int:
     )[0]
 
 
-def encoded_conversations(tokenizer: Tokenizer, rng: Random) -> Iterator[list[int]]:
+def encoded_conversations(
+    tokenizer: Tokenizer, rng: Random, weights: dict[str, float]
+) -> Iterator[list[int]]:
     """Tokenised conversations without end."""
     while True:
-        texts = [render(sample_conversation(rng, sample_lengths(rng))) for _ in range(512)]
+        texts = [render(sample_conversation(rng, sample_lengths(rng), weights)) for _ in range(512)]
         for encoding in tokenizer.encode_batch(texts):
             yield encoding.ids
 
@@ -115,10 +117,10 @@ class Packer:
         return chosen
 
 
-def batches(tokenizer: Tokenizer, rng: Random) -> Iterator[Batch]:
+def batches(tokenizer: Tokenizer, rng: Random, weights: dict[str, float]) -> Iterator[Batch]:
     """Packed rows without end: inputs, attention mask, targets, counted positions."""
     assistant, end = tokenizer.token_to_id(ASSISTANT), tokenizer.token_to_id(END)
-    packer = Packer(encoded_conversations(tokenizer, rng), longest=1024)
+    packer = Packer(encoded_conversations(tokenizer, rng, weights), longest=1024)
     while True:
         rows, length = rng.choices(list(SHAPES), list(SHAPES.values()))[0]
         tokens = torch.full((rows, length + 1), end)
@@ -180,6 +182,7 @@ class Options:
     compile: bool
     save_every: int
     start: Path | None
+    weight: list[tuple[str, float]]
 
 
 def train(options: Options) -> None:
@@ -207,7 +210,7 @@ def train(options: Options) -> None:
     fast = torch.compile(model, dynamic=False) if options.compile else model
     started, average, all_tokens, counted_tokens = time.time(), 0.0, 0, 0
     for step, (tokens, mask, targets, counted) in enumerate(
-        batches(tokenizer, Random(options.seed + 1))
+        batches(tokenizer, Random(options.seed + 1), WEIGHTS | dict(options.weight))
     ):
         if step == options.steps:
             break
@@ -234,6 +237,14 @@ def train(options: Options) -> None:
     save(model, config, tokenizer, options.out)
 
 
+def task_weight(text: str) -> tuple[str, float]:
+    """Parse ``TASK=WEIGHT``."""
+    name, _, value = text.partition("=")
+    if name not in WEIGHTS:
+        raise argparse.ArgumentTypeError(f"unknown task {name!r}")
+    return name, float(value)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -246,6 +257,14 @@ def main() -> None:
     )
     parser.add_argument("--save-every", type=int, default=0, help="also save every so many steps")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from (use another seed)")
+    parser.add_argument(
+        "--weight",
+        type=task_weight,
+        action="append",
+        default=[],
+        metavar="TASK=WEIGHT",
+        help="how often to draw a task, instead of its usual weight (repeatable)",
+    )
     train(Options(**vars(parser.parse_args())))
 
 

@@ -155,16 +155,13 @@ def test_a_failure_before_the_first_piece_is_an_http_error(
 
 def test_a_failure_in_mid_stream(server: LiveServer, client: openai.OpenAI) -> None:
     server.daemon.ingress.scripts.append([Delta("so", 1), GenerationFailed("all heads gone")])
-    got = []
+    chunks = client.chat.completions.create(model="demo", messages=HELLO, stream=True)
+    assert [next(chunks).choices[0].delta.content for _ in range(2)] == ["", "so"]
     with pytest.raises(openai.APIError, match="all heads gone"):
-        for chunk in client.chat.completions.create(model="demo", messages=HELLO, stream=True):
-            got.append(chunk.choices[0].delta.content)
-    assert got == ["", "so"]
+        next(chunks)
 
 
-def test_an_answer_that_breaks_off_is_a_failure(
-    server: LiveServer, client: openai.OpenAI
-) -> None:
+def test_an_answer_that_breaks_off_is_a_failure(server: LiveServer, client: openai.OpenAI) -> None:
     server.daemon.ingress.scripts.append([Delta("so", 1)])
     with pytest.raises(openai.InternalServerError, match="broke off"):
         client.chat.completions.create(model="demo", messages=HELLO)

@@ -22,9 +22,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "/home/anna/my model"])
-def test_a_model_name_may_be_a_path(
-    server: LiveServer, client: openai.OpenAI, name: str
-) -> None:
+def test_a_model_name_may_be_a_path(server: LiveServer, client: openai.OpenAI, name: str) -> None:
     view = ModelView(name=name, state="waiting", reason="too big", layers=36, pipelines=[])
     server.daemon.cluster = msgspec.structs.replace(server.daemon.cluster, models=[view])
     assert client.models.retrieve(name).id == name
@@ -131,8 +129,7 @@ def allowed(client: str, server: str, host: str | None, **headers: str) -> bool:
     }
     try:
         require_control(Request(scope))
-    except ApiError as error:
-        assert error.status == 403
+    except ApiError:
         return False
     return True
 

@@ -69,6 +69,11 @@ class Process:
     def live(self) -> set[str]:
         return {node for node, member in self.membership.members.items() if member.live}
 
+    def knows(self, other: str) -> bool:
+        """Whether it would ever try to reach that node, if only as one of the lost."""
+        table = self.membership._table
+        return other in table.live_others or other in table.lost()
+
     def states(self) -> dict[str, str]:
         return {node: member.state for node, member in self.membership.members.items()}
 
@@ -183,6 +188,25 @@ class Simulator:
             assert self.now - started < limit, f"not within {limit} s"
             self.run(0.02)
         return self.now - started
+
+    def discover(self) -> None:
+        """Introduce to each other only those who could never find each other on their own."""
+        names = sorted(self.processes)
+        island = {names[0]}
+        while len(island) < len(names):
+            more = [
+                name
+                for name in names
+                if name not in island
+                and any(
+                    self.processes[name].knows(other) or self.processes[other].knows(name)
+                    for other in island
+                )
+            ]
+            if not more:
+                more = [name for name in names if name not in island][:1]
+                self._dial(names[0], more[0])
+            island.update(more)
 
     # What the nodes hold true
 

@@ -94,6 +94,8 @@ class ClusterUnderFaults(RuleBasedStateMachine):
         simulator.heal()
         simulator.loss = simulator.duplication = 0.0
         self.all_thaw()
+        simulator.run(5)
+        simulator.discover()
         simulator.run_until(simulator.agreed, 120)
         simulator.run(80)
         assert simulator.agreed()

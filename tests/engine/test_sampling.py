@@ -26,9 +26,9 @@ def naive(logits: list[float], sampling: Sampling, position: int) -> int:
     """The definition: sort, keep top-k with ties, keep top-p, walk to the random number."""
     if sampling.temperature == 0:
         return logits.index(max(logits))
+    top = max(logits)
     weights = {
-        token: math.exp((value - max(logits)) / sampling.temperature)
-        for token, value in enumerate(logits)
+        token: math.exp((value - top) / sampling.temperature) for token, value in enumerate(logits)
     }
     if 0 < sampling.top_k < len(logits):
         kth = sorted(logits, reverse=True)[sampling.top_k - 1]

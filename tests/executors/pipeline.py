@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from pxd.executors.mlx.engine import MlxEngine
@@ -55,10 +56,7 @@ class Pipeline:
             if engine is not self.engines[-1]:
                 tensor, body = output
                 body = bytes(body)
-                step = Step(
-                    **{name: getattr(step, name) for name in step.__struct_fields__}
-                    | {"tensor": tensor}
-                )
+                step = msgspec.structs.replace(step, tensor=tensor)
         return output
 
     def prefill(

@@ -4,12 +4,15 @@ A batch is kept from step to step as long as its members stay the same. When the
 leave are cut out and those who join are appended, by mlx-lm's own batch caches.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
-from pxd.executors.mlx.stage import Caches
+from pxd.executors.mlx.stage import Caches, Stage
 from pxd.wire import Sampling
+
+log = logging.getLogger("pxd.executors.mlx")
 
 
 class Request:
@@ -115,9 +118,29 @@ def drop(requests: Iterable[Request]) -> None:
         batch.leave(leavers, keep_caches=False)
 
 
-def can_merge(caches: Caches) -> bool:
-    """Whether mlx-lm has batch forms for all of these kinds of cache."""
-    return all(
-        can_merge(list(cache.caches)) if hasattr(cache, "caches") else hasattr(cache, "merge")
-        for cache in caches
-    )
+def supports_batches(stage: Stage, dtype: mx.Dtype) -> bool:
+    """Whether this model's code and mlx-lm's batch caches go together.
+
+    Found by a dry run in which nothing is evaluated: two requests of different lengths are merged
+    and decode one position.
+    """
+    requests = []
+    for length in (2, 3):
+        request = Request(0, Sampling(), stage.make_caches())
+        stage.forward(dummy_inputs(stage, 1, length, dtype), own_caches(request))
+        requests.append(request)
+    alone = stage.forward(dummy_inputs(stage, 1, 1, dtype), stage.make_caches())
+    try:
+        batch = Batch(requests)
+        output = stage.forward(dummy_inputs(stage, 2, 1, dtype), batch.caches)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        log.info("requests will decode one by one, since batches are not possible: %s", error)
+        return False
+    return tuple(output.shape) == (2, *alone.shape[1:])
+
+
+def dummy_inputs(stage: Stage, batch: int, length: int, dtype: mx.Dtype) -> mx.array:
+    """Inputs of the right shape for runs whose results nobody reads."""
+    if stage.first:
+        return mx.zeros((batch, length), mx.int32)
+    return mx.zeros((batch, length, stage.hidden_size), dtype)

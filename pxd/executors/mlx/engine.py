@@ -14,7 +14,14 @@ import mlx.core as mx
 import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from pxd.executors.mlx.batch import Request, batch_of, can_merge, drop, own_caches
+from pxd.executors.mlx.batch import (
+    Request,
+    batch_of,
+    drop,
+    dummy_inputs,
+    own_caches,
+    supports_batches,
+)
 from pxd.executors.mlx.decode import draw_tokens
 from pxd.executors.mlx.loader import load_stage
 from pxd.executors.mlx.split import cache_token_bytes
@@ -85,11 +92,10 @@ class MlxEngine:
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             raise ExecutorError(
                 f"cannot load layers [{spec.start}, {spec.end}) of {spec.path}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}{_hint(error)}"
             ) from error
         self._stage = loaded.stage
-        probe = loaded.stage.make_caches()
-        self._batching = can_merge(probe)
+        self._batching = supports_batches(loaded.stage, loaded.dtype)
         token_bytes = _token_bytes(loaded.stage, loaded.dtype)
         kv_tokens = spec.kv_bytes // token_bytes if token_bytes else 1 << 40
         self._kv_tokens = kv_tokens if spec.kv_bytes else None
@@ -241,15 +247,20 @@ class MlxEngine:
         return draw_tokens(output[:, -1, :], requests, positions, caches)
 
 
+def _hint(error: Exception) -> str:
+    if "GatherMM" in str(error):
+        return (
+            " (MLX runs mixtures of experts on a CPU only in float32 or quantised; "
+            "quantise the model, for example with mlx_lm.convert -q)"
+        )
+    return ""
+
+
 def _token_bytes(stage: Stage, dtype: mx.Dtype) -> int:
     """Bytes of KV cache that one position takes on this stage, sliding windows counted in full.
 
     Counting windows in full promises less than there is, but holds for any mix of requests.
     """
     caches = stage.make_caches()
-    if stage.first:
-        inputs = mx.zeros((1, 2), mx.int32)
-    else:
-        inputs = mx.zeros((1, 2, stage.hidden_size), dtype)
-    stage.forward(inputs, caches)
+    stage.forward(dummy_inputs(stage, 1, 2, dtype), caches)
     return sum(cache_token_bytes(cache) for cache in caches)

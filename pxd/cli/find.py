@@ -1,0 +1,105 @@
+"""Which daemon a command talks to."""
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from pxd.settings import DataFiles, default_data_dir
+
+
+class NoDaemon(Exception):
+    """No daemon can be addressed; the message says what to do."""
+
+
+class NotRunning(NoDaemon):
+    """No daemon runs with that data directory."""
+
+    def __init__(self, message: str, data_dir: Path) -> None:
+        super().__init__(message)
+        self.data_dir = data_dir
+
+
+class DaemonFile(msgspec.Struct, frozen=True):
+    """What a daemon writes into its data directory while it runs. `started` is Unix time."""
+
+    pid: int
+    http: str
+    started: float
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A daemon's URL; its process id if it is known to run on this machine."""
+
+    url: str
+    pid: int | None = None
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of that id exists and has not ended."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def as_url(node: str) -> str:
+    """A URL without a path from a URL or HOST:PORT. Raises `NoDaemon`."""
+    parts = urlsplit(node if "://" in node else f"http://{node}")
+    try:
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise NoDaemon(f"{node!r} is not the URL of a node; it looks like http://127.0.0.1:8470")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def find_daemon(node: str | None, data_dir: Path | None) -> Found:
+    """By `--node`, `--data-dir`, PXD_NODE, PXD_DATA_DIR or the default instance, in this order.
+
+    Raises `NoDaemon`.
+    """
+    if node is None and data_dir is None:
+        node = os.environ.get("PXD_NODE") or None
+    if node is not None:
+        return Found(as_url(node))
+    return read_daemon_file(data_dir or data_dir_of_environment())
+
+
+def data_dir_of_environment() -> Path:
+    named = os.environ.get("PXD_DATA_DIR")
+    return Path(named) if named else default_data_dir()
+
+
+def start_command(data_dir: Path) -> str:
+    """What a person types to start a daemon with that data directory."""
+    return "pxd start" if data_dir == default_data_dir() else f"pxd start --data-dir {data_dir}"
+
+
+def read_daemon_file(data_dir: Path) -> Found:
+    """Raises `NotRunning`, and `NoDaemon` for a file that cannot be used."""
+    path = DataFiles(data_dir).daemon
+    start = start_command(data_dir)
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=DaemonFile)
+    except FileNotFoundError:
+        raise NotRunning(
+            f"no daemon runs with the data directory {data_dir}; "
+            f"start one with `{start}`, or name another node with --node URL",
+            data_dir,
+        ) from None
+    except OSError as error:
+        raise NoDaemon(f"cannot read {path}: {error.strerror or error}") from error
+    except msgspec.DecodeError as error:
+        raise NoDaemon(f"{path} is damaged; restart the daemon with `{start}`") from error
+    if not is_running(content.pid):
+        raise NotRunning(
+            f"the daemon of {data_dir} (process {content.pid}) has ended without saying goodbye; "
+            f"start it again with `{start}`",
+            data_dir,
+        )
+    return Found(as_url(content.http), content.pid)

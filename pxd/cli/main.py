@@ -1,0 +1,63 @@
+"""The `pxd` command. What a command needs beyond its options is imported when it runs."""
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+import pxd
+from pxd.cli import chat, start, status, stop, ticket
+from pxd.cli.options import with_examples
+
+app = typer.Typer(
+    name="pxd",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=with_examples(
+        "One model, several machines: every machine runs the same daemon, any of them answers.",
+        ("pxd start", "start a node; the first prints how others join"),
+        ("pxd start --join TICKET", "start a node in that cluster"),
+        ("pxd status", "see the cluster from any of its nodes"),
+        ("pxd chat", "talk to the model"),
+    ),
+)
+
+
+def version() -> None:
+    print(f"pxd {pxd.__version__}")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("start", help=start.HELP, short_help="Run a node here.")(start.start)
+app.command("status", help=status.HELP, short_help="Show the cluster.")(status.status)
+app.command("chat", help=chat.HELP, short_help="Talk to the model.")(chat.chat)
+app.command("ticket", help=ticket.HELP, short_help="Print what others need to join.")(ticket.ticket)
+app.command("stop", help=stop.HELP, short_help="Stop the node on this machine.")(stop.stop)
+app.command("version", help=with_examples("Show the version.", ("pxd version", "")))(version)
+
+
+def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that lacks a character gets a question mark, not a traceback.
+            stream.reconfigure(errors="replace")
+    app()

@@ -1,0 +1,200 @@
+"""What `pxd status` says of a cluster, before it is drawn for a terminal or written for a pipe."""
+
+from collections import Counter
+
+import msgspec
+
+from pxd.cli.words import clean, device, duration, layers, memory
+from pxd.serving.status import ClusterStatus, ModelView, NodeView, PipelineStageView, StageView
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """A range of `total` layers on one node; `words` says its state, with progress if it has any.
+
+    `progress` runs from 0 to 1 and is 1 unless the stage is loading.
+    """
+
+    model: str
+    start: int
+    end: int
+    total: int
+    state: str
+    words: str
+    progress: float = 1.0
+
+    @property
+    def layers(self) -> str:
+        return layers(self.start, self.end)
+
+
+class Node(msgspec.Struct, frozen=True):
+    """`roles` is empty, "leader", "this node" or both. `words` is the state, with age if bad."""
+
+    name: str
+    roles: str
+    state: str
+    words: str
+    device: str
+    memory: str
+    stages: list[Stage]
+    load: str
+    rtt: str
+    speed: str
+
+
+class Link(msgspec.Struct, frozen=True):
+    """One stage of a pipeline: which node, which layers; `words` is empty if it is ready."""
+
+    node: str
+    layers: str
+    state: str
+    words: str
+
+
+class Model(msgspec.Struct, frozen=True):
+    name: str
+    state: str
+    layers: int
+    reason: str
+    pipelines: list[list[Link]]
+
+
+class Overview(msgspec.Struct, frozen=True):
+    """Everything is words without control characters."""
+
+    name: str
+    http: str
+    uptime: str
+    leader: str
+    term: int
+    epoch: str
+    alive: int
+    nodes: list[Node]
+    models: list[Model]
+    problems: list[tuple[str, str]]
+
+
+def _load(node: NodeView) -> str:
+    if node.state in ("dead", "left"):
+        return ""
+    waiting = f", {node.waiting} waiting" if node.waiting else ""
+    return f"{node.running} running{waiting}" if node.running or waiting else "idle"
+
+
+class _Reader:
+    def __init__(self, status: ClusterStatus) -> None:
+        self._status = status
+        self._twice = {
+            name for name, count in Counter(n.name for n in status.nodes).items() if count > 1
+        }
+        self._names = {node.id: self._name(node) for node in status.nodes}
+        self._totals = {model.name: model.layers for model in status.models}
+
+    def _name(self, node: NodeView) -> str:
+        name = clean(node.name)
+        return f"{name}~{clean(node.id[-5:])}" if node.name in self._twice else name
+
+    def name(self, peer: str | None) -> str:
+        if peer is None:
+            return "none yet"
+        return self._names.get(peer, f"~{clean(peer[-5:])}")
+
+    def stage(self, stage: StageView) -> Stage:
+        loading = stage.state == "loading"
+        state = clean(stage.state)
+        return Stage(
+            model=clean(stage.model),
+            start=stage.start,
+            end=stage.end,
+            total=max(self._totals.get(stage.model, 0), stage.end),
+            state=state,
+            words=f"{state} {stage.progress:.0%}" if loading else state,
+            progress=stage.progress if loading else 1.0,
+        )
+
+    def node(self, node: NodeView) -> Node:
+        roles = [
+            word
+            for word, peer in (
+                ("leader", self._status.leader),
+                ("this node", self._status.self_id),
+            )
+            if peer == node.id
+        ]
+        bad = node.state != "alive"
+        return Node(
+            name=self.name(node.id),
+            roles=", ".join(roles),
+            state=node.state,
+            words=f"{node.state} {duration(node.since)}" if bad else node.state,
+            device=device(node.device),
+            memory=memory(node.memory_gib),
+            stages=[self.stage(stage) for stage in node.stages],
+            load=_load(node),
+            rtt="" if node.rtt_ms is None else f"{node.rtt_ms:.1f} ms",
+            speed=f"{node.tflops:.1f} TFLOP/s, {node.bandwidth_gbs:.0f} GB/s"
+            if node.tflops
+            else "",
+        )
+
+    def link(self, model: ModelView, stage: PipelineStageView) -> Link:
+        words = "" if stage.state == "ready" else clean(stage.state)
+        for node in self._status.nodes:
+            for own in node.stages:
+                if (node.id, own.model) == (stage.node, model.name) and (own.start, own.end) == (
+                    stage.start,
+                    stage.end,
+                ):
+                    words = "" if stage.state == "ready" else self.stage(own).words
+        return Link(self.name(stage.node), layers(stage.start, stage.end), stage.state, words)
+
+    def model(self, model: ModelView) -> Model:
+        return Model(
+            name=clean(model.name),
+            state=model.state,
+            layers=model.layers,
+            reason=clean(model.reason),
+            pipelines=[[self.link(model, stage) for stage in chain] for chain in model.pipelines],
+        )
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(node, what is wrong with it)"""
+        found = []
+        for node in self._status.nodes:
+            name = self.name(node.id)
+            if node.state == "suspect":
+                found.append((name, f"has not answered for {duration(node.since)}"))
+            elif node.state == "alive" and not node.connected:
+                found.append((name, "is known to be alive, but this node has no connection to it"))
+            if node.problem:
+                found.append((name, clean(node.problem)))
+            for stage in node.stages:
+                where = f"{clean(stage.model)} {layers(stage.start, stage.end)}"
+                if stage.restarts:
+                    times = "once" if stage.restarts == 1 else f"{stage.restarts} times"
+                    where += f", restarted {times},"
+                if stage.reason:
+                    found.append((name, f"{where} {clean(stage.state)}: {clean(stage.reason)}"))
+                elif stage.restarts:
+                    found.append((name, f"{where} {clean(stage.state)} again"))
+        return found
+
+
+_ORDER = {"alive": 0, "suspect": 1, "dead": 2, "left": 3}
+
+
+def overview(status: ClusterStatus) -> Overview:
+    reader = _Reader(status)
+    nodes = sorted(status.nodes, key=lambda node: (_ORDER[node.state], node.name, node.id))
+    return Overview(
+        name=reader.name(status.self_id),
+        http=clean(status.http),
+        uptime=duration(status.uptime),
+        leader=reader.name(status.leader),
+        term=status.term,
+        epoch=clean(status.epoch or "none yet"),
+        alive=sum(node.state == "alive" for node in status.nodes),
+        nodes=[reader.node(node) for node in nodes],
+        models=[reader.model(model) for model in status.models],
+        problems=reader.problems(),
+    )

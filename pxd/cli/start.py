@@ -1,0 +1,215 @@
+"""`pxd start`: run a daemon in the foreground until it is stopped."""
+
+import math
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pxd.cli.find import data_dir_of_environment
+from pxd.cli.options import fail, with_examples
+from pxd.settings import (
+    DEFAULT_HTTP,
+    DEFAULT_LISTEN,
+    DEFAULT_MODEL,
+    Settings,
+    default_name,
+    parse_endpoint,
+)
+
+HELP = with_examples(
+    "Run a node here, in the foreground, until Ctrl-C or `pxd stop`. "
+    "Keys and the cluster are remembered: from the second time on, `pxd start` is enough.",
+    ("pxd start", "a new cluster, or the one it knows"),
+    ("pxd start --join TICKET", "the cluster of that ticket"),
+    ("pxd start --model Qwen/Qwen3-8B", "and have it serve this model"),
+    ("pxd start --memory 8", "offer at most 8 GiB"),
+)
+
+
+class LogFormat(Enum):
+    text = "text"
+    json = "json"
+
+
+def _option(flag: str, metavar: str, help: str, env: str | None = None) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(
+        flag, metavar=metavar, help=help, envvar=env, show_default=False
+    )
+    return option
+
+
+Model = Annotated[
+    str | None,
+    _option(
+        "--model",
+        "M",
+        f"What the cluster is to serve: a bundled model ({DEFAULT_MODEL}), a directory, "
+        "or a Hugging Face id.",
+    ),
+]
+Join = Annotated[
+    str | None,
+    _option("--join", "TICKET", "Join the cluster of this ticket; see `pxd ticket`.", "PXD_JOIN"),
+]
+DataDir = Annotated[
+    Path | None,
+    _option(
+        "--data-dir",
+        "DIR",
+        "Where this node keeps its keys; another node needs another one.",
+        "PXD_DATA_DIR",
+    ),
+]
+Http = Annotated[
+    str | None,
+    _option(
+        "--http", "HOST:PORT", f"Where the API listens. [dim]\\[default: {DEFAULT_HTTP}][/dim]"
+    ),
+]
+Listen = Annotated[
+    str | None,
+    _option(
+        "--listen",
+        "HOST:PORT",
+        f"Where other nodes connect. [dim]\\[default: {DEFAULT_LISTEN}][/dim]",
+    ),
+]
+Name = Annotated[
+    str | None,
+    _option("--name", "NAME", "What to call this node. [dim]\\[default: the host's name][/dim]"),
+]
+Memory = Annotated[float | None, _option("--memory", "GIB", "The most memory to offer, in GiB.")]
+MaxLayers = Annotated[int | None, _option("--max-layers", "N", "The most layers to hold.")]
+NoMdns = Annotated[bool, typer.Option("--no-mdns", help="Do not look for nodes on the LAN.")]
+Format = Annotated[LogFormat, typer.Option("--log-format", help="How to log, to stderr.")]
+
+
+class BadOption(Exception):
+    """An option's value makes no sense; the message says why."""
+
+
+def _check_endpoint(option: str, value: str | None) -> None:
+    if value is not None:
+        try:
+            parse_endpoint(value)
+        except ValueError as error:
+            raise BadOption(f"{option}: {error}") from error
+
+
+def _check_ticket(value: str | None) -> None:
+    from pxd.identity import IdentityError, Ticket
+
+    if value is not None:
+        try:
+            Ticket.parse(value)
+        except IdentityError as error:
+            raise BadOption(f"--join: {error}") from error
+
+
+def _node_name(value: str | None) -> str:
+    name = default_name() if value is None else value.strip()
+    if not 0 < len(name) <= 64 or not name.isprintable():
+        raise BadOption("--name: a name has 1 to 64 printable characters")
+    return name
+
+
+def resolve_model(value: str | None) -> str | None:
+    """A directory becomes an absolute path; the demo and hub ids stay as they are.
+
+    Raises `BadOption` for what is clearly meant as a directory and is none.
+    """
+    if value is None or value == DEFAULT_MODEL:
+        return value
+    path = Path(value).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if not value or value.startswith((".", "~", "/")):
+        raise BadOption(f"--model: there is no directory {value!r}")
+    return value
+
+
+def build_settings(
+    *,
+    model: str | None = None,
+    join: str | None = None,
+    data_dir: Path | None = None,
+    http: str | None = None,
+    listen: str | None = None,
+    name: str | None = None,
+    memory: float | None = None,
+    max_layers: int | None = None,
+    mdns: bool = True,
+    log_format: LogFormat = LogFormat.text,
+) -> Settings:
+    """Raises `BadOption`."""
+    _check_endpoint("--http", http)
+    _check_endpoint("--listen", listen)
+    _check_ticket(join)
+    if memory is not None and not (memory > 0 and math.isfinite(memory)):
+        raise BadOption(f"--memory: {memory:g} GiB is nothing to offer; give a number above 0")
+    if max_layers is not None and max_layers < 1:
+        raise BadOption(f"--max-layers: {max_layers} is too few; give 1 or more")
+    return Settings(
+        data_dir=(data_dir or data_dir_of_environment()).expanduser().absolute(),
+        name=_node_name(name),
+        model=resolve_model(model),
+        join=join,
+        http=http,
+        listen=listen,
+        memory=memory,
+        max_layers=max_layers,
+        mdns=mdns,
+        log_format=log_format.value,
+    )
+
+
+def start(
+    model: Model = None,
+    join: Join = None,
+    data_dir: DataDir = None,
+    http: Http = None,
+    listen: Listen = None,
+    name: Name = None,
+    memory: Memory = None,
+    max_layers: MaxLayers = None,
+    no_mdns: NoMdns = False,
+    log_format: Format = LogFormat.text,
+) -> None:
+    try:
+        settings = build_settings(
+            model=model,
+            join=join,
+            data_dir=data_dir,
+            http=http,
+            listen=listen,
+            name=name,
+            memory=memory,
+            max_layers=max_layers,
+            mdns=not no_mdns,
+            log_format=log_format,
+        )
+    except BadOption as error:
+        fail(str(error), 2)
+    _run(settings)
+
+
+def _run(settings: Settings) -> None:
+    from pxd.cli import logs, welcome
+
+    logs.set_up(settings.log_format)
+    try:
+        import trio
+
+        from pxd import node
+        from pxd.identity import IdentityError
+
+        try:
+            trio.run(partial(node.run, settings, started=partial(welcome.welcome, settings)))
+        except (IdentityError, node.StartupError) as error:
+            fail(str(error))
+    except KeyboardInterrupt:
+        # Before the daemon took over the signals.
+        raise typer.Exit(130) from None

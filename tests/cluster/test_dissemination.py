@@ -1,0 +1,91 @@
+import math
+
+import msgspec
+
+from pxd.cluster.dissemination import BroadcastQueue
+from pxd.cluster.messages import MAX_MESSAGE, Claim
+from pxd.cluster.records import NodeRecord, StageReport
+
+
+def record(node: str, version: int = 0, padding: int = 0) -> NodeRecord:
+    stages = tuple(
+        StageReport(model="m", pipeline="p", start=0, end=1, state="failed", reason="x" * 1900)
+        for _ in range(padding // 2000)
+    )
+    return NodeRecord(id=node, name=node, incarnation=1, version=version, stages=stages)
+
+
+def others(count: int) -> list[str]:
+    return [f"peer{i}" for i in range(count)]
+
+
+def test_news_goes_to_as_many_peers_as_the_cluster_size_asks() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_record(record("a"))
+    told = [peer for peer in others(99) if queue.take(peer, others(99)).records]
+    assert len(told) == 4 * math.ceil(math.log10(101))
+    assert not queue
+
+
+def test_in_a_small_cluster_everybody_is_told_once() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_record(record("a"), "peer0")
+    assert not queue.take("peer0", others(3)).records
+    assert queue.take("peer1", others(3)).records
+    assert not queue.take("peer1", others(3)).records
+    assert queue.take("peer2", others(3)).records
+    assert not queue
+
+
+def test_the_owner_is_not_told_its_own_record() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_record(record("peer0"))
+    assert not queue.take("peer0", others(9)).records
+
+
+def test_newer_news_of_a_node_replaces_older() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_record(record("a", 1))
+    queue.push_record(record("a", 2))
+    queue.push_claim(Claim("a", "suspect", 1, "x"))
+    queue.push_claim(Claim("a", "suspect", 1, "y"))
+    news = queue.take("peer0", others(9))
+    assert news.records == (record("a", 2),)
+    assert news.claims == (Claim("a", "suspect", 1, "y"),)
+
+
+def test_a_new_life_makes_claims_about_the_old_one_void() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_claim(Claim("a", "suspect", 0, "x"))
+    queue.push_record(record("a"))
+    assert not queue.take("peer0", others(9)).claims
+
+
+def test_what_does_not_fit_waits_and_what_never_fits_travels_alone() -> None:
+    queue = BroadcastQueue(4)
+    for name in "abc":
+        queue.push_record(record(name, padding=30_000))
+    queue.push_record(record("huge", padding=100_000))
+    told: list[str] = []
+    for peer in others(4):
+        news = queue.take(peer, others(9))
+        size = len(msgspec.msgpack.encode(news))
+        assert size <= MAX_MESSAGE or [r.id for r in news.records] == ["huge"]
+        told += [r.id for r in news.records]
+    assert set(told) == {"a", "b", "c", "huge"}
+
+
+def test_the_least_told_comes_first() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_record(record("old", padding=40_000))
+    assert [r.id for r in queue.take("peer0", others(9)).records] == ["old"]
+    queue.push_record(record("new", padding=40_000))
+    assert [r.id for r in queue.take("peer1", others(9)).records] == ["new"]
+
+
+def test_a_dropped_node_is_no_news() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_record(record("a"))
+    queue.push_claim(Claim("a", "left", 1, "a"))
+    queue.discard("a")
+    assert not queue

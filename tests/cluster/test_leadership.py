@@ -1,0 +1,187 @@
+import math
+
+import pytest
+
+from pxd.cluster.leadership import (
+    LeaderChanged,
+    Leadership,
+    LeadershipConfig,
+    LeadershipEvent,
+    LeftOffice,
+    TookOffice,
+)
+from pxd.cluster.members import Member
+from pxd.cluster.messages import MemberState
+from pxd.cluster.plans import Epoch
+from pxd.cluster.records import NodeRecord
+
+CONFIG = LeadershipConfig(settle_alone=0.3, settle=1.0, settle_lonely=6.0, stable=1.0)
+
+
+class View:
+    """A membership view that a test can change at will."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, Member] = {}
+        self.put("me")
+
+    def put(self, node: str, state: MemberState = "alive", **fields: object) -> None:
+        record = NodeRecord(id=node, name=node, **fields)  # type: ignore[arg-type]
+        self.members[node] = Member(record, state, 0.0, 0)
+
+
+def leadership(term: int = 0, *, expects_peers: bool = False) -> Leadership:
+    machine = Leadership("me", CONFIG, term=term, expects_peers=expects_peers)
+    machine.start(0.0)
+    return machine
+
+
+def drive(
+    machine: Leadership, view: View, until: float, *, synced: bool = True, since: float = 0.0
+) -> list[tuple[float, LeadershipEvent]]:
+    """Observe at `since` and then whenever the machine asks for it."""
+    events = [(since, event) for event in machine.observe(since, view.members, synced=synced)]
+    while machine.next_wakeup <= until:
+        now = machine.next_wakeup
+        events += [(now, event) for event in machine.observe(now, view.members, synced=synced)]
+    return events
+
+
+def test_a_fresh_node_leads_itself_almost_at_once() -> None:
+    machine = leadership()
+    events = drive(machine, View(), 10.0, synced=False)
+    assert events == [(0.3, LeaderChanged("me", 0)), (0.3, TookOffice("me", 1))]
+    assert (machine.seniority, machine.leads, machine.in_office) == (1, 1, True)
+    assert machine.next_wakeup == math.inf
+
+
+def test_one_that_expects_peers_waits_for_them() -> None:
+    machine = leadership(expects_peers=True)
+    assert drive(machine, View(), 5.9, synced=False) == []
+    assert (6.0, TookOffice("me", 1)) in drive(machine, View(), 10.0, synced=False, since=5.9)
+
+
+def test_a_newcomer_takes_the_last_place_and_does_not_lead() -> None:
+    machine, view = leadership(expects_peers=True), View()
+    view.put("a", seniority=1, leads=4, term=4)
+    view.put("b", seniority=7)
+    events = drive(machine, view, 10.0)
+    assert events == [(0.0, LeaderChanged("a", 4))]
+    assert (machine.seniority, machine.term, machine.in_office) == (8, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("rivals", "leader"),
+    [
+        ({"a": {"seniority": 2}, "b": {"seniority": 3}}, "a"),
+        ({"b": {"seniority": 2}, "a": {"seniority": 2}}, "a"),
+        ({"a": {"seniority": 2}, "b": {"seniority": 9, "priority": 1}}, "b"),
+        ({"a": {"seniority": 0}, "b": {"seniority": 9}}, "b"),
+        ({"a": {"seniority": 1, "state": "dead"}, "b": {"seniority": 9}}, "b"),
+        ({"a": {"seniority": 1, "state": "suspect"}, "b": {"seniority": 9}}, "a"),
+        ({"a": {"seniority": 1, "state": "left"}}, None),
+    ],
+)
+def test_who_leads(rivals: dict[str, dict[str, object]], leader: str | None) -> None:
+    machine, view = leadership(expects_peers=True), View()
+    for node, fields in rivals.items():
+        view.put(node, **fields)  # type: ignore[arg-type]
+    machine.observe(0.0, view.members, synced=True)
+    assert machine.leader == leader
+
+
+def successor(view: View) -> Leadership:
+    """`me`, settled as the second in line behind `a`, who leads term 4."""
+    view.put("a", seniority=1, leads=4, term=4)
+    view.put("b", seniority=3)
+    machine = leadership()
+    machine.seniority = 2
+    machine.observe(0.0, view.members, synced=True)
+    return machine
+
+
+def test_a_dead_leader_is_followed_after_a_stable_time() -> None:
+    view = View()
+    machine = successor(view)
+    view.put("a", "dead", seniority=1, leads=4, term=4)
+    events = drive(machine, view, 30.0, since=10.0)
+    assert events == [(10.0, LeaderChanged("me", 4)), (11.0, TookOffice("me", 5))]
+
+
+def test_a_goodbye_hands_over_at_once() -> None:
+    view = View()
+    machine = successor(view)
+    view.put("a", "left", seniority=1, leads=4, term=4)
+    events = drive(machine, view, 30.0, since=10.0)
+    assert events == [(10.0, LeaderChanged("me", 4)), (10.0, TookOffice("me", 5))]
+
+
+def test_a_leader_that_recovers_in_time_is_not_followed() -> None:
+    view = View()
+    machine = successor(view)
+    view.put("a", "dead", seniority=1, leads=4, term=4)
+    drive(machine, view, 10.9, since=10.0)
+    view.put("a", "alive", seniority=1, leads=4, term=4)
+    events = drive(machine, view, 30.0, since=10.9)
+    assert events == [(10.9, LeaderChanged("a", 4))]
+
+
+def test_after_a_partition_the_lesser_one_steps_down() -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 1.0)
+    assert machine.in_office
+    view.put("a", seniority=1, leads=1, term=1)
+    events = drive(machine, view, 30.0, since=2.0)
+    assert events == [(2.0, LeaderChanged("a", 1)), (2.0, LeftOffice("a", 1))]
+
+
+@pytest.mark.parametrize(
+    "rival",
+    [
+        {"leads": 3, "term": 3},
+        {"leads": 1, "term": 1},
+        {"term": 5},
+        {"plan": Epoch(1, "z", 8)},
+        {"plan": Epoch(9, "me", 8)},
+    ],
+    ids=["greater term", "same term", "heard of a term", "plan of same term", "plan of past life"],
+)
+def test_the_remaining_leader_outbids_every_term(rival: dict[str, object]) -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    view.put("z", seniority=5, **rival)  # type: ignore[arg-type]
+    events = drive(machine, view, 30.0, since=3.0)
+    highest = max(1, *(plan_term(value) for value in rival.values()))
+    assert events == [(3.0, TookOffice("me", highest + 1))]
+
+
+def plan_term(value: object) -> int:
+    assert isinstance(value, int | Epoch)
+    return value.term if isinstance(value, Epoch) else value
+
+
+def test_terms_do_not_race() -> None:
+    """Should two nodes hold themselves for the leader for long, each bids once per second."""
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    taken = 0
+    for step in range(100):
+        view.put("z", seniority=5, leads=machine.term + 1, term=machine.term + 1)
+        events = machine.observe(3.0 + step * 0.1, view.members, synced=True)
+        taken += sum(isinstance(event, TookOffice) for event in events)
+    assert taken == 10
+
+
+def test_a_persisted_term_is_never_reused() -> None:
+    machine = leadership(term=41)
+    assert (0.3, TookOffice("me", 42)) in drive(machine, View(), 1.0, synced=False)
+
+
+def test_leaving_ends_the_office() -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 1.0)
+    view.put("me", "left", seniority=1, leads=1, term=1)
+    assert machine.observe(2.0, view.members, synced=True) == [
+        LeaderChanged(None, 1),
+        LeftOffice(None, 1),
+    ]

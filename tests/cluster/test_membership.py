@@ -1,0 +1,349 @@
+"""Single rules of membership, message by message. Whole clusters: test_simulation.py."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pxd.cluster.anti_entropy import compare, deltas, digests
+from pxd.cluster.config import MembershipConfig
+from pxd.cluster.members import MemberTable
+from pxd.cluster.membership import Membership
+from pxd.cluster.messages import (
+    MAX_MESSAGE,
+    Ack,
+    Claim,
+    Delta,
+    Digest,
+    DigestEntry,
+    GossipMessage,
+    News,
+    Ping,
+    PingRequest,
+)
+from pxd.cluster.records import NodeRecord, StageReport
+
+CONFIG = MembershipConfig()
+
+
+def record(node: str, incarnation: int = 1, version: int = 0, **more: object) -> NodeRecord:
+    return NodeRecord(id=node, name=node, incarnation=incarnation, version=version, **more)  # type: ignore[arg-type]
+
+
+def member(*others: NodeRecord, node: str = "me", **config: float) -> Membership:
+    """A running membership that knows `others`, with nothing left to send or to tell."""
+    membership = Membership(
+        record(node), msgspec.structs.replace(CONFIG, **config) if config else CONFIG, seed=1
+    )
+    membership.start(0.0)
+    membership.receive(0.0, "teller", Delta(news=News(records=others)))
+    membership.tick(0.0)
+    membership.take_outbox()
+    membership.take_events()
+    return membership
+
+
+def kinds(membership: Membership) -> list[tuple[str, str]]:
+    return [(event.kind, event.record.id) for event in membership.take_events()]
+
+
+def sent(membership: Membership, kind: type[GossipMessage]) -> list[tuple[str, GossipMessage]]:
+    return [(peer, m) for peer, m in membership.take_outbox() if isinstance(m, kind)]
+
+
+def tell(membership: Membership, *claims: Claim, now: float = 0.0) -> None:
+    membership.receive(now, "teller", Delta(news=News(claims=claims)))
+
+
+def test_a_change_raises_the_version_and_no_change_does_not() -> None:
+    membership = member()
+    membership.update(memory=5)
+    assert membership.record.order == (1, 1)
+    membership.update(memory=5)
+    assert membership.record.order == (1, 1)
+    assert kinds(membership) == [("updated", "me")]
+
+
+@pytest.mark.parametrize("field", ["id", "incarnation", "version"])
+def test_what_the_protocol_sets_cannot_be_updated(field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        member().update(**{field: 7})
+
+
+def test_only_newer_records_replace_older_ones() -> None:
+    membership = member(record("a", 2, 5, memory=1))
+    membership.receive(0.0, "a", Delta(news=News((record("a", 2, 4, memory=2),))))
+    membership.receive(0.0, "a", Delta(news=News((record("a", 1, 9, memory=3),))))
+    assert membership.members["a"].record.memory == 1
+    membership.receive(0.0, "a", Delta(news=News((record("a", 2, 6, memory=4),))))
+    assert membership.members["a"].record.memory == 4
+    assert kinds(membership) == [("updated", "a")]
+
+
+def test_suspicion_of_oneself_is_refuted_and_told() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("me", "suspect", 1, "a"))
+    assert membership.record.incarnation == 2
+    assert kinds(membership) == [("refuted", "me")]
+    tell(membership, Claim("me", "dead", 1, "a"))
+    assert membership.record.incarnation == 2, "that claim is about a life long refuted"
+    tell(membership, Claim("me", "left", 8, "a"))
+    assert membership.record.incarnation == 9
+    membership.tick(1.0)
+    gossiped = [
+        told
+        for _, message in membership.take_outbox()
+        if isinstance(message, Ping | Delta)
+        for told in message.news.records
+    ]
+    assert membership.record in gossiped
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [record("me", 4, 0), record("me", 1, 7), record("me", 1, 0, memory=7)],
+    ids=["later life", "later version", "other content"],
+)
+def test_nobody_else_can_change_the_own_record(foreign: NodeRecord) -> None:
+    membership = member()
+    membership.receive(0.0, "a", Delta(news=News((foreign,))))
+    assert membership.record.incarnation == foreign.incarnation + 1
+    assert membership.record.memory == 0
+
+
+def test_the_own_record_coming_back_is_no_contradiction() -> None:
+    membership = member()
+    membership.receive(0.0, "a", Delta(news=News((membership.record,))))
+    assert membership.record.incarnation == 1
+
+
+def test_a_digest_with_a_later_own_life_is_contradicted() -> None:
+    membership = member()
+    entry = DigestEntry("me", (6, 0), "alive", 6)
+    membership.receive(0.0, "a", Digest(after=None, until=None, entries=(entry,)))
+    assert membership.record.incarnation == 7
+
+
+def test_a_suspect_recovers_with_a_greater_incarnation_only() -> None:
+    membership = member(record("a", 3))
+    tell(membership, Claim("a", "suspect", 3, "b"))
+    membership.receive(0.0, "a", Delta(news=News((record("a", 3, 1, memory=9),))))
+    assert membership.members["a"].state == "suspect"
+    assert membership.members["a"].record.memory == 9
+    membership.receive(0.0, "a", Delta(news=News((record("a", 4),))))
+    assert membership.members["a"].state == "alive"
+    assert kinds(membership) == [("suspected", "a"), ("updated", "a"), ("recovered", "a")]
+
+
+def test_a_death_by_hearsay_is_only_a_suspicion() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("a", "dead", 1, "b"))
+    assert membership.members["a"].state == "suspect"
+
+
+def test_claims_of_a_past_life_are_ignored() -> None:
+    membership = member(record("a", 3))
+    tell(membership, Claim("a", "suspect", 2, "b"), Claim("a", "left", 2, "a"))
+    assert membership.members["a"].state == "alive"
+
+
+def test_a_goodbye_counts_at_once_and_a_return_needs_a_new_life() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("a", "left", 1, "a"), now=3.0)
+    assert membership.members["a"].state == "left"
+    assert membership.members["a"].since == 3.0
+    membership.receive(4.0, "b", Delta(news=News((record("a", 1, 50),))))
+    assert membership.members["a"].state == "left"
+    membership.receive(5.0, "a", Delta(news=News((record("a", 2),))))
+    assert membership.members["a"].state == "alive"
+    assert kinds(membership) == [("left", "a"), ("joined", "a")]
+
+
+def test_claims_about_strangers_mean_nothing() -> None:
+    membership = member()
+    tell(membership, Claim("ghost", "suspect", 1, "b"), Claim("ghost", "dead", 1, "b"))
+    assert set(membership.members) == {"me"}
+
+
+def test_a_dropped_node_stays_away_until_it_shows_a_new_life() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("a", "left", 1, "a"))
+    membership.tick(CONFIG.drop_after)
+    assert "a" not in membership.members
+    membership.take_outbox()
+    membership.receive(100.0, "late", Delta(news=News((record("a", 1, 3),))))
+    assert "a" not in membership.members
+    ((peer, answer),) = membership.take_outbox()
+    assert peer == "late"
+    assert isinstance(answer, Delta)
+    assert answer.news.claims == (Claim("a", "left", 1, "me"),)
+    membership.receive(101.0, "a", Delta(news=News((record("a", 2),))))
+    assert membership.members["a"].state == "alive"
+
+
+def test_a_tombstone_is_forgotten_in_the_end() -> None:
+    membership = member(record("a"), record("b"), tombstone_for=10.0)
+    tell(membership, Claim("a", "left", 1, "a"))
+    membership.tick(CONFIG.drop_after)
+    tell(membership, Claim("b", "left", 1, "b"), now=70.0)
+    membership.tick(70.0 + CONFIG.drop_after)
+    membership.receive(140.0, "late", Delta(news=News((record("a"), record("b")))))
+    assert "a" in membership.members
+    assert "b" not in membership.members
+
+
+def test_an_ack_counts_only_from_the_one_asked() -> None:
+    membership = member(record("a"), record("b"), record("c"))
+    membership.disconnected(0.0, "a")
+    pings = sent(membership, Ping)
+    assert [peer for peer, _ in pings] == ["a"]
+    ping = pings[0][1]
+    assert isinstance(ping, Ping)
+    membership.receive(0.1, "teller", Ack(seq=ping.seq, news=News()))
+    membership.tick(CONFIG.lost_timeout)
+    assert membership.members["a"].state == "suspect"
+
+
+@pytest.mark.parametrize("witness", ["a", "b"])
+def test_an_ack_from_the_target_or_through_a_helper_clears_it(witness: str) -> None:
+    membership = member(record("a"), record("b"))
+    membership.disconnected(0.0, "a")
+    (request,) = sent(membership, PingRequest)
+    assert request[0] == "b"
+    assert isinstance(request[1], PingRequest)
+    membership.receive(0.1, witness, Ack(seq=request[1].seq, news=News()))
+    membership.tick(CONFIG.lost_timeout)
+    assert membership.members["a"].state == "alive"
+
+
+def test_a_ping_for_somebody_else_is_passed_on_and_its_ack_back() -> None:
+    membership = member(record("target"))
+    membership.receive(0.0, "asker", PingRequest(seq=77, target="target", news=News()))
+    ((peer, ping),) = sent(membership, Ping)
+    assert peer == "target"
+    assert isinstance(ping, Ping)
+    membership.receive(0.1, "liar", Ack(seq=ping.seq, news=News()))
+    assert not sent(membership, Ack)
+    membership.receive(0.1, "target", Ack(seq=ping.seq, news=News()))
+    ((peer, ack),) = sent(membership, Ack)
+    assert peer == "asker"
+    assert isinstance(ack, Ack)
+    assert ack.seq == 77
+
+
+def test_whoever_is_not_alive_hears_so_with_every_message() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("a", "suspect", 1, "b"))
+    membership.take_outbox()
+    membership.receive(0.0, "a", Ping(seq=5, news=News()))
+    ((_, ack),) = sent(membership, Ack)
+    assert isinstance(ack, Ack)
+    assert Claim("a", "suspect", 1, "me") in ack.news.claims
+
+
+def test_round_trip_times_are_smoothed_and_only_measured_on_connections() -> None:
+    membership = member(record("a"))
+    assert measured(membership, 1.0, 0.5) is None
+    membership.connected("a")
+    assert measured(membership, 3.0, 0.010) == pytest.approx(0.010)
+    assert measured(membership, 5.0, 0.020) == pytest.approx(0.012)
+
+
+def measured(membership: Membership, now: float, delay: float) -> float | None:
+    membership.take_outbox()
+    membership.tick(now)
+    ((peer, ping),) = sent(membership, Ping)
+    assert isinstance(ping, Ping)
+    membership.receive(now + delay, peer, Ack(seq=ping.seq, news=News()))
+    return membership.members[peer].rtt
+
+
+def test_leaving_says_goodbye_to_the_connected_and_goes_silent() -> None:
+    membership = member(record("a"), record("b"), record("c"))
+    membership.connected("a")
+    membership.connected("b")
+    membership.take_outbox()
+    membership.leave(1.0)
+    goodbyes = membership.take_outbox()
+    assert {peer for peer, _ in goodbyes} == {"a", "b"}
+    for _, message in goodbyes:
+        assert isinstance(message, Delta)
+        assert message.news.claims == (Claim("me", "left", 1, "me"),)
+    assert membership.members["me"].state == "left"
+    assert membership.next_wakeup == float("inf")
+    membership.receive(2.0, "a", Ping(seq=1, news=News()))
+    tell(membership, Claim("me", "left", 1, "me"), now=2.0)
+    membership.tick(3.0)
+    assert not membership.take_outbox()
+    assert membership.record.incarnation == 1
+
+
+def test_large_views_travel_in_bounded_messages() -> None:
+    stages = tuple(
+        StageReport(
+            model="m" * 400, pipeline=f"p{i}", start=0, end=9, state="failed", reason="x" * 900
+        )
+        for i in range(10)
+    )
+    names = [f"{i:05}{'x' * 120}" for i in range(500)]
+    table = MemberTable(record("me"), CONFIG)
+    for name in names:
+        table.learn(0.0, record(name, stages=stages))
+        table.suspect(0.0, name, 1)
+    empty = MemberTable(record("other"), CONFIG)
+    parts = digests(table)
+    wants: list[str] = []
+    for part in parts:
+        assert len(msgspec.msgpack.encode(part)) <= MAX_MESSAGE
+        wants += compare(empty, "me", part).wants
+    assert sorted(wants) == sorted(["me", *names])
+    (digest,) = digests(empty)
+    difference = compare(table, "other", digest)
+    answers = list(deltas(difference.records, difference.claims, wants))
+    assert all(len(msgspec.msgpack.encode(answer)) <= MAX_MESSAGE for answer in answers)
+    assert {r.id for answer in answers for r in answer.news.records} == {"me", *names}
+    assert {c.node for answer in answers for c in answer.news.claims} == set(names)
+    assert [node for answer in answers for node in answer.wants] == wants
+
+
+lives = st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(0, 3))
+
+
+@given(st.lists(lives, max_size=12), st.randoms(use_true_random=False))
+def test_tables_that_heard_the_same_records_agree(
+    heard: list[tuple[str, int, int]], shuffler: object
+) -> None:
+    def after(order: list[tuple[str, int, int]]) -> dict[str, tuple[NodeRecord, str, int]]:
+        table = MemberTable(record("me"), CONFIG)
+        for node, incarnation, version in order:
+            table.learn(0.0, record(node, incarnation, version))
+        return {n: (m.record, m.state, m.incarnation) for n, m in table.members.items()}
+
+    shuffled = list(heard)
+    shuffler.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert after(heard) == after(shuffled)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, 3), st.integers(0, 2))),
+    st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, 3), st.integers(0, 2))),
+)
+def test_one_exchange_of_digests_makes_two_views_equal(
+    left: list[tuple[str, int, int]], right: list[tuple[str, int, int]]
+) -> None:
+    one, other = Membership(record("x"), CONFIG, 1), Membership(record("y"), CONFIG, 2)
+    for membership, heard in ((one, left), (other, right)):
+        membership.start(0.0)
+        news = News(tuple(record(*life) for life in heard))
+        membership.receive(0.0, "teller", Delta(news=news))
+        membership.take_outbox()
+    one.join("y")
+    for _ in range(4):
+        for source, target in ((one, other), (other, one)):
+            for peer, message in source.take_outbox():
+                if peer == target.id:
+                    target.receive(0.0, source.id, message)
+    assert {n: m.record for n, m in one.members.items()} == {
+        n: m.record for n, m in other.members.items()
+    }
+    assert one.synced

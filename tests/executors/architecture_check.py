@@ -1,0 +1,127 @@
+"""Checks one architecture: any pipeline and any batch must give what mlx-lm gives for one request.
+
+    python -m tests.executors.architecture_check ARCHITECTURE DIRECTORY [--dtype …] [--quantize] …
+
+Runs in a process of its own for the reason given in `tests.tiny_models`. Exits 0 if all is well.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+
+from pxd.executors.mlx.describe import describe
+from pxd.executors.protocol import ModelDescription
+from tests.executors.pipeline import Pipeline
+from tests.tiny_models import make_in_process
+
+# Longer than the sliding windows of the tiny models, and the shortest there is.
+PROMPTS = [list(range(5, 40)), [77]]
+COUNT = 10
+
+
+def expected(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    generated = generate_step(mx.array(list(prompt)), model, max_tokens=count)
+    return [token for token, _ in generated]
+
+
+def choose_cuts(description: ModelDescription) -> list[list[int]]:
+    """No cut, one and two; with two the outer stages are as small as they can be."""
+    splits = list(description.splits)
+    if not splits:
+        return [[]]
+    return [[], [splits[len(splits) // 2]], [splits[0], splits[-1]]]
+
+
+def check_alone(path: Path, description: ModelDescription, model: Any) -> None:
+    for cuts in choose_cuts(description):
+        pipeline = Pipeline(path, description.layers, cuts)
+        for prompt in PROMPTS:
+            wanted = expected(model, prompt, COUNT)
+            for chunk in (2048, 7):
+                got = pipeline.generate(prompt, COUNT, chunk=chunk)
+                assert got == wanted, f"cuts {cuts}, chunk {chunk}: {got}, not {wanted}"
+
+
+class Crowd:
+    """Several requests in one pipeline, each remembering what it got."""
+
+    def __init__(self, pipeline: Pipeline, prompts: dict[int, list[int]]) -> None:
+        self.pipeline, self.prompts = pipeline, prompts
+        self.sequences = {number: list(prompt) for number, prompt in prompts.items()}
+
+    def join(self, *numbers: int) -> None:
+        for number in numbers:
+            self.pipeline.prefill(number, self.prompts[number], chunk=16)
+
+    def decode(self, *numbers: int) -> None:
+        rows = [
+            (number, len(self.sequences[number]) - 1, self.sequences[number][-1:], True)
+            for number in numbers
+        ]
+        for number, token in zip(numbers, self.pipeline.step(rows), strict=True):
+            self.sequences[number].append(token)
+
+    def answer(self, number: int) -> list[int]:
+        return self.sequences[number][len(self.prompts[number]) :]
+
+
+def check_batches(path: Path, description: ModelDescription, model: Any) -> None:
+    """Requests of different lengths join, change places, pause, are cancelled and rejoin."""
+    prompts = {1: list(range(5, 30)), 2: list(range(40, 52)), 3: [7, 9, 11], 4: [8] * 40, 5: [3]}
+    cuts = choose_cuts(description)[-1]
+    crowd = Crowd(Pipeline(path, description.layers, cuts), prompts)
+    crowd.join(1, 2, 3)
+    crowd.decode(1, 2)
+    crowd.decode(1, 2, 3)
+    crowd.decode(3, 1, 2)
+    crowd.join(4)
+    crowd.decode(4, 3, 2, 1, 5)
+    crowd.decode(1)
+    crowd.decode(5, 1)
+    crowd.pipeline.release([2])
+    for _ in range(4):
+        crowd.decode(3, 4, 5)
+        crowd.decode(1)
+    crowd.decode(1, 3)
+    crowd.decode(4, 5)
+    for _ in range(3):
+        crowd.decode(1, 5, 4, 3)
+    for number, prompt in prompts.items():
+        got = crowd.answer(number)
+        wanted = expected(model, prompt, len(got))
+        assert got == wanted, f"request {number}: {got}, not {wanted}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("architecture")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--quantize", action="store_true")
+    parser.add_argument("--splits", default="1,2,3,4,5", help="cuts that must be allowed")
+    arguments = parser.parse_args()
+    path = make_in_process(
+        arguments.architecture,
+        arguments.directory,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        shards=arguments.shards,
+    )
+    description = describe(path)
+    assert ",".join(map(str, description.splits)) == arguments.splits, description
+    assert bool(description.unsupported) == (not description.splits), description
+    model, _ = load_model(path)
+    check_alone(path, description, model)
+    # In less precision a batch may break near-ties otherwise than a single row.
+    if arguments.dtype == "float32" and not arguments.quantize:
+        check_batches(path, description, model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""The MLX engine on one tiny model: what it refuses, what survives that, and what it holds.
+
+Only this one architecture is run inside the test process; see `tests.tiny_models`.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from pxd.executors.mlx.describe import describe
+from pxd.executors.mlx.engine import MlxEngine
+from pxd.executors.protocol import ExecutorError, LoadSpec, StepRejected
+from pxd.wire import Opening, Row, Sampling, Step, Tensor
+from tests.executors.pipeline import GREEDY, Pipeline
+from tests.tiny_models import VOCABULARY, make_tiny_model
+
+LAYERS = 6
+PROMPT = list(range(30, 50))
+Editor = Callable[[dict[str, mx.array]], dict[str, mx.array]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untied, so that both ends have tensors of their own; layers lie in different files."""
+    return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "llama", shards=8)
+
+
+def load(path: Path, start: int = 0, end: int = LAYERS, **options: Any) -> MlxEngine:
+    engine = MlxEngine()
+    engine.load(LoadSpec(path=str(path), start=start, end=end, **options), lambda _: None)
+    return engine
+
+
+def make_step(
+    rows: Sequence[Row], tensor: Tensor, openings: Sequence[int] = (), releases: Sequence[int] = ()
+) -> Step:
+    return Step(
+        pipeline="p",
+        session=0,
+        step=0,
+        rows=tuple(rows),
+        tensor=tensor,
+        openings=tuple(Opening(number, GREEDY) for number in openings),
+        releases=tuple(releases),
+    )
+
+
+def tokens(count: int, value: int = 1) -> tuple[Tensor, bytes]:
+    return Tensor("i32", (count,)), value.to_bytes(4, "little", signed=True) * count
+
+
+def rejected(engine: MlxEngine, step: Step, body: bytes) -> StepRejected:
+    with pytest.raises(StepRejected) as caught:
+        engine.step(step, body)
+    return caught.value
+
+
+def edited_copy(source: Path, target: Path, edit: Editor) -> Path:
+    shutil.copytree(source, target)
+    file = str(target / "model.safetensors")
+    mx.save_safetensors(file, edit(dict(mx.load(file))), metadata={"format": "mlx"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("rows", "openings", "code", "names"),
+    [
+        ([Row(9, 0, 1, True)], [], "unknown-request", (9,)),
+        ([Row(1, 3, 1, True)], [], "bad-step", (1,)),
+        ([Row(1, 5, 1, True)], [], "bad-step", (1,)),
+        ([Row(2, 1, 1, True)], [2], "bad-step", (2,)),
+        ([Row(1, 4, 1, True)], [1], "bad-step", (1,)),
+        ([Row(2, 0, 1, True)], [2, 2], "bad-step", (2,)),
+        ([Row(1, 4, 1, True), Row(1, 5, 1, True)], [], "bad-step", (1,)),
+        ([Row(1, 4, 1, False), Row(1, 4, 1, True)], [], "bad-step", (1,)),
+    ],
+)
+def test_a_step_that_does_not_fit_is_rejected_and_harms_nobody(
+    model: Path, rows: list[Row], openings: list[int], code: str, names: tuple[int, ...]
+) -> None:
+    engine = load(model)
+    tensor, body = tokens(4)
+    engine.step(make_step([Row(1, 0, 4, False)], tensor, [1]), body)
+    tensor, body = tokens(sum(row.count for row in rows))
+    error = rejected(engine, make_step(rows, tensor, openings), body)
+    assert (error.code, error.requests) == (code, names)
+    assert engine.memory().requests == 1
+    tensor, body = tokens(1)
+    assert len(engine.step(make_step([Row(1, 4, 1, True)], tensor), body)) == 1
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY, 2**31 - 1])
+def test_token_ids_outside_the_vocabulary_are_rejected(model: Path, token: int) -> None:
+    tensor, body = tokens(2, token)
+    error = rejected(load(model), make_step([Row(1, 0, 2, True)], tensor, [1]), body)
+    assert (error.code, error.requests) == ("bad-step", (1,))
+
+
+@pytest.mark.parametrize(
+    "tensor", [Tensor("f32", (2, 63)), Tensor("f32", (3, 64)), Tensor("i32", (2, 64))]
+)
+def test_hidden_states_of_another_shape_or_type_are_rejected(model: Path, tensor: Tensor) -> None:
+    engine = load(model, 2, 4)
+    step = make_step([Row(1, 0, 2, False)], tensor, [1])
+    assert rejected(engine, step, bytes(tensor.nbytes)).code == "bad-step"
+
+
+def test_a_step_beyond_the_kv_budget_is_rejected(model: Path) -> None:
+    engine = MlxEngine()
+    per_token = sum(describe(model).kv_bytes_per_token)
+    info = engine.load(
+        LoadSpec(path=str(model), start=0, end=LAYERS, kv_bytes=per_token * 10), lambda _: None
+    )
+    assert info.kv_tokens == 10
+    tensor, body = tokens(8)
+    engine.step(make_step([Row(1, 0, 8, False)], tensor, [1]), body)
+    tensor, body = tokens(3)
+    step = make_step([Row(2, 0, 3, False)], tensor, [2])
+    assert rejected(engine, step, body).code == "bad-step"
+    released = make_step([Row(2, 0, 3, False)], tensor, [2], releases=[1])
+    assert engine.step(released, body) == ()
+
+
+def test_nothing_runs_before_a_load() -> None:
+    tensor, body = tokens(1)
+    step = make_step([Row(1, 0, 1, True)], tensor, [1])
+    assert rejected(MlxEngine(), step, body).code == "not-ready"
+
+
+def test_a_step_without_rows_releases_and_answers(model: Path) -> None:
+    tensor, body = tokens(4)
+    empty = make_step([], Tensor("i32", (0,)), releases=[1, 99])
+    for engine, answer in ((load(model), ()), (load(model, 0, 3), (Tensor("i32", (0,)), b""))):
+        engine.step(make_step([Row(1, 0, 4, False)], tensor, [1]), body)
+        assert engine.memory().requests == 1
+        assert engine.step(empty, b"") == answer
+        assert engine.memory().requests == 0
+
+
+def test_releasing_gives_the_memory_back(model: Path) -> None:
+    engine = load(model)
+    tensor, body = tokens(900)
+    before = engine.memory().active
+    engine.step(make_step([Row(1, 0, 900, False)], tensor, [1]), body)
+    held = engine.memory().active - before
+    assert held >= 900 * sum(describe(model).kv_bytes_per_token)
+    engine.release((1, 2, 3))
+    assert engine.memory().active - before < held / 10
+
+
+def test_one_step_may_fill_and_decode_and_mix_requests(model: Path) -> None:
+    pipeline = Pipeline(model, LAYERS, [2])
+    wanted = {number: pipeline.generate(PROMPT[number:], 1) for number in (1, 2, 3)}
+    pipeline.prefill(3, PROMPT[3:])
+    got = pipeline.step(
+        [
+            (1, 0, PROMPT[1:8], False),
+            (3, len(PROMPT) - 4, PROMPT[-1:], True),
+            (2, 0, PROMPT[2:], True),
+            (1, 7, PROMPT[8:-1], False),
+            (1, len(PROMPT) - 2, PROMPT[-1:], True),
+        ]
+    )
+    assert list(got) == wanted[3] + wanted[2] + wanted[1]
+
+
+def test_sampling_is_the_same_alone_in_a_batch_and_in_any_split(model: Path) -> None:
+    samplings = {
+        1: Sampling(temperature=0.9, seed=5),
+        2: Sampling(temperature=1.2, top_p=0.9, seed=6),
+        3: Sampling(temperature=0.7, top_k=20, seed=7),
+        4: GREEDY,
+    }
+
+    def run(cuts: list[int], groups: list[list[int]]) -> dict[int, list[int]]:
+        pipeline = Pipeline(model, LAYERS, cuts)
+        sequences = {number: PROMPT[number:] for number in samplings}
+        for number in samplings:
+            pipeline.prefill(number, sequences[number], samplings=samplings)
+        for _ in range(6):
+            for group in groups:
+                rows = [(n, len(sequences[n]) - 1, sequences[n][-1:], True) for n in group]
+                for number, token in zip(group, pipeline.step(rows), strict=True):
+                    sequences[number].append(token)
+        return sequences
+
+    alone = run([], [[1], [2], [3], [4]])
+    assert run([], [[1, 2, 3, 4]]) == alone
+    assert run([1, 4], [[4, 2], [3, 1]]) == alone
+
+
+def test_logits_that_are_not_finite_end_the_step_but_not_the_engine(
+    model: Path, tmp_path: Path
+) -> None:
+    def poison(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        table = weights["model.embed_tokens.weight"]
+        table[7] = float("nan")
+        return weights
+
+    # Tied weights would put the NaN into everybody's logits.
+    source = make_tiny_model("qwen3", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    path = edited_copy(
+        source,
+        tmp_path / "poisoned",
+        lambda w: poison({**w, "lm_head.weight": mx.array(w["model.embed_tokens.weight"])}),
+    )
+    pipeline = Pipeline(path, LAYERS)
+    wanted = pipeline.generate(PROMPT, 3)
+    pipeline.prefill(1, PROMPT)
+    pipeline.prefill(2, [7, 8, 9])
+    with pytest.raises(StepRejected) as caught:
+        pipeline.step([(2, 2, [9], True)])
+    assert caught.value.code == "executor-failed"
+    assert caught.value.requests == (2,)
+    assert "not finite" in caught.value.reason
+    assert list(pipeline.step([(1, len(PROMPT) - 1, PROMPT[-1:], True)])) == wanted[:1]
+
+
+def test_only_own_layers_take_memory(model: Path) -> None:
+    description = describe(model)
+    engine = MlxEngine()
+    info = engine.load(LoadSpec(path=str(model), start=2, end=4), lambda _: None)
+    # A few small arrays (frequencies, scalars) belong to no tensor of the checkpoint.
+    assert sum(description.layer_bytes[2:4]) <= info.weight_bytes
+    assert info.weight_bytes < sum(description.layer_bytes[2:4]) + 4096
+    assert info.layers == 2
+    assert info.hidden_size == 64
+
+
+def test_progress_grows_to_one(model: Path) -> None:
+    seen: list[float] = []
+    MlxEngine().load(LoadSpec(path=str(model), start=0, end=LAYERS), seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+def test_a_stage_loads_with_only_its_own_files(sharded: Path, tmp_path: Path) -> None:
+    from pxd.models.describe import describe_checkpoint
+
+    wanted = Pipeline(sharded, LAYERS).generate(PROMPT, 4)
+    checkpoint = describe_checkpoint(sharded)
+    pipeline = Pipeline.__new__(Pipeline)
+    engines = []
+    for start, end in ((0, 2), (2, 4), (4, 6)):
+        part = tmp_path / f"{start}"
+        part.mkdir()
+        needed = {*checkpoint.files_for(start, end)}
+        for file in sharded.iterdir():
+            if file.suffix != ".safetensors" or file.name in needed:
+                shutil.copy(file, part)
+        assert len(list(part.glob("*.safetensors"))) < 8
+        assert describe_checkpoint(part).fingerprint == checkpoint.fingerprint
+        engines.append(load(part, start, end, fingerprint=checkpoint.fingerprint))
+    whole = Pipeline(sharded, LAYERS, [2, 4])
+    whole.engines[:] = engines
+    assert whole.generate(PROMPT, 4) == wanted
+    del pipeline
+    with pytest.raises(ExecutorError, match="lacks .*layers"):
+        load(tmp_path / "0", 2, 4)
+
+
+def test_refused_loads_say_why_and_may_be_followed_by_a_right_one(
+    model: Path, tmp_path: Path
+) -> None:
+    engine = MlxEngine()
+
+    def refused(path: Path, start: int = 0, end: int = LAYERS, fingerprint: str = "") -> str:
+        spec = LoadSpec(path=str(path), start=start, end=end, fingerprint=fingerprint)
+        with pytest.raises(ExecutorError) as caught:
+            engine.load(spec, lambda _: None)
+        return str(caught.value)
+
+    assert "another model" in refused(model, fingerprint="0" * 64)
+    assert "no layers [3, 9)" in refused(model, 3, 9)
+    assert "no layers [3, 3)" in refused(model, 3, 3)
+    assert "no directory" in refused(tmp_path / "nowhere")
+
+    def without(name: str) -> Editor:
+        return lambda weights: {key: value for key, value in weights.items() if name not in key}
+
+    lacking = edited_copy(model, tmp_path / "lacking", without("layers.3.mlp.up_proj"))
+    assert "lacks model.layers.3.mlp.up_proj.weight" in refused(lacking)
+    engine.load(LoadSpec(path=str(lacking), start=0, end=3), lambda _: None)
+    assert "holds a stage already" in refused(model)
+
+
+def test_a_missing_end_of_the_model_is_noticed_where_it_is_needed(
+    model: Path, tmp_path: Path
+) -> None:
+    path = edited_copy(
+        model,
+        tmp_path / "endless",
+        lambda weights: {k: v for k, v in weights.items() if "embed_tokens" not in k},
+    )
+    load(path, 2, 4)
+    for start, end in ((0, 3), (3, 6)):
+        with pytest.raises(ExecutorError, match=r"lacks model\.embed_tokens\.weight"):
+            load(path, start, end)
+
+
+def test_tensors_of_the_wrong_shape_are_noticed(model: Path, tmp_path: Path) -> None:
+    def widen(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        name = "model.layers.1.mlp.up_proj.weight"
+        return {**weights, name: mx.concatenate([weights[name]] * 2)}
+
+    path = edited_copy(model, tmp_path / "wide", widen)
+    with pytest.raises(ExecutorError, match=r"wrong shape: model\.layers\.1\.mlp"):
+        load(path, 0, 3)
+
+
+def test_a_truncated_file_is_noticed(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ExecutorError, match="damaged or incomplete"):
+        load(tmp_path / "cut", 0, 3)
