@@ -7,7 +7,8 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import msgspec
 import trio
@@ -16,11 +17,13 @@ import pxd
 from pxd import hardware, identity
 from pxd.api.app import create_app
 from pxd.api.server import serve as serve_http
+from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
 from pxd.executors import describe_model, measure_device, open_executor
+from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.notify import notify
-from pxd.p2p.gossip import Gossip
+from pxd.p2p.gossip import Gossip, GossipEvent
 from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.serving.choice import choose, latest_choice
 from pxd.serving.head import HeadHost
@@ -39,6 +42,8 @@ log = logging.getLogger("pxd.node")
 
 LEAVE_DEADLINE_S = 1.5
 LOAD_EVERY_S = 1.0
+ADDRESSES_EVERY_S = 15.0
+MAX_ADDRESSES = 16
 
 
 class StartupError(Exception):
@@ -75,6 +80,7 @@ class Node:
         self._stop = trio.Event()
         self._model_asked = settings.model
         self._known_gone: set[str] = set()
+        self._saving = trio.Lock()
         self.changed = Signal()
         self.network = Libp2pNetwork(
             node_seed=who.node_seed,
@@ -90,9 +96,9 @@ class Node:
             term=who.state.term,
             seed=secrets.randbits(32),
             expects_peers=bool(who.join) or settings.files.peers.exists(),
-            changed=self._on_change,
             persist=self._persist,
         )
+        self.gossip.on_event(self._on_event)
         self.models = ModelSource(describe_model)
         self.plans = PlanSync(self.network, self._members, self._on_plan)
         self.stages = StageHost(
@@ -120,7 +126,7 @@ class Node:
             incarnation=state.incarnation,
             pxd=pxd.__version__,
             device=device,
-            memory=hardware.memory_offer(device, settings.memory),
+            memory=_offer(settings, device),
             max_layers=settings.max_layers,
             term=state.term,
             choice=ModelChoice(*state.choice) if state.choice else None,
@@ -143,9 +149,12 @@ class Node:
             await nursery.start(self._ingress.run)
             nursery.start_soon(self.stages.run)
             nursery.start_soon(self.plans.run)
+            self.gossip.update(addresses=self.network.addresses()[:MAX_ADDRESSES])
             await nursery.start(self.gossip.run)
+            nursery.start_soon(self._follow_addresses)
             nursery.start_soon(self.planner.run, self.changed)
             nursery.start_soon(self._report_load)
+            nursery.start_soon(self._remember_choice)
             with self._announced():
                 started(
                     Started(self.settings.name, self._http_url, self.ticket(), self.network.peer_id)
@@ -205,16 +214,16 @@ class Node:
             uptime=round(time.monotonic() - self._began, 1),
         )
 
-    def _members(self):  # noqa: ANN202
+    def _members(self) -> Mapping[str, Member]:
         return self.gossip.members
 
     def _office(self) -> Office:
-        return Office(held=self.gossip.in_office, term=self.gossip.term)
+        return Office(held=self.gossip.leads > 0, term=self.gossip.leads)
 
     def _choice(self) -> ModelChoice:
         return latest_choice(member.record.choice for member in self.gossip.members.values())
 
-    def _on_change(self) -> None:
+    def _on_event(self, _event: GossipEvent) -> None:
         """The view of the cluster is another one: everybody who lives by it looks at it anew."""
         self._follow_choice()
         members = self.gossip.members
@@ -235,7 +244,17 @@ class Node:
             self._model_asked = None
         if choice.stamp > 0 and choice != own.choice:
             self.gossip.update(choice=choice)
-            self._save(choice=(choice.stamp, choice.by, choice.name))
+
+    async def _remember_choice(self) -> None:
+        while True:
+            changed = self.changed.event
+            choice = self.gossip.record.choice
+            if choice is not None:
+                try:
+                    await self._save(choice=(choice.stamp, choice.by, choice.name))
+                except OSError as error:
+                    log.error("cannot remember the chosen model: %s", error)
+            await changed.wait()
 
     def _on_plan(self, plan: Plan) -> None:
         self.stages.apply(plan)
@@ -246,14 +265,22 @@ class Node:
     def _on_stages(self, reports: tuple[StageReport, ...]) -> None:
         self.gossip.update(stages=reports)
 
-    def _persist(self, *, incarnation: int, term: int) -> None:
-        self._save(incarnation=incarnation, term=term)
+    async def _persist(self, incarnation: int, term: int) -> None:
+        await self._save(incarnation=incarnation, term=term)
 
-    def _save(self, **changes: object) -> None:
-        state = msgspec.structs.replace(self._state, **changes)
-        if state != self._state:
-            identity.write_state(self.settings.files.state, state)
-            self._state = state
+    async def _save(self, **changes: object) -> None:
+        async with self._saving:
+            state = msgspec.structs.replace(self._state, **changes)
+            if state != self._state:
+                write = partial(identity.write_state, self.settings.files.state, state)
+                await trio.to_thread.run_sync(write)
+                self._state = state
+
+    async def _follow_addresses(self) -> None:
+        """Laptops change networks; members must learn of it."""
+        while True:
+            await trio.sleep(ADDRESSES_EVERY_S)
+            self.gossip.update(addresses=self.network.addresses()[:MAX_ADDRESSES])
 
     async def _report_load(self) -> None:
         while True:
@@ -288,6 +315,14 @@ def _endpoint(wanted: str | None, default: str) -> tuple[str, int]:
     return host, port
 
 
+def _offer(settings: Settings, device: Device) -> int:
+    """Bytes of memory for models, of the device's own memory where it has some of its own."""
+    if device.kind == "cuda":
+        return hardware.memory_offer(device.memory, device.memory, settings.memory)
+    total, available = hardware.memory_total(), hardware.memory_available()
+    return hardware.memory_offer(total, available, settings.memory)
+
+
 def _identify(settings: Settings) -> Identity:
     files = settings.files
     ticket = identity.Ticket.parse(settings.join) if settings.join else None
@@ -301,12 +336,15 @@ def _identify(settings: Settings) -> Identity:
 
 async def _device(settings: Settings) -> Device:
     """What this machine can do; measured at the first start and after an upgrade."""
-    key = hardware.cache_key()
-    device = hardware.load_cached(settings.files.hardware, key)
+    path, key = settings.files.hardware, hardware.machine_key()
+    device = hardware.load_cached(path, key, Device)
     if device is None:
         log.info("measuring this machine, once")
-        device = await measure_device()
-        hardware.store(settings.files.hardware, key, device)
+        try:
+            device = await measure_device()
+        except (ExecutorError, ExecutorDied) as error:
+            raise StartupError(f"no executor works on this machine: {error}") from error
+        hardware.store(path, key, device)
     return device
 
 

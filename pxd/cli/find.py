@@ -48,8 +48,8 @@ def is_running(pid: int) -> bool:
 
 def as_url(node: str) -> str:
     """A URL without a path from a URL or HOST:PORT. Raises `NoDaemon`."""
-    parts = urlsplit(node if "://" in node else f"http://{node}")
     try:
+        parts = urlsplit(node if "://" in node else f"http://{node}")
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         valid = False

@@ -33,7 +33,8 @@ _CONFIG_NOISE = frozenset({"_name_or_path", "transformers_version", "_commit_has
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A model's files. `shards` maps each tensor to its file name, where the directory says so.
 
-    `layer_prefix` is what stands before the layer number in the names of decoder layers' tensors.
+    `layer_prefix` is what stands before the layer number in the names of decoder layers' tensors;
+    None where the names do not number all layers, so that their bytes are only known together.
     `exact` tells whether byte counts come from headers. `missing` are files not fetched yet.
     """
 
@@ -49,7 +50,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     eos: tuple[int, ...]
     dtype: str
     fingerprint: str
-    layer_prefix: str
+    layer_prefix: str | None
     shards: dict[str, str]
     exact: bool
     missing: tuple[str, ...]
@@ -176,7 +177,7 @@ def _check_index(
             )
 
 
-def _layer_prefix(tensors: Iterable[str], layers: int) -> str:
+def _layer_prefix(tensors: Iterable[str], layers: int) -> str | None:
     """The prefix of the decoder layers: with that many numbers, the one with most tensors.
 
     Towers for images or sound and draft layers have prefixes of their own.
@@ -189,21 +190,17 @@ def _layer_prefix(tensors: Iterable[str], layers: int) -> str:
             numbers[match["prefix"]].add(int(match["layer"]))
             counts[match["prefix"]] += 1
     complete = [prefix for prefix, seen in numbers.items() if set(range(layers)) <= seen]
-    if not complete:
-        raise ModelError(
-            f"the checkpoint does not hold {layers} numbered layers as config.json says"
-        )
-    return max(complete, key=lambda prefix: (counts[prefix], prefix))
+    return max(complete, key=lambda prefix: (counts[prefix], prefix), default=None)
 
 
-def _layer_number(tensor: str, prefix: str) -> int | None:
-    if not tensor.startswith(prefix):
+def _layer_number(tensor: str, prefix: str | None) -> int | None:
+    if prefix is None or not tensor.startswith(prefix):
         return None
     number = tensor[len(prefix) :].partition(".")[0]
     return int(number) if number.isdecimal() else None
 
 
-def _outside(tensors: Iterable[str], prefix: str) -> list[str]:
+def _outside(tensors: Iterable[str], prefix: str | None) -> list[str]:
     return [
         name
         for name in tensors
@@ -211,15 +208,22 @@ def _outside(tensors: Iterable[str], prefix: str) -> list[str]:
     ]
 
 
-def _exact_sizes(tensors: Mapping[str, TensorInfo], prefix: str, layers: int, tied: bool) -> _Sizes:
+def _exact_sizes(
+    tensors: Mapping[str, TensorInfo], prefix: str | None, layers: int, tied: bool
+) -> _Sizes:
     layer_bytes = [0] * layers
+    embedding = other = 0
     for name, tensor in tensors.items():
         number = _layer_number(name, prefix)
-        if number is not None and number < layers:  # those behind are for drafting, not loaded
-            layer_bytes[number] += tensor.nbytes
-    ends = _outside(tensors, prefix)
-    embedding = sum(tensors[name].nbytes for name in ends if _EMBEDDING.search(name))
-    other = sum(tensors[name].nbytes for name in ends if not _EMBEDDING.search(name))
+        if number is not None:
+            if number < layers:  # those behind are for drafting, not loaded
+                layer_bytes[number] += tensor.nbytes
+        elif _EMBEDDING.search(name):
+            embedding += tensor.nbytes
+        elif not _IGNORED.search(name):
+            other += tensor.nbytes
+    if prefix is None:
+        layer_bytes, other = [-(-other // layers)] * layers, 0
     return _Sizes(tuple(layer_bytes), embedding, other + (embedding if tied else 0))
 
 

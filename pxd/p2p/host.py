@@ -57,7 +57,7 @@ class Connection:
         self.decided = trio.Event()
         self.failure: ProofFailed | None = None
         self.muxer = Yamux(secured, initiator=dialled)
-        self.first_stream = trio.Event()
+        self._proof_offered = trio.Event()
         self.drain: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._proof_stream: YamuxStream | None = None
 
@@ -75,13 +75,18 @@ class Connection:
             raise
         return stream
 
-    def claim_proof_stream(self, stream: YamuxStream) -> bool:
-        """The first stream a dialer opens is for the key proof and nothing else."""
-        if self.dialled or self._proof_stream:
-            return False
+    @property
+    def awaits_proof(self) -> bool:
+        """Until it has, the dialer is offered the key proof and nothing else."""
+        return not self.dialled and self._proof_stream is None
+
+    async def offer_proof(self, stream: YamuxStream) -> None:
+        """Raises MultiselectError or `StreamClosed` when the dialer wants something else."""
+        await answer([keyproof.PROTOCOL], stream)
+        if not self.awaits_proof:
+            raise StreamClosed("one key proof is enough")
         self._proof_stream = stream
-        self.first_stream.set()
-        return True
+        self._proof_offered.set()
 
     async def prove(self, proof: KeyProof) -> bytes:
         """Run the key proof; returns the peer's instance. Raises `ProofFailed`."""
@@ -89,11 +94,10 @@ class Connection:
             if self.dialled:
                 stream = await self.open_stream(keyproof.PROTOCOL)
                 return await proof.dial(stream, self.peer)
-            await self.first_stream.wait()
+            await self._proof_offered.wait()
             assert self._proof_stream
-            await answer([keyproof.PROTOCOL], self._proof_stream)
             return await proof.listen(self._proof_stream, self.peer)
-        except (StreamClosed, MultiselectError) as error:
+        except StreamClosed as error:
             raise ProofFailed("protocol", f"it did not prove the cluster key ({error})") from error
 
 
@@ -263,9 +267,10 @@ class Host:
             return False
 
     async def _on_stream(self, connection: Connection, stream: YamuxStream) -> None:
-        if connection.claim_proof_stream(stream):
-            return
         try:
+            if connection.awaits_proof:
+                await connection.offer_proof(stream)
+                await connection.muxer.closed.wait()
             await connection.admitted.wait()
             with trio.fail_after(STREAM_TIMEOUT):
                 protocol = await answer(list(self._handlers), stream)

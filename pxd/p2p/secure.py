@@ -5,6 +5,7 @@ their defaults and their error handling cannot be made safe from outside.
 """
 
 import logging
+import os
 import socket
 from typing import Any, cast
 
@@ -29,7 +30,8 @@ NEGOTIATION_LIMIT = 1024
 READ_AHEAD = 64 * 1024
 
 # Every refused or broken connection makes libp2p log tracebacks; the reasons are logged here.
-logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+if "LIBP2P_DEBUG" not in os.environ:
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 
 
 class TcpStream:

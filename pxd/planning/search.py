@@ -51,9 +51,7 @@ def farthest_chain(sizes: StageSizes, rooms: Mapping[str, Budget]) -> tuple[int,
     return sizes.cuts[farthest[0]], _name(farthest[1], supply)
 
 
-def _best(
-    states: dict[_Counts, _Chain], kinds: list[Budget], beam: int
-) -> dict[_Counts, _Chain]:
+def _best(states: dict[_Counts, _Chain], kinds: list[Budget], beam: int) -> dict[_Counts, _Chain]:
     """Those that got farthest; among equals, those that used up the least memory."""
     if len(states) <= beam:
         return states

@@ -39,7 +39,7 @@ def choose_cuts(description: ModelDescription) -> list[list[int]]:
 
 def check_alone(path: Path, description: ModelDescription, model: Any) -> None:
     for cuts in choose_cuts(description):
-        pipeline = Pipeline(path, description.layers, cuts)
+        pipeline = Pipeline.load(path, description.layers, cuts)
         for prompt in PROMPTS:
             wanted = expected(model, prompt, COUNT)
             for chunk in (2048, 7):
@@ -74,7 +74,7 @@ def check_batches(path: Path, description: ModelDescription, model: Any) -> None
     """Requests of different lengths join, change places, pause, are cancelled and rejoin."""
     prompts = {1: list(range(5, 30)), 2: list(range(40, 52)), 3: [7, 9, 11], 4: [8] * 40, 5: [3]}
     cuts = choose_cuts(description)[-1]
-    crowd = Crowd(Pipeline(path, description.layers, cuts), prompts)
+    crowd = Crowd(Pipeline.load(path, description.layers, cuts), prompts)
     crowd.join(1, 2, 3)
     crowd.decode(1, 2)
     crowd.decode(1, 2, 3)

@@ -10,24 +10,28 @@ import msgspec
 import numpy as np
 
 from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.protocol import LoadSpec, StageInfo
+from pxd.executors.protocol import LoadSpec
 from pxd.wire import Buffer, Opening, Row, Sampling, Step, Tensor
 
 GREEDY = Sampling(temperature=0)
 
 
 class Pipeline:
-    """Stages cut at `cuts`; hidden states travel as bytes, so nothing is shared by accident."""
+    """Stages in order. Hidden states travel as bytes, so nothing is shared by accident."""
 
-    def __init__(self, path: Path, layers: int, cuts: Sequence[int] = ()) -> None:
-        bounds = [0, *cuts, layers]
-        self.engines = [MlxEngine() for _ in bounds[1:]]
-        self.infos: list[StageInfo] = [
-            engine.load(LoadSpec(path=str(path), start=a, end=b, kv_bytes=1 << 30), lambda _: None)
-            for engine, (a, b) in zip(self.engines, itertools.pairwise(bounds), strict=True)
-        ]
+    def __init__(self, engines: Sequence[MlxEngine]) -> None:
+        self.engines = list(engines)
         self._steps = itertools.count()
         self._open: set[int] = set()
+
+    @classmethod
+    def load(cls, path: Path, layers: int, cuts: Sequence[int] = ()) -> "Pipeline":
+        engines = []
+        for start, end in itertools.pairwise([0, *cuts, layers]):
+            engines.append(MlxEngine())
+            spec = LoadSpec(path=str(path), start=start, end=end, kv_bytes=1 << 30)
+            engines[-1].load(spec, lambda _: None)
+        return cls(engines)
 
     def step(
         self,

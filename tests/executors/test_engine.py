@@ -15,6 +15,7 @@ import pytest
 from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import ExecutorError, LoadSpec, StepRejected
+from pxd.models.describe import describe_checkpoint
 from pxd.wire import Opening, Row, Sampling, Step, Tensor
 from tests.executors.pipeline import GREEDY, Pipeline
 from tests.tiny_models import VOCABULARY, make_tiny_model
@@ -159,7 +160,7 @@ def test_releasing_gives_the_memory_back(model: Path) -> None:
 
 
 def test_one_step_may_fill_and_decode_and_mix_requests(model: Path) -> None:
-    pipeline = Pipeline(model, LAYERS, [2])
+    pipeline = Pipeline.load(model, LAYERS, [2])
     wanted = {number: pipeline.generate(PROMPT[number:], 1) for number in (1, 2, 3)}
     pipeline.prefill(3, PROMPT[3:])
     got = pipeline.step(
@@ -183,7 +184,7 @@ def test_sampling_is_the_same_alone_in_a_batch_and_in_any_split(model: Path) -> 
     }
 
     def run(cuts: list[int], groups: list[list[int]]) -> dict[int, list[int]]:
-        pipeline = Pipeline(model, LAYERS, cuts)
+        pipeline = Pipeline.load(model, LAYERS, cuts)
         sequences = {number: PROMPT[number:] for number in samplings}
         for number in samplings:
             pipeline.prefill(number, sequences[number], samplings=samplings)
@@ -216,7 +217,7 @@ def test_logits_that_are_not_finite_end_the_step_but_not_the_engine(
         tmp_path / "poisoned",
         lambda w: poison({**w, "lm_head.weight": mx.array(w["model.embed_tokens.weight"])}),
     )
-    pipeline = Pipeline(path, LAYERS)
+    pipeline = Pipeline.load(path, LAYERS)
     wanted = pipeline.generate(PROMPT, 3)
     pipeline.prefill(1, PROMPT)
     pipeline.prefill(2, [7, 8, 9])
@@ -247,11 +248,8 @@ def test_progress_grows_to_one(model: Path) -> None:
 
 
 def test_a_stage_loads_with_only_its_own_files(sharded: Path, tmp_path: Path) -> None:
-    from pxd.models.describe import describe_checkpoint
-
-    wanted = Pipeline(sharded, LAYERS).generate(PROMPT, 4)
+    wanted = Pipeline.load(sharded, LAYERS).generate(PROMPT, 4)
     checkpoint = describe_checkpoint(sharded)
-    pipeline = Pipeline.__new__(Pipeline)
     engines = []
     for start, end in ((0, 2), (2, 4), (4, 6)):
         part = tmp_path / f"{start}"
@@ -263,11 +261,8 @@ def test_a_stage_loads_with_only_its_own_files(sharded: Path, tmp_path: Path) ->
         assert len(list(part.glob("*.safetensors"))) < 8
         assert describe_checkpoint(part).fingerprint == checkpoint.fingerprint
         engines.append(load(part, start, end, fingerprint=checkpoint.fingerprint))
-    whole = Pipeline(sharded, LAYERS, [2, 4])
-    whole.engines[:] = engines
-    assert whole.generate(PROMPT, 4) == wanted
-    del pipeline
-    with pytest.raises(ExecutorError, match="lacks .*layers"):
+    assert Pipeline(engines).generate(PROMPT, 4) == wanted
+    with pytest.raises(ExecutorError, match=r"lacks .*layers"):
         load(tmp_path / "0", 2, 4)
 
 

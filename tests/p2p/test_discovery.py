@@ -67,13 +67,15 @@ async def discovery(
     nursery: trio.Nursery,
     sessions: FakeSessions,
     dialer: FakeDialer,
-    autojump_clock: MockClock,
 ) -> Discovery:
     return Discovery(nursery, dialer, sessions, random.Random(1))  # type: ignore[arg-type]
 
 
 async def test_it_never_gives_up_and_logs_once(
-    discovery: Discovery, dialer: FakeDialer, caplog: pytest.LogCaptureFixture
+    discovery: Discovery,
+    dialer: FakeDialer,
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: MockClock,
 ) -> None:
     with caplog.at_level(logging.INFO, "pxd.p2p"):
         discovery.seek("peer", wanted=True)
@@ -88,7 +90,10 @@ async def test_it_never_gives_up_and_logs_once(
 
 
 async def test_a_lost_peer_is_dialled_again_within_seconds(
-    discovery: Discovery, dialer: FakeDialer, sessions: FakeSessions
+    discovery: Discovery,
+    dialer: FakeDialer,
+    sessions: FakeSessions,
+    autojump_clock: MockClock,
 ) -> None:
     dialer.failure = None
     discovery.seek("peer")
@@ -102,7 +107,9 @@ async def test_a_lost_peer_is_dialled_again_within_seconds(
 
 
 async def test_a_sighting_leads_to_an_attempt_at_once_but_not_where_refused(
-    discovery: Discovery, dialer: FakeDialer
+    discovery: Discovery,
+    dialer: FakeDialer,
+    autojump_clock: MockClock,
 ) -> None:
     discovery.seek("peer")
     await trio.sleep(1000)
@@ -121,7 +128,10 @@ async def test_a_sighting_leads_to_an_attempt_at_once_but_not_where_refused(
 
 
 async def test_a_peer_that_came_by_itself_is_sought_once_it_is_lost(
-    discovery: Discovery, dialer: FakeDialer, sessions: FakeSessions
+    discovery: Discovery,
+    dialer: FakeDialer,
+    sessions: FakeSessions,
+    autojump_clock: MockClock,
 ) -> None:
     sessions.let_in("visitor")
     await trio.sleep(10)

@@ -14,6 +14,8 @@ from pxd.wire import Sampling
 
 log = logging.getLogger("pxd.executors.mlx")
 
+TRIAL_SIZES = (3, 7)
+
 
 class Request:
     """One request on this stage: `length` positions are in its caches.
@@ -121,22 +123,25 @@ def drop(requests: Iterable[Request]) -> None:
 def supports_batches(stage: Stage, dtype: mx.Dtype) -> bool:
     """Whether this model's code and mlx-lm's batch caches go together.
 
-    Found by a dry run in which nothing is evaluated: two requests of different lengths are merged
-    and decode one position.
+    Found by a dry run in which nothing is evaluated: requests of different lengths are merged and
+    decode one position. Of two sizes, since one may happen to equal another dimension, with which
+    a mask would then be combined by mistake.
     """
-    requests = []
-    for length in (2, 3):
-        request = Request(0, Sampling(), stage.make_caches())
-        stage.forward(dummy_inputs(stage, 1, length, dtype), own_caches(request))
-        requests.append(request)
-    alone = stage.forward(dummy_inputs(stage, 1, 1, dtype), stage.make_caches())
+    alone = []
+    for number in range(max(TRIAL_SIZES)):
+        alone.append(stage.make_caches())
+        stage.forward(dummy_inputs(stage, 1, 2 + number % 2, dtype), alone[-1])
+    single = stage.forward(dummy_inputs(stage, 1, 1, dtype), stage.make_caches())
     try:
-        batch = Batch(requests)
-        output = stage.forward(dummy_inputs(stage, 2, 1, dtype), batch.caches)
+        for size in TRIAL_SIZES:
+            merged = [rows[0].merge(list(rows)) for rows in zip(*alone[:size], strict=True)]
+            output = stage.forward(dummy_inputs(stage, size, 1, dtype), merged)
+            if tuple(output.shape) != (size, *single.shape[1:]):
+                raise ValueError(f"{size} requests give an output of shape {output.shape}")
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         log.info("requests will decode one by one, since batches are not possible: %s", error)
         return False
-    return tuple(output.shape) == (2, *alone.shape[1:])
+    return True
 
 
 def dummy_inputs(stage: Stage, batch: int, length: int, dtype: mx.Dtype) -> mx.array:

@@ -1,0 +1,170 @@
+"""What `pxd status` says, in a pipe and on a screen."""
+
+import io
+import unicodedata
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from pxd.cli.overview import Overview, overview
+from pxd.cli.plain import columns, render
+from pxd.cli.screen import Screen, bar
+from pxd.cli.words import clean, clean_answer, device, duration, memory
+from pxd.serving.status import ClusterStatus, ModelView, NodeView
+
+from ..api.fakes import PEERS, node, pipeline, serving_status, stage
+
+
+def draw(view: Overview, width: int) -> str:
+    output = io.StringIO()
+    Console(file=output, width=width, force_terminal=True, color_system=None).print(Screen(view))
+    return output.getvalue()
+
+
+def troubled_status() -> ClusterStatus:
+    nodes = [
+        node("anna", stage(0, 3)),
+        node("ben", stage(3, 6, "loading", progress=0.45), running=3, waiting=12),
+        node("carl", stage(6, 8, "restarting", restarts=2, reason="killed by signal 9")),
+        node("dora", state="suspect", since=7.0, connected=False, problem="disk full"),
+        NodeView(
+            id="12D3KooWxxxxx",
+            name="anna",
+            state="dead",
+            device="cuda: \x1b[31m[bold]GPU",
+            memory_gib=0.75,
+            stages=[],
+            since=5000.0,
+        ),
+    ]
+    chain = [
+        *pipeline(("anna", 0, 3)),
+        *pipeline(("ben", 3, 6), state="loading"),
+        *pipeline(("carl", 6, 8), state="restarting"),
+    ]
+    model = ModelView(
+        name="demo", state="loading", reason="ben is loading", layers=8, pipelines=[chain]
+    )
+    return msgspec.structs.replace(serving_status(), nodes=nodes, models=[model])
+
+
+def test_a_cluster_at_work_in_a_pipe() -> None:
+    assert render(overview(serving_status())).splitlines() == [
+        "anna at http://127.0.0.1:8470, up 3 min",
+        "leader ben, term 4, epoch 4.2@enBenB, 3 of 3 nodes alive",
+        "",
+        "NODE  STATE  DEVICE              MEMORY    STAGES            ROLE",
+        "anna  alive  cpu: AMD EPYC 9554  15.5 GiB  demo [0,3) ready  this node",
+        "ben   alive  cpu: AMD EPYC 9554  15.5 GiB  demo [3,6) ready  leader",
+        "carl  alive  cpu: AMD EPYC 9554  15.5 GiB  demo [6,8) ready  -",
+        "",
+        "MODEL  STATE    LAYERS  PIPELINE",
+        "demo   serving  8       anna [0,3) → ben [3,6) → carl [6,8)",
+    ]
+
+
+def test_trouble_in_a_pipe() -> None:
+    text = render(overview(troubled_status()), arrow="->")
+    assert "[3,6) loading 45% -> carl [6,8) restarting\n" in text
+    assert "ben is loading" in text
+    assert "dead 83 min" in text
+    assert "carl  demo [6,8), restarted 2 times, restarting: killed by signal 9" in text
+    assert "has not answered for 7 s" in text
+    assert "disk full" in text
+    assert "\x1b" not in text
+    assert "anna~xxxxx" in text, "two nodes of one name must be told apart"
+
+
+def test_a_cluster_without_a_plan() -> None:
+    status = msgspec.structs.replace(serving_status(), models=[], leader=None, epoch=None)
+    view = overview(status)
+    assert "leader none yet" in render(view)
+    assert "no plan yet" in render(view)
+    assert "no plan yet" in draw(view, 80)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_screen_says_every_state_in_words(width: int) -> None:
+    text = draw(overview(troubled_status()), width)
+    for words in ("ready", "loading 45%", "restarting", "suspect 7 s", "dead 83 min", "leader"):
+        assert words in text
+    assert "anna~aAnna [0,3) → ben [3,6) loading 45% → carl [6,8)" in " ".join(text.split())
+    assert "\x1b[31m" not in text
+
+
+def test_a_wide_screen_says_more() -> None:
+    view = overview(troubled_status())
+    assert "requests" not in draw(view, 80)
+    assert "3 running, 12 waiting" in draw(view, 160)
+    assert "TFLOP/s" in draw(view, 200)
+
+
+@given(st.integers(40, 220), st.sampled_from([serving_status(), troubled_status()]))
+def test_a_screen_never_overflows(width: int, status: ClusterStatus) -> None:
+    assert all(cell_len(line) <= width for line in draw(overview(status), width).splitlines())
+
+
+@given(
+    total=st.integers(1, 200),
+    width=st.integers(1, 40),
+    progress=st.floats(0, 1),
+    data=st.data(),
+)
+def test_bars_fill_their_width(
+    total: int, width: int, progress: float, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, total - 1))
+    end = data.draw(st.integers(start + 1, total))
+    model = ModelView(name="demo", state="loading", reason="", layers=total, pipelines=[])
+    status = msgspec.structs.replace(
+        serving_status(),
+        nodes=[node("anna", stage(start, end, "loading", progress=progress))],
+        models=[model],
+    )
+    text = bar(overview(status).nodes[0].stages[0], width).plain
+    assert len(text) == width
+    assert "━" in text or "╌" in text
+
+
+def test_stages_that_share_a_model_do_not_overlap_in_their_bars() -> None:
+    drawn = [bar(each.stages[0], 16).plain for each in overview(serving_status()).nodes]
+    assert all(sum(line[i] == "━" for line in drawn) == 1 for i in range(16))
+
+
+def test_an_unknown_node_in_a_plan_is_shown_by_its_id() -> None:
+    status = serving_status()
+    status = msgspec.structs.replace(status, nodes=[n for n in status.nodes if n.name != "carl"])
+    assert f"~{PEERS['carl'][-5:]} [6,8)" in render(overview(status))
+
+
+@given(st.text())
+def test_names_cannot_steer_a_terminal(text: str) -> None:
+    assert all(c == " " or unicodedata.category(c)[0] not in "CZ" for c in clean(text))
+    assert len(clean(text)) == len(text)
+
+
+@given(st.text())
+def test_answers_cannot_steer_a_terminal(text: str) -> None:
+    assert all(c in "\n\t" or unicodedata.category(c) != "Cc" for c in clean_answer(text))
+
+
+def test_answers_keep_what_people_read() -> None:
+    assert clean_answer("a\n\tb 👩‍💻 日本 é") == "a\n\tb 👩‍💻 日本 é"
+    assert clean_answer("\x1b[2J\r\x9b") == "\ufffd[2J\ufffd\ufffd"
+
+
+def test_words() -> None:
+    assert [duration(s) for s in (0.4, 12, 89, 100, 7200, 200_000)] == [
+        *("0 s", "12 s", "89 s"),
+        *("2 min", "2 h", "2 days"),
+    ]
+    assert [memory(gib) for gib in (0.5, 15.53, 480)] == ["512 MiB", "15.5 GiB", "480 GiB"]
+    assert device("cpu: Intel(R) Xeon(R) CPU E5-2680 @ 2.50GHz") == "cpu: Intel Xeon E5-2680"
+
+
+def test_columns() -> None:
+    assert columns(("A", "B"), [("aaa", "b"), ("", "bb")]) == ["A    B", "aaa  b", "     bb"]
