@@ -140,6 +140,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "full_attention_interval": 3,
     },
+    # Its code asks for the type of each layer.
+    "olmo_hybrid": {
+        **_COMMON,
+        "model_type": "olmo_hybrid",
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "linear_allow_neg_eigval": True,
+        "attention_bias": False,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    },
+    # Its code cannot batch: masks meet the wrong dimension.
+    "gemma2": {
+        **_COMMON,
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
     # Values of the first layer are used by all others, so nothing can be cut.
     "rwkv7": {
         "model_type": "rwkv7",

@@ -123,8 +123,7 @@ def resolve_model(value: str | None) -> str | None:
     """
     if value is None or value == DEFAULT_MODEL:
         return value
-    path = Path(value).expanduser()
-    if path.is_dir():
+    if value and (path := Path(value).expanduser()).is_dir():
         return str(path.resolve())
     if not value or value.startswith((".", "~", "/")):
         raise BadOption(f"--model: there is no directory {value!r}")

@@ -150,6 +150,8 @@ class DataChannels:
             try:
                 return await self._open_direct(session)
             except (NetworkError, OSError, StreamClosed) as error:
+                if not session.alive:
+                    raise PeerUnreachable(f"lost the connection to {session.peer}") from error
                 log.warning(
                     "no direct data channel to %s (%s); its frames take the slower libp2p "
                     "connection. Let its data port, by default the one after its listen port, "

@@ -18,6 +18,7 @@ STAGGER = 0.3
 """Seconds before the next address is tried beside one that has not answered yet (RFC 8305)."""
 
 FAILURE_CACHED = 1.0
+ATTEMPTS_KEPT = 1024
 REFUSED = ("wrong-key", "version")
 
 
@@ -70,10 +71,17 @@ class Dialer:
                 return attempt.failure
             attempt = None
         if attempt is None:
+            self._forget_old()
             attempt = self._attempts[peer] = _Attempt()
             self._nursery.start_soon(self._run, attempt, peer)
         await attempt.done.wait()
         return attempt.failure
+
+    def _forget_old(self) -> None:
+        if len(self._attempts) >= ATTEMPTS_KEPT:
+            done = [peer for peer, attempt in self._attempts.items() if attempt.done.is_set()]
+            for peer in done:
+                del self._attempts[peer]
 
     async def _run(self, attempt: _Attempt, peer: str) -> None:
         try:
@@ -82,7 +90,7 @@ class Dialer:
         finally:
             attempt.done.set()
             if attempt.failure is None:
-                del self._attempts[peer]
+                self._attempts.pop(peer, None)
 
     async def _race(self, peer: str, addresses: Sequence[Address]) -> DialFailed | None:
         if not addresses:

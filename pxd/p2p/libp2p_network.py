@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -85,7 +85,8 @@ class Libp2pNetwork:
         handlers = {rpc.PROTOCOL: self._serve_calls, channels.PROTOCOL: self._channels.on_stream}
         proof = KeyProof(cluster_key, self.peer_id)
         self._host = Host(identity, proof, self._refusals, handlers, self._attend)
-        self._listeners: list[trio.SocketListener] = []
+        self._bound: list[str] = []
+        self._port = 0
         self._nursery: trio.Nursery | None = None
         self._dialer: Dialer | None = None
         self._late_casts: dict[str, DroppingQueue[tuple[str, bytes]]] = {}
@@ -94,15 +95,17 @@ class Libp2pNetwork:
     async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Listen, then find and serve peers until cancelled. Raises OSError for a taken port."""
         self._book.load()
-        self._listeners = await listen(*self._listen)
+        listeners = await listen(*self._listen)
         try:
+            self._bound = [listener.socket.getsockname()[0] for listener in listeners]
+            self._port = listeners[0].socket.getsockname()[1]
             data_listeners = await listen_beside(self._listen[0], self._port)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._dialer = Dialer(
                     nursery, self._host, self._sessions, self._book, self._refusals
                 )
-                await nursery.start(self._host.run, self._listeners)
+                await nursery.start(self._host.run, listeners)
                 await nursery.start(self._channels.run, data_listeners)
                 nursery.start_soon(self._loopback.run)
                 nursery.start_soon(self._save_regularly)
@@ -110,14 +113,10 @@ class Libp2pNetwork:
                 task_status.started()
         finally:
             self._nursery = None
-            for listener in self._listeners:
+            for listener in listeners:
                 listener.socket.close()
             with trio.CancelScope(shield=True):
                 await self._save()
-
-    @property
-    def _port(self) -> int:
-        return cast(int, self._listeners[0].socket.getsockname()[1])
 
     def addresses(self) -> tuple[str, ...]:
         """Own multiaddrs; those of the interfaces that are up now. Empty until `run` listens."""
@@ -254,8 +253,7 @@ class Libp2pNetwork:
                 nursery.cancel_scope.cancel()
 
     def _hosts(self) -> list[str]:
-        bound = (listener.socket.getsockname()[0] for listener in self._listeners)
-        return list(dict.fromkeys(host for name in bound for host in reachable_hosts(name)))
+        return list(dict.fromkeys(h for bound in self._bound for h in reachable_hosts(bound)))
 
     def _hosts_of(self, peer: str) -> list[str]:
         return [address.host for address in self._book.addresses(peer)]

@@ -69,7 +69,10 @@ class Certificate:
             file.flush()
             context.load_cert_chain(file.name)
         for certificate in trusted:
-            context.load_verify_locations(cadata=certificate)
+            try:
+                context.load_verify_locations(cadata=certificate)
+            except ValueError as error:
+                raise ssl.SSLError(f"not a certificate: {error}") from error
         return context
 
 

@@ -122,7 +122,7 @@ def test_a_connection_serves_many_requests(server: LiveServer) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    monkeypatch.setattr(pxd.api.server, "IDLE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(pxd.api.server, "IDLE_TIMEOUT_S", 1.0)
     with live_server() as server, connect(server) as connection, connect(server) as silent:
         connection.sendall(request_bytes(stream))
         assert b"200 " in read_to_end(connection)
@@ -229,8 +229,6 @@ def test_surplus_connections_are_refused(
             read_until(connection, b"ok")
         with connect(server) as third:
             assert third.recv(1) == b""
-    with connect(server) as again:
-        again.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 
 
 def test_shutdown_lets_a_running_answer_end() -> None:

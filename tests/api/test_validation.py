@@ -199,7 +199,9 @@ def test_an_unexpected_exception_in_mid_stream_breaks_the_connection(
 ) -> None:
     server.daemon.ingress.scripts.append([Delta("a", 1), ZeroDivisionError("boom")])
     body = {"messages": [USER], "stream": True}
-    with caplog.at_level(logging.ERROR, "pxd.api"), pytest.raises(httpx.RemoteProtocolError):
-        httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    with caplog.at_level(logging.ERROR, "pxd.api"):
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        server.__exit__()
     assert "boom" in caplog.text
-    assert httpx.get(f"{server.url}/healthz").status_code == 200

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ..api.fakes import LiveServer, live_server
+from tests.api.fakes import LiveServer, live_server
 
 
 @pytest.fixture(autouse=True)

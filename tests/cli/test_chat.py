@@ -18,8 +18,8 @@ from pxd.cli import conversation as conversation_module
 from pxd.cli.client import Client, StreamFailed
 from pxd.cli.conversation import Conversation, Options
 from pxd.serving.requests import Delta, GenerationFailed, Message, NotReady
+from tests.api.fakes import DEADLINE_S, FakeAnswer, LiveServer
 
-from ..api.fakes import DEADLINE_S, FakeAnswer, LiveServer
 from .tools import command, pxd
 
 

@@ -12,8 +12,8 @@ import pytest
 
 import pxd as package
 from pxd.cli import stop as stop_module
+from tests.api.fakes import DEADLINE_S, TICKET, FakeDaemon, LiveServer, live_server, serving_status
 
-from ..api.fakes import DEADLINE_S, TICKET, FakeDaemon, LiveServer, live_server, serving_status
 from .tools import command, pxd, run, write_daemon_file
 
 
@@ -175,7 +175,7 @@ def test_commands_import_little(server: LiveServer, arguments: list[str]) -> Non
         "print('imported', *{name.partition('.')[0] for name in sys.modules})\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         timeout=60,

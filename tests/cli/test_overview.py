@@ -15,8 +15,7 @@ from pxd.cli.plain import columns, render
 from pxd.cli.screen import Screen, bar
 from pxd.cli.words import clean, clean_answer, device, duration, memory
 from pxd.serving.status import ClusterStatus, ModelView, NodeView
-
-from ..api.fakes import PEERS, node, pipeline, serving_status, stage
+from tests.api.fakes import PEERS, node, pipeline, serving_status, stage
 
 
 def draw(view: Overview, width: int) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from pxd.cli.main import app
-
-from ..api.fakes import DEADLINE_S
+from tests.api.fakes import DEADLINE_S
 
 
 def pxd(*arguments: str, stdin: str | None = None) -> Result:

@@ -1,8 +1,9 @@
 """A whole cluster in virtual time: real state machines, a made-up network, one seed.
 
 Connections are made on demand and then carry messages with random latency (so messages overtake
-each other), loss and duplication. A crash closes connections, a freeze or a partition only
-silences them. Every message is encoded, so that its size and types are those of the wire.
+each other), loss and duplication. A crash closes connections, a freeze only silences them, and so
+does a partition until the transport gives them up. Every message is encoded, so that its size and
+types are those of the wire.
 """
 
 import heapq
@@ -22,6 +23,7 @@ from pxd.cluster.records import NodeRecord
 DIAL = 0.25
 CLOSE_NOTICE = 0.05
 BOOTSTRAP = 2.0
+KEEPALIVE = 8.0
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[GossipMessage] = msgspec.msgpack.Decoder(GossipMessage)
@@ -161,6 +163,7 @@ class Simulator:
             for other in groups:
                 if group is not other:
                     self.blocked |= {(a, b) for a in group for b in other}
+        self.after(KEEPALIVE, self._give_up_silent)
 
     def heal(self) -> None:
         self.blocked.clear()
@@ -274,6 +277,12 @@ class Simulator:
         self._drain(process)
 
     # The network
+
+    def _give_up_silent(self) -> None:
+        for pair in list(self.connections):
+            one, other = pair
+            if {(one, other), (other, one)} <= self.blocked:
+                self._close(pair)
 
     def _bootstrap(self, process: Process, seeds: tuple[str, ...]) -> None:
         """As the transport does: try the known addresses until one connection stands."""

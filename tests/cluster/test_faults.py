@@ -131,6 +131,6 @@ def check_history(observer: str, process: Process) -> None:
 
 
 ClusterUnderFaults.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=12, deadline=None
+    max_examples=30, stateful_step_count=12, deadline=None
 )
 TestClusterUnderFaults = ClusterUnderFaults.TestCase

@@ -278,6 +278,95 @@ def test_leaving_says_goodbye_to_the_connected_and_goes_silent() -> None:
     assert membership.record.incarnation == 1
 
 
+def test_the_accused_hears_of_it_at_once() -> None:
+    membership = member(record("a"))
+    membership.disconnected(0.0, "a")
+    membership.take_outbox()
+    membership.tick(CONFIG.lost_timeout)
+    told = [(peer, m.news.claims) for peer, m in sent(membership, Delta) if isinstance(m, Delta)]
+    assert ("a", (Claim("a", "suspect", 1, "me"),)) in told
+
+
+def test_after_a_freeze_of_its_own_a_node_gives_suspects_time_to_answer() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("a", "suspect", 1, "b"))
+    membership.tick(500.0)
+    assert membership.members["a"].state == "suspect"
+    membership.receive(500.1, "a", Delta(news=News((record("a", 2),))))
+    assert membership.members["a"].state == "alive"
+
+
+def test_messages_that_come_first_after_a_freeze_do_not_hide_it() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("a", "suspect", 1, "b"))
+    membership.receive(500.0, "b", Ping(seq=1, news=News()))
+    membership.tick(500.0)
+    assert membership.members["a"].state == "suspect"
+
+
+def test_a_suspect_that_stays_silent_is_dead_in_the_end() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("a", "suspect", 1, "b"))
+    while membership.next_wakeup <= 4.0:
+        membership.tick(membership.next_wakeup)
+    assert membership.members["a"].state == "dead"
+
+
+def digests_to(membership: Membership, peer: str) -> int:
+    return sum(receiver == peer for receiver, _ in sent(membership, Digest))
+
+
+def test_a_new_connection_synchronises_unless_gossip_has_kept_both_in_touch() -> None:
+    membership = member(record("a"), record("b"))
+    membership.connected("a")
+    assert digests_to(membership, "a") == 1
+    membership.receive(0.0, "a", Delta(news=News()))
+    assert membership.synced
+    membership.connected("b")
+    assert digests_to(membership, "b") == 0
+    membership.connected("stranger")
+    assert digests_to(membership, "stranger") == 1
+    membership.disconnected(0.1, "b")
+    membership.connected("b")
+    assert digests_to(membership, "b") == 1
+
+
+def test_a_connected_stranger_is_asked_again_until_it_answers() -> None:
+    membership = member()
+    membership.connected("stranger")
+    membership.take_outbox()
+    membership.tick(1.0)
+    assert digests_to(membership, "stranger") == 1
+    membership.receive(1.5, "stranger", Delta(news=News((record("stranger"),))))
+    membership.tick(2.0)
+    assert digests_to(membership, "stranger") == 0
+
+
+def test_now_and_then_everything_is_compared_with_somebody() -> None:
+    membership = member(record("a"))
+    compared = 0
+    while membership.next_wakeup <= 10 * CONFIG.sync_interval:
+        now = membership.next_wakeup
+        membership.tick(now)
+        for peer, message in membership.take_outbox():
+            if isinstance(message, Ping):
+                membership.receive(now, peer, Ack(seq=message.seq, news=News()))
+            compared += isinstance(message, Digest)
+    assert 9 <= compared <= 11
+
+
+def test_the_dead_are_tried_again_even_when_they_have_been_dropped() -> None:
+    membership = member(record("a"))
+    tell(membership, Claim("a", "suspect", 1, "b"))
+    tried: list[float] = []
+    while membership.next_wakeup <= 200.0:
+        now = membership.next_wakeup
+        membership.tick(now)
+        tried += [now for peer, m in membership.take_outbox() if isinstance(m, Digest)]
+    assert "a" not in membership.members
+    assert max(tried) > 190
+
+
 def test_large_views_travel_in_bounded_messages() -> None:
     stages = tuple(
         StageReport(

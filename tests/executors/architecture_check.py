@@ -6,16 +6,20 @@ Runs in a process of its own for the reason given in `tests.tiny_models`. Exits 
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from pxd.executors.mlx.describe import describe
+from pxd.executors.mlx.loader import load_stage
 from pxd.executors.protocol import ModelDescription
+from pxd.models.describe import describe_checkpoint
 from tests.executors.pipeline import Pipeline
 from tests.tiny_models import make_in_process
 
@@ -45,6 +49,26 @@ def check_alone(path: Path, description: ModelDescription, model: Any) -> None:
             for chunk in (2048, 7):
                 got = pipeline.generate(prompt, COUNT, chunk=chunk)
                 assert got == wanted, f"cuts {cuts}, chunk {chunk}: {got}, not {wanted}"
+
+
+def check_numbers(path: Path, description: ModelDescription, model: Any) -> None:
+    """Logits at every position of a chunked prompt, bit by bit: tokens alone may hide much."""
+    checkpoint = describe_checkpoint(path)
+    for cuts in choose_cuts(description)[1:]:
+        bounds = [0, *cuts, description.layers]
+        stages = [
+            load_stage(path, checkpoint, start, end, lambda _: None).stage
+            for start, end in itertools.pairwise(bounds)
+        ]
+        whole = make_prompt_cache(model)
+        parts = [stage.make_caches() for stage in stages]
+        for begin, end in ((0, 20), (20, 21), (21, 35)):
+            tokens = mx.array([PROMPTS[0][begin:end]])
+            wanted = model(tokens, cache=whole)
+            got = tokens
+            for stage, caches in zip(stages, parts, strict=True):
+                got = stage.forward(got, caches)
+            assert mx.array_equal(got, wanted).item(), f"cuts {cuts}, positions {begin} to {end}"
 
 
 class Crowd:
@@ -118,6 +142,7 @@ def main() -> None:
     assert bool(description.unsupported) == (not description.splits), description
     model, _ = load_model(path)
     check_alone(path, description, model)
+    check_numbers(path, description, model)
     # In less precision a batch may break near-ties otherwise than a single row.
     if arguments.dtype == "float32" and not arguments.quantize:
         check_batches(path, description, model)

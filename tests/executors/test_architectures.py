@@ -18,6 +18,8 @@ CHECKS = [
     ["deepseek_v2"],
     ["deepseek_v3"],
     ["qwen3_next"],
+    ["olmo_hybrid"],
+    ["gemma2"],
     ["rwkv7", "--splits", ""],
     ["qwen3", "--quantize", "--dtype", "bfloat16", "--shards", "2"],
     ["gemma3_text", "--dtype", "bfloat16"],

@@ -232,6 +232,25 @@ async def test_a_listener_may_update_the_record(
     await b.until(lambda: b.gossip.members["a"].record.running == 2)
 
 
+async def test_listeners_hear_events_in_order_even_if_one_of_them_causes_more(
+    autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub
+) -> None:
+    a, b = Node(hub, "a", alone=True), Node(hub, "b")
+    first: list[GossipEvent] = []
+    second: list[GossipEvent] = []
+
+    def listen_and_change(event: GossipEvent) -> None:
+        first.append(event)
+        a.gossip.update(running=len(a.gossip.members))
+
+    a.gossip.on_event(listen_and_change)
+    a.gossip.on_event(second.append)
+    await nursery.start(a.run)
+    await nursery.start(b.run)
+    await settle(a, b)
+    assert first == second
+
+
 async def test_whoever_has_left_hears_nothing_any_more(
     autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub
 ) -> None:

@@ -33,7 +33,7 @@ def test_addresses_survive_being_written_down(host: str, port: int) -> None:
 
 @given(st.text(max_size=200))
 def test_other_text_is_no_address(text: str) -> None:
-    with pytest.raises(ValueError, match="is not|has no|ends in"):
+    with pytest.raises(ValueError, match=r"is not|has no|ends in"):
         parse_address(text)
 
 
@@ -50,7 +50,7 @@ def test_other_text_is_no_address(text: str) -> None:
     ],
 )
 def test_almost_addresses_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not|has no|ends in"):
+    with pytest.raises(ValueError, match=r"is not|has no|ends in"):
         parse_address(text)
 
 

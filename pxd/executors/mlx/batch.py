@@ -4,17 +4,12 @@ A batch is kept from step to step as long as its members stay the same. When the
 leave are cut out and those who join are appended, by mlx-lm's own batch caches.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
-from pxd.executors.mlx.stage import Caches, Stage
+from pxd.executors.mlx.stage import Caches
 from pxd.wire import Sampling
-
-log = logging.getLogger("pxd.executors.mlx")
-
-TRIAL_SIZES = (3, 7)
 
 
 class Request:
@@ -118,34 +113,3 @@ def drop(requests: Iterable[Request]) -> None:
             batches.setdefault(id(request.batch), (request.batch, []))[1].append(request)
     for batch, leavers in batches.values():
         batch.leave(leavers, keep_caches=False)
-
-
-def supports_batches(stage: Stage, dtype: mx.Dtype) -> bool:
-    """Whether this model's code and mlx-lm's batch caches go together.
-
-    Found by a dry run in which nothing is evaluated: requests of different lengths are merged and
-    decode one position. Of two sizes, since one may happen to equal another dimension, with which
-    a mask would then be combined by mistake.
-    """
-    alone = []
-    for number in range(max(TRIAL_SIZES)):
-        alone.append(stage.make_caches())
-        stage.forward(dummy_inputs(stage, 1, 2 + number % 2, dtype), alone[-1])
-    single = stage.forward(dummy_inputs(stage, 1, 1, dtype), stage.make_caches())
-    try:
-        for size in TRIAL_SIZES:
-            merged = [rows[0].merge(list(rows)) for rows in zip(*alone[:size], strict=True)]
-            output = stage.forward(dummy_inputs(stage, size, 1, dtype), merged)
-            if tuple(output.shape) != (size, *single.shape[1:]):
-                raise ValueError(f"{size} requests give an output of shape {output.shape}")
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        log.info("requests will decode one by one, since batches are not possible: %s", error)
-        return False
-    return True
-
-
-def dummy_inputs(stage: Stage, batch: int, length: int, dtype: mx.Dtype) -> mx.array:
-    """Inputs of the right shape for runs whose results nobody reads."""
-    if stage.first:
-        return mx.zeros((batch, length), mx.int32)
-    return mx.zeros((batch, length, stage.hidden_size), dtype)

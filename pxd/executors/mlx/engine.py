@@ -14,19 +14,13 @@ import mlx.core as mx
 import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from pxd.executors.mlx.batch import (
-    Request,
-    batch_of,
-    drop,
-    dummy_inputs,
-    own_caches,
-    supports_batches,
-)
+from pxd.executors.mlx.batch import Request, batch_of, drop, own_caches
 from pxd.executors.mlx.decode import draw_tokens
 from pxd.executors.mlx.loader import load_stage
 from pxd.executors.mlx.split import cache_token_bytes
 from pxd.executors.mlx.stage import Stage
 from pxd.executors.mlx.tensors import from_wire, to_wire
+from pxd.executors.mlx.trial import dummy_inputs, supports_batches
 from pxd.executors.protocol import (
     ExecutorError,
     LoadSpec,

@@ -36,7 +36,7 @@ def find_layers(model: nn.Module) -> LayerList | None:
 
 
 class Standin(nn.Module):
-    """Stands at a layer's place and answers for its attributes, since models look at those.
+    """Stands at a layer's place and passes for it: models look at types and attributes of layers.
 
     The layer itself stays out of the module tree: its parameters are no longer the model's.
     """
@@ -48,6 +48,11 @@ class Standin(nn.Module):
     def hide(self, name: str, value: Any) -> None:
         """Set an attribute that is not part of the module tree."""
         object.__setattr__(self, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` goes by, besides the real type."""
+        return type(object.__getattribute__(self, "layer"))
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -20,6 +20,7 @@ from mlx_lm.utils import _get_classes, load_model
 from pxd.executors.mlx.layers import find_layers
 from pxd.executors.mlx.split import CannotSplit, SplitPlan, plan_split
 from pxd.executors.mlx.stage import PartialModel, Stage, WholeModel
+from pxd.executors.mlx.trial import dummy_inputs
 from pxd.executors.protocol import ExecutorError, Progress
 from pxd.models.describe import Checkpoint
 
@@ -206,13 +207,8 @@ def _listed(names: list[str]) -> str:
 
 def _warm_up(stage: Stage, loading: _Loading) -> None:
     """Run two positions once: brings in whatever of the model's ends this stage uses."""
-    if stage.first:
-        inputs = mx.zeros((1, WARM_UP_TOKENS), mx.int32)
-    else:
-        shape = (1, WARM_UP_TOKENS, stage.hidden_size)
-        inputs = mx.random.normal(shape, key=mx.random.key(0)).astype(loading.dtype)
     caches = stage.make_caches()
-    output = stage.forward(inputs, caches)[:, -1:]
+    output = stage.forward(dummy_inputs(stage, 1, WARM_UP_TOKENS, loading.dtype), caches)[:, -1:]
     mx.eval(output, [cache.state for cache in caches])
     if loading.absent and not mx.isfinite(output).all().item():
         raise ExecutorError(f"the checkpoint lacks {_listed(loading.absent)}")

@@ -63,9 +63,9 @@ def _matmul_rate(side: int) -> float:
 
 
 def _read_rate(size: int) -> float:
-    """Bytes/s of a matrix-vector product, which is what decoding waits for."""
+    """Bytes/s of a linear layer on one position, which is what decoding waits for."""
     columns = 4096
-    matrix = mx.ones((size // (4 * columns), columns), mx.float32)
-    vector = mx.ones((columns,), mx.float32)
-    mx.eval(matrix, vector)
-    return matrix.nbytes / _seconds(lambda: matrix @ vector)
+    weights = mx.ones((size // (4 * columns), columns), mx.float32)
+    position = mx.ones((1, columns), mx.float32)
+    mx.eval(weights, position)
+    return weights.nbytes / _seconds(lambda: position @ weights.T)

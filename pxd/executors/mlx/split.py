@@ -66,15 +66,16 @@ class _Probe(Standin):
         super().__init__(layer)
         self.hide("record", (number, calls, caches))
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         number, calls, caches = self.record
         untouched = [cache for cache in caches if cache.empty()]
-        output = self.layer(x, *args, **kwargs)
+        output = self.layer(*args, **kwargs)
         hidden = output if isinstance(output, mx.array) else output[0]
         fresh = mx.zeros(hidden.shape, hidden.dtype)
         # A cache counts as used by the layer that gets it or fills it.
         filled = [cache for cache in untouched if not cache.empty()]
-        arguments = [*args, *kwargs.values(), *filled]
+        # The first argument is the hidden state, by whatever name.
+        arguments = [*[*args, *kwargs.values()][1:], *filled]
         calls.append(_Call(number, arguments, output, hidden, fresh))
         return fresh if isinstance(output, mx.array) else (fresh, *output[1:])
 

@@ -68,10 +68,11 @@ class _Absent(Standin):
         self.hide("boundary", boundary)
         self.hide("extras", None if tuples is None else (None,) * (tuples - 1))
 
-    def __call__(self, x: mx.array, *_args: Any, **_kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else next(iter(kwargs.values()))
         if self.boundary is not None:
-            x = self.boundary.incoming
-        return x if self.extras is None else (x, *self.extras)
+            hidden = self.boundary.incoming
+        return hidden if self.extras is None else (hidden, *self.extras)
 
 
 class _Tapped(Standin):
@@ -81,8 +82,8 @@ class _Tapped(Standin):
         super().__init__(layer)
         self.hide("boundary", boundary)
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(x, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
         self.boundary.outgoing = output if isinstance(output, mx.array) else output[0]
         return output
 

@@ -11,12 +11,7 @@ _FROM_MLX: dict[mx.Dtype, DType] = {
     mx.float32: "f32",
 }
 # numpy knows no bfloat16; its bits travel as integers.
-_NUMPY = {
-    "bf16": np.dtype("<u2"),
-    "f16": np.dtype("<f2"),
-    "f32": np.dtype("<f4"),
-    "i32": np.dtype("<i4"),
-}
+_NUMPY: dict[DType, str] = {"bf16": "<u2", "f16": "<f2", "f32": "<f4", "i32": "<i4"}
 
 
 def from_wire(tensor: Tensor, body: Buffer) -> mx.array:
