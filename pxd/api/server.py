@@ -3,7 +3,6 @@
 import ipaddress
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
@@ -13,9 +12,6 @@ from starlette.types import ASGIApp
 
 from pxd.api.connection import Connection
 from pxd.api.drain import Drain
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
 
 log = logging.getLogger("pxd.api")
 
@@ -94,7 +90,7 @@ async def serve(
     *,
     shutdown: trio.Event | None = None,
     grace: float = GRACE_S,
-    task_status: "TaskStatus[str]" = trio.TASK_STATUS_IGNORED,
+    task_status: "trio.TaskStatus[str]" = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until `shutdown`, then let running requests end for up to `grace` seconds.
 

@@ -73,7 +73,7 @@ def chat(
     if words:
         _once(conversation, words)
     else:
-        _converse(conversation)
+        converse(conversation)
 
 
 class _Progress:
@@ -186,7 +186,8 @@ def _greet(conversation: "Conversation") -> None:
     console.print("Ctrl-C stops an answer, Ctrl-D leaves, /new starts over.", style="bright_black")
 
 
-def _converse(conversation: "Conversation") -> None:
+def converse(conversation: "Conversation") -> None:
+    """Ask and answer until the end of the input."""
     from rich.console import Console
 
     from pxd.cli.client import Refused, StreamFailed, Unreachable

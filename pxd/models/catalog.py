@@ -70,7 +70,7 @@ def local_directory(name: str) -> Path | None:
     if name == DEMO:
         return DEMO_DIRECTORY
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json, so it is no model in Hugging Face layout")
         return path.resolve()

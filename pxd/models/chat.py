@@ -28,16 +28,7 @@ class ChatTokenizer:
     def load(cls, path: Path) -> "ChatTokenizer":
         """Load from a model directory: slow, for a worker thread. Raises `ModelError`."""
         config = ModelConfig.read(path)
-        # Or its import warns about frameworks that nobody here needs.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path), trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+        tokenizer = _load_tokenizer(path)
         own = tokenizer.eos_token_id
         eos = dict.fromkeys([*config.eos, *([own] if isinstance(own, int) else [])])
         return cls(tokenizer, tuple(eos))
@@ -81,3 +72,24 @@ class ChatTokenizer:
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def _load_tokenizer(path: Path) -> Any:
+    # Or the import warns about frameworks that nobody here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    def load(**options: Any) -> Any:
+        return AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True, **options
+        )
+
+    try:
+        try:
+            return load()
+        except StrictDataclassError:
+            # Its configuration is odd for transformers; that need not concern its tokenizer.
+            return load(config=PreTrainedConfig.from_pretrained(str(path), local_files_only=True))
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+        raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# An unfinished UTF-8 character is at most three bytes long.
+# Of a UTF-8 character all but the last byte, so at most that many tokens, can be unfinished.
 MAX_UNFINISHED = 3
 WINDOW_TOKENS = 32
 KEPT_TOKENS = 8
@@ -15,7 +15,8 @@ class Detokenizer:
     Decoders look at neighbours (leading spaces, bytes of one character), so ids cannot be decoded
     one by one. Instead a window of the last ids is decoded again with each addition, as in the
     prefix and read offsets of text-generation-inference and vLLM. Pieces concatenated equal
-    ``decode(all ids)``, for decoders where ids further back than the window have no influence.
+    ``decode(all ids)``, provided that ids further back than the window have no influence and, for
+    decoders with byte fallback, that the bytes are valid UTF-8 without U+FFFD itself.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -23,26 +24,31 @@ class Detokenizer:
         self._window: list[int] = []
         self._text = ""
         self._given = 0
+        self._unfinished = 0
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that is now certain; empty while a character is unfinished."""
-        piece = []
-        # In bounded portions, or a long addition would make a long window.
-        for begin in range(0, len(ids), KEPT_TOKENS):
-            self._window.extend(ids[begin : begin + KEPT_TOKENS])
-            self._text = self._decode(self._window)
-            piece.append(self._take(len(self._text) - self._unfinished()))
-            if len(self._window) > WINDOW_TOKENS:
-                self._shorten()
-        return "".join(piece)
+        return "".join([self._add(token) for token in ids])
 
     def finish(self) -> str:
         """Return the rest; no ids come after this."""
         return self._take(len(self._text))
 
-    def _unfinished(self) -> int:
-        tail = self._text[-MAX_UNFINISHED:]
-        return len(tail) - len(tail.rstrip(REPLACEMENT))
+    def _add(self, token: int) -> str:
+        self._window.append(token)
+        self._text = self._decode(self._window)
+        if not self._text.endswith(REPLACEMENT):
+            self._unfinished = 0
+            piece = self._take(len(self._text))
+        else:
+            self._unfinished += 1
+            if self._unfinished <= MAX_UNFINISHED:
+                return ""
+            # No character is that long: the bytes are invalid, all but the last ones for good.
+            piece = self._take(len(self._text) - MAX_UNFINISHED)
+        if len(self._window) > WINDOW_TOKENS:
+            self._shorten()
+        return piece
 
     def _take(self, end: int) -> str:
         piece = self._text[self._given : end]

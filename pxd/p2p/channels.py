@@ -7,7 +7,7 @@ certificates exchanged in that call; where none can be made, a stream of the lib
 import logging
 import ssl
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 import trio
@@ -23,9 +23,6 @@ from pxd.p2p.services import decode_response, encode_message
 from pxd.p2p.sessions import Session, Sessions
 from pxd.p2p.tls import CERTIFICATE_LIMIT, Certificate, TlsStream
 from pxd.wire import Buffer
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
 
 log = logging.getLogger("pxd.p2p")
 
@@ -77,7 +74,7 @@ class DataChannels:
         self,
         listeners: list[trio.SocketListener],
         *,
-        task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
+        task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accept channels on `listeners`, all on one port; none means that all use libp2p."""
         async with trio.open_nursery() as nursery:

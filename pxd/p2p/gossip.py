@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -21,9 +21,6 @@ from pxd.cluster.membership import Membership
 from pxd.cluster.messages import GossipMessage
 from pxd.cluster.records import NodeRecord
 from pxd.p2p.network import Method, Network, NetworkError
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
 
 log = logging.getLogger("pxd.p2p.gossip")
 
@@ -118,7 +115,7 @@ class Gossip:
         self._membership.update(**changes)
         self._dispatch()
 
-    async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled. Cancelling it is no goodbye: call `leave` before."""
         now = trio.current_time()
         self._membership.start(now)

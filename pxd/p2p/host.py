@@ -7,7 +7,7 @@ protocol it is offered is the key proof. Admission belongs to the connection, no
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import trio
 from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectError
@@ -20,9 +20,6 @@ from pxd.p2p.muxer import WINDOW, StreamClosed, Yamux, YamuxStream
 from pxd.p2p.pending import PendingConnections
 from pxd.p2p.refusals import Refusals
 from pxd.p2p.secure import Identity, NoiseConnection, answer, select
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
 
 log = logging.getLogger("pxd.p2p")
 
@@ -105,7 +102,7 @@ class Attendant(Protocol):
     """Run for every admitted connection until it ends. `started` means that it may be used."""
 
     async def __call__(
-        self, connection: Connection, *, task_status: "TaskStatus[None]"
+        self, connection: Connection, *, task_status: "trio.TaskStatus[None]"
     ) -> None: ...
 
 
@@ -136,7 +133,7 @@ class Host:
         self,
         listeners: list[trio.SocketListener],
         *,
-        task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
+        task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve `listeners` until cancelled; then say goodbye on every connection and close it."""
         async with trio.open_nursery() as nursery:

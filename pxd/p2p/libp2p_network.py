@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -36,9 +35,6 @@ from pxd.p2p.refusals import Refusal, Refusals
 from pxd.p2p.secure import Identity
 from pxd.p2p.services import Services, decode_response, encode_message
 from pxd.p2p.sessions import Session, Sessions
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
 
 log = logging.getLogger("pxd.p2p")
 
@@ -92,7 +88,7 @@ class Libp2pNetwork:
         self._late_casts: dict[str, DroppingQueue[tuple[str, bytes]]] = {}
         self._loopback = Loopback(self.peer_id, self._services, self._inbox)
 
-    async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Listen, then find and serve peers until cancelled. Raises OSError for a taken port."""
         self._book.load()
         listeners = await listen(*self._listen)
@@ -193,7 +189,9 @@ class Libp2pNetwork:
             raise PeerUnreachable("this node's network does not run")
         return await self._dialer.reach(peer)
 
-    async def _attend(self, connection: Connection, *, task_status: "TaskStatus[None]") -> None:
+    async def _attend(
+        self, connection: Connection, *, task_status: "trio.TaskStatus[None]"
+    ) -> None:
         client = rpc.RpcClient(connection.peer, connection.open_stream)
         connection.drain = client.flush
         session = self._sessions.add(connection, client)

@@ -9,16 +9,12 @@ import hmac
 import ipaddress
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import trio
 import zeroconf
 from zeroconf import InterfaceChoice, IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange
 
 from pxd.p2p.addresses import Address, parse_address
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
 
 log = logging.getLogger("pxd.p2p")
 
@@ -47,7 +43,7 @@ class Mdns:
         self._hosts = hosts
 
     async def run(
-        self, found: Found, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+        self, found: Found, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Announce this node and call `found(peer, addresses)` for every other member.
 

@@ -6,7 +6,6 @@ Messages and frames are really encoded and decoded, so types and limits hold as 
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -23,9 +22,6 @@ from pxd.p2p.network import (
     ResponseT,
 )
 from pxd.p2p.services import Services, decode_response, encode_message
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
 
 log = logging.getLogger("pxd.p2p")
 
@@ -135,7 +131,7 @@ class MemoryNetwork:
         self._frame_handler: FrameHandler | None = None
         self._nursery: trio.Nursery | None = None
 
-    async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled; start with `await nursery.start(network.run)`."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery

@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import trio
 
@@ -215,7 +215,7 @@ class LiveServer:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._thread.is_alive():
+        with suppress(trio.RunFinishedError):
             self.set(self.daemon.shutdown)
         self.join()
 

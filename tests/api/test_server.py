@@ -174,12 +174,13 @@ async def test_an_app_that_does_not_read_does_not_hang_the_connection(
     stream = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
     head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n"
     with trio.fail_after(DEADLINE_S):
-        async with trio.open_nursery() as sending:
-            sending.start_soon(stream.send_all, head.encode() + bytes(size))
-            # The server's queues are full by then: its backpressure has reached the client.
-            await trio.testing.wait_all_tasks_blocked(0.1)
-            go.set()
-        assert b"enough" in b"".join([piece async for piece in stream])
+        async with stream:
+            async with trio.open_nursery() as sending:
+                sending.start_soon(stream.send_all, head.encode() + bytes(size))
+                # The server's queues are full by then: its backpressure has reached the client.
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                go.set()
+            assert b"enough" in b"".join([piece async for piece in stream])
     nursery.cancel_scope.cancel()
 
 

@@ -185,9 +185,6 @@ def test_a_conversation_at_a_terminal(server: LiveServer, terminal: Terminal) ->
     terminal.expect("hello there")
     terminal.expect("3 tokens")
     terminal.expect("> ")
-    terminal.interrupt()
-    terminal.expect("Ctrl-D leaves")
-    terminal.expect("> ")
     terminal.type("/new\n")
     terminal.expect("a new conversation")
     terminal.expect("> ")
@@ -201,6 +198,24 @@ def test_a_conversation_at_a_terminal(server: LiveServer, terminal: Terminal) ->
         *("tell me", "The beginning", "hello there"),
     ]
     assert [m.content for m in server.daemon.ingress.calls[2][1]] == ["again"]
+
+
+def test_an_interrupt_at_the_prompt_does_not_leave(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter([KeyboardInterrupt(), "hello", EOFError()])
+
+    def type_next(_: str) -> str:
+        item = next(typed)
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    monkeypatch.setattr("builtins.input", type_next)
+    chat_module.converse(Conversation(Client(server.url), Options()))
+    output = capsys.readouterr().out
+    assert "Ctrl-D leaves" in output.partition("starts over")[2]
+    assert "\nhello\n" in output
 
 
 def test_waiting_at_a_terminal_can_be_stopped(server: LiveServer, terminal: Terminal) -> None:

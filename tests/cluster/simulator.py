@@ -261,15 +261,16 @@ class Simulator:
 
     def _schedule(self, process: Process) -> None:
         wakeup = min(process.membership.next_wakeup, process.leadership.next_wakeup)
-        if wakeup < process.wakeup and wakeup != float("inf"):
+        if wakeup != process.wakeup:
             process.wakeup = wakeup
-            self._at(max(self.now, wakeup), lambda: self._tick(process))
+            if wakeup != float("inf"):
+                self._at(max(self.now, wakeup), lambda: self._tick(process, wakeup))
 
-    def _tick(self, process: Process) -> None:
-        if self.processes.get(process.name) is not process:
+    def _tick(self, process: Process, wakeup: float) -> None:
+        if self.processes.get(process.name) is not process or process.wakeup != wakeup:
             return
         if process.frozen:
-            process.backlog.append(lambda: self._tick(process))
+            process.backlog.append(lambda: self._tick(process, wakeup))
             return
         process.wakeup = float("inf")
         if self.now >= process.membership.next_wakeup:

@@ -3,9 +3,9 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulator import Process, Simulator
 
 from pxd.cluster.members import MemberEvent
+from tests.cluster.simulator import Process, Simulator
 
 MAX_NODES = 7
 

@@ -279,7 +279,7 @@ def test_leaving_says_goodbye_to_the_connected_and_goes_silent() -> None:
 
 
 def test_the_accused_hears_of_it_at_once() -> None:
-    membership = member(record("a"))
+    membership = member(record("a"), gossip_interval=100.0)
     membership.disconnected(0.0, "a")
     membership.take_outbox()
     membership.tick(CONFIG.lost_timeout)

@@ -1,9 +1,9 @@
 """Behaviour of whole clusters in virtual time; see simulator.py."""
 
 import pytest
-from simulator import Simulator
 
 from pxd.cluster.config import MembershipConfig
+from tests.cluster.simulator import Simulator
 
 CONFIG = MembershipConfig()
 

@@ -29,8 +29,8 @@ FACTS = {
     "What day comes after Monday?": "Tuesday",
     "Which month comes after June?": "July",
     "What is 7 * 8?": "56",
-    "Spell river.": "R I V E R",
-    "What is 90 - 45?": "45",
+    "Spell table.": "T A B L E",
+    "What is 12 + 7?": "19",
 }
 
 

@@ -1,0 +1,164 @@
+"""The real thing: the demo model in MLX worker processes, through the daemon's side of them."""
+
+import itertools
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from pxd.executors import describe_model, measure_device, open_executor
+from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
+from pxd.models.catalog import DEMO_DIRECTORY
+from pxd.models.chat import ChatTokenizer
+from pxd.serving.requests import Message
+from pxd.wire import Opening, Row, Sampled, Sampling, Step, Tensor
+from tests.models.files import write_model
+from tests.tiny_models import make_tiny_model
+
+pytestmark = pytest.mark.slow
+DEADLINE_S = 240
+QUESTIONS = {
+    "What is 12 plus 30?": "42",
+    "What is 7 times 8?": "56",
+    "What is 90 minus 45?": "45",
+    "What is the capital of France?": "Paris",
+    "What is 100 plus 250?": "350",
+}
+
+
+class Chain:
+    """Executors in a row, given one step at a time."""
+
+    def __init__(self, executors: Sequence[Any]) -> None:
+        self.executors = executors
+        self._numbers = itertools.count()
+
+    async def step(self, rows: Sequence[Row], tokens: Sequence[int], opened: bool = False) -> Any:
+        body: Any = np.array(tokens, "<i4").tobytes()
+        result: Any = Step(
+            pipeline="demo",
+            session=1,
+            step=next(self._numbers),
+            rows=tuple(rows),
+            tensor=Tensor("i32", (len(tokens),)),
+            openings=tuple(Opening(row.request, Sampling(temperature=0)) for row in rows)
+            if opened
+            else (),
+        )
+        for executor in self.executors:
+            answer = await executor.step(result, body)
+            if isinstance(answer, tuple):
+                result, body = answer
+            else:
+                result = answer
+        assert isinstance(result, Sampled), result
+        return result.tokens
+
+
+async def answer_all(chain: Chain, tokenizer: ChatTokenizer, questions: Sequence[str]) -> list[str]:
+    """Ask everything at once, as one batch that shrinks as answers end."""
+    prompts = [tokenizer.encode_chat((Message("user", question),)) for question in questions]
+    for number, prompt in enumerate(prompts):
+        await chain.step([Row(number, 0, len(prompt) - 1, False)], prompt[:-1], opened=True)
+    sequences = [list(prompt) for prompt in prompts]
+    open_requests = set(range(len(prompts)))
+    while open_requests:
+        rows = [Row(n, len(sequences[n]) - 1, 1, True) for n in sorted(open_requests)]
+        for sampled in await chain.step(rows, [sequences[row.request][-1] for row in rows]):
+            if sampled.token in tokenizer.eos:
+                open_requests.discard(sampled.request)
+            else:
+                sequences[sampled.request].append(sampled.token)
+    texts = []
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        detokenizer = tokenizer.detokenizer()
+        texts.append(detokenizer.add(sequence[len(prompt) :]) + detokenizer.finish())
+    return texts
+
+
+async def test_the_demo_model_answers_a_batch_through_two_processes() -> None:
+    tokenizer = ChatTokenizer.load(DEMO_DIRECTORY)
+    with trio.fail_after(DEADLINE_S):
+        async with open_executor("mlx") as first, open_executor("mlx") as second:
+            for executor, start, end in ((first, 0, 3), (second, 3, 8)):
+                spec = LoadSpec(path=str(DEMO_DIRECTORY), start=start, end=end, kv_bytes=1 << 26)
+                await executor.load(spec, lambda _: None)
+            answers = await answer_all(Chain([first, second]), tokenizer, list(QUESTIONS))
+            report = await second.memory()
+    for answer, wanted in zip(answers, QUESTIONS.values(), strict=True):
+        assert wanted in answer
+    assert report.requests == len(QUESTIONS)
+    assert report.active > 0
+    assert report.resident > 0
+
+
+async def test_a_load_that_is_refused_or_killed(tmp_path: Path) -> None:
+    path = make_tiny_model("rwkv7", tmp_path / "rwkv7")
+    with trio.fail_after(DEADLINE_S):
+        async with open_executor("mlx") as executor:
+            with pytest.raises(ExecutorError, match="cannot be cut before layer 2"):
+                await executor.load(LoadSpec(path=str(path), start=0, end=2), lambda _: None)
+            assert (
+                await executor.load(LoadSpec(path=str(path), start=0, end=4), lambda _: None)
+            ).layers == 4
+            async with trio.open_nursery() as nursery:
+
+                async def load() -> None:
+                    with pytest.raises(ExecutorDied, match="SIGKILL"):
+                        await executor.load(LoadSpec(path="", start=0, end=1), lambda _: None)
+
+                os.kill(executor.pid, signal.SIGSTOP)
+                nursery.start_soon(load)
+                os.kill(executor.pid, signal.SIGKILL)
+
+
+async def test_descriptions_say_what_can_be_split(tmp_path: Path) -> None:
+    with trio.fail_after(DEADLINE_S):
+        demo = await describe_model(DEMO_DIRECTORY)
+        rwkv = await describe_model(make_tiny_model("rwkv7", tmp_path / "rwkv7"))
+    assert demo.unsupported == ""
+    assert demo.splits == tuple(range(1, demo.layers))
+    assert demo.layers == len(demo.layer_bytes) == len(demo.kv_bytes_per_token)
+    assert demo.tied
+    assert sum(demo.layer_bytes) + demo.head_bytes < 6 << 20
+    assert rwkv.splits == ()
+    assert "hidden state" in rwkv.unsupported
+    assert rwkv.kv_bytes_per_token == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "no_such_model"}, "no_such_model not supported"),
+        ({"model_type": "cache"}, "cannot build"),
+        ({"model_type": "olmo"}, "cannot build"),
+        ({"model_file": "evil.py"}, "its own code"),
+        ({"num_attention_heads": "four"}, "cannot build"),
+    ],
+)
+async def test_what_mlx_lm_cannot_build_is_refused(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    with trio.fail_after(DEADLINE_S), pytest.raises(ExecutorError, match=message):
+        await describe_model(write_model(tmp_path, config=config))
+
+
+async def test_a_description_that_takes_too_long_is_given_up() -> None:
+    with pytest.raises(ExecutorError, match="could not be described within 0 s"):
+        await describe_model(DEMO_DIRECTORY, timeout=0)
+
+
+async def test_the_device_is_measured() -> None:
+    with trio.fail_after(DEADLINE_S):
+        device = await measure_device()
+    assert device.kind in ("cpu", "metal", "cuda")
+    assert device.name
+    assert device.memory > 1 << 28
+    assert device.tflops > 0
+    assert device.bandwidth > 0
+    assert device.executors == ("mlx",)

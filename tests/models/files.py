@@ -1,0 +1,78 @@
+"""Writes small model directories by hand, without any tensor library."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "hidden_size": 8,
+    "vocab_size": 10,
+    "max_position_embeddings": 128,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+}
+BYTES = {"BF16": 2, "F32": 4, "U32": 4}
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def write_safetensors(path: Path, tensors: Shapes) -> Path:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * BYTES[dtype]
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    return write_raw(path, json.dumps(header).encode(), bytes(position))
+
+
+def write_raw(path: Path, header: bytes, data: bytes = b"") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def layer_shapes(layers: int = 3, prefix: str = "model.layers.") -> Shapes:
+    """Layers of 128, 256, 384 … bytes."""
+    return {f"{prefix}{i}.mlp.weight": ("BF16", (8, 8 * (i + 1))) for i in range(layers)}
+
+
+def model_shapes(*, tied: bool = False, layers: int = 3) -> Shapes:
+    shapes: Shapes = {"model.embed_tokens.weight": ("BF16", (10, 8)), **layer_shapes(layers)}
+    shapes["model.norm.weight"] = ("BF16", (8,))
+    if not tied:
+        shapes["lm_head.weight"] = ("BF16", (10, 8))
+    return shapes
+
+
+def write_model(
+    directory: Path, shapes: Shapes | None = None, config: dict[str, Any] | None = None
+) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+    write_safetensors(directory / "model.safetensors", shapes or model_shapes())
+    return directory
+
+
+def write_sharded(directory: Path, shapes: Shapes, *, shards: int = 3) -> Path:
+    """Tensors spread in order over `shards` files with an index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    names = list(shapes)
+    size = -(-len(names) // shards)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: shapes[name] for name in names[i * size : (i + 1) * size]}
+        write_safetensors(directory / file, part)
+        weight_map.update(dict.fromkeys(part, file))
+    total = sum(math.prod(shape) * BYTES[dtype] for dtype, shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory

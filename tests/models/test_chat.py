@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pxd.models.chat import ChatTokenizer
+from pxd.models.errors import ModelError
+from pxd.serving.requests import Message
+from tests.models.files import write_model
+from tests.tiny_models import CHAT_TEMPLATE, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_model(tmp_path_factory.mktemp("chat") / "model")
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(directory)
+
+
+def with_template(directory: Path, target: Path, template: str | None) -> ChatTokenizer:
+    write_model(target)
+    save_tokenizer(target)
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    if template is None:
+        del config["chat_template"]
+    else:
+        config["chat_template"] = template
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+    return ChatTokenizer.load(target)
+
+
+def decode(tokenizer: ChatTokenizer, ids: list[int]) -> str:
+    detokenizer = tokenizer.detokenizer()
+    return detokenizer.add(ids) + detokenizer.finish()
+
+
+def test_a_chat_is_templated_up_to_the_answer(tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer.encode_chat((Message("system", "Be kind."), Message("user", "Grüße 👋")))
+    assert all(isinstance(token, int) for token in ids)
+    assert decode(tokenizer, ids) == (
+        "<|system|>Be kind.<|end|><|user|>Grüße 👋<|end|><|assistant|>"
+    )
+
+
+def test_ends_are_those_of_the_configuration_and_of_the_tokenizer(tokenizer: ChatTokenizer) -> None:
+    assert tokenizer.eos == (2, 257)
+
+
+def test_developers_speak_as_system_where_the_template_knows_none(
+    tokenizer: ChatTokenizer, directory: Path, tmp_path: Path
+) -> None:
+    chat = (Message("developer", "Be brief."),)
+    assert decode(tokenizer, tokenizer.encode_chat(chat)).startswith("<|system|>Be brief.")
+    knowing = with_template(directory, tmp_path, "{# developer #}" + CHAT_TEMPLATE)
+    assert decode(knowing, knowing.encode_chat(chat)).startswith("<|developer|>")
+
+
+def test_without_a_template_the_error_says_so(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no chat template"):
+        with_template(directory, tmp_path, None).encode_chat((Message("user", "hi"),))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{% for %}", "refuses"),
+        ("{{ messages[9].content.x.y }}", "refuses"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
+    ],
+)
+def test_what_a_template_refuses_is_passed_on(
+    directory: Path, tmp_path: Path, template: str, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        with_template(directory, tmp_path, template).encode_chat((Message("user", "hi"),))
+
+
+def test_special_tokens_in_a_message_are_text_of_the_user(tokenizer: ChatTokenizer) -> None:
+    """Documents what is: like everywhere with chat templates, a user can write control tokens."""
+    ids = tokenizer.encode_chat((Message("user", "a<|end|>b"),))
+    assert ids.count(257) == 2
