@@ -7,7 +7,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 
 import msgspec
@@ -78,6 +78,7 @@ class Node:
         self._began = time.monotonic()
         self._http_url = ""
         self._stop = trio.Event()
+        self._http_done = trio.Event()
         self._model_asked = settings.model
         self._known_gone: set[str] = set()
         self._saving = trio.Lock()
@@ -142,7 +143,8 @@ class Node:
             try:
                 await nursery.start(self.network.run)
                 http = _endpoint(self.settings.http, DEFAULT_HTTP)
-                self._http_url = await nursery.start(serve_http, create_app(self), *http)
+                server = partial(serve_http, create_app(self), *http, shutdown=self._stop)
+                self._http_url = await nursery.start(self._serve_http, server)
             except OSError as error:
                 raise StartupError(str(error)) from error
             await nursery.start(self.heads.run)
@@ -163,9 +165,17 @@ class Node:
                 await self._stop.wait()
                 notify("STOPPING=1")
             log.info("leaving the cluster")
-            with trio.move_on_after(LEAVE_DEADLINE_S):
-                await self.gossip.leave(LEAVE_DEADLINE_S)
+            await self.gossip.leave(LEAVE_DEADLINE_S)
+            await self._http_done.wait()
             nursery.cancel_scope.cancel()
+
+    async def _serve_http(
+        self, server: Callable[..., Awaitable[None]], *, task_status: "trio.TaskStatus[str]"
+    ) -> None:
+        try:
+            await server(task_status=task_status)
+        finally:
+            self._http_done.set()
 
     @contextlib.contextmanager
     def _announced(self) -> Iterator[None]:

@@ -167,8 +167,8 @@ def _generation(request: ChatRequest) -> Generation:
     seed = request.seed
     return Generation(
         max_tokens=request.max_completion_tokens or request.max_tokens,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        temperature=request.temperature,
+        top_p=request.top_p,
         stop=tuple(stop),
         # OpenAI's seeds are signed, pxd's are not; which number it is matters to nobody.
         seed=None if seed is None else seed % (1 << _SEED_BITS),

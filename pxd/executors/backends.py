@@ -27,6 +27,7 @@ def load_backend(kind: str) -> Backend:
         raise ExecutorError(f"no executor kind {kind!r}; there is {', '.join(KINDS)}")
     try:
         from pxd.executors.mlx.backend import MlxBackend
+
+        return MlxBackend()
     except (ImportError, ValueError, OSError) as error:
         raise ExecutorError(f"the {kind} executor cannot be used here: {error}") from error
-    return MlxBackend()

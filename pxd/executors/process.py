@@ -85,7 +85,7 @@ class _LineTail:
         self._rest = b""
         self._lines: deque[str] = deque(maxlen=STDERR_LINES)
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes | bytearray) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > STDERR_LINE_CHARACTERS:
             lines, self._rest = [*lines, self._rest], b""

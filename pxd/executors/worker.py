@@ -155,6 +155,7 @@ class Worker:
         except ExecutorError as error:
             return Failed(str(error)[:REASON_CHARACTERS])
         except Exception as error:
+            # Nothing that a model directory contains may end the process.
             log.exception("%s failed", type(command).__name__)
             return Failed(f"{type(error).__name__}: {error}"[:REASON_CHARACTERS])
 
@@ -163,15 +164,15 @@ class Worker:
             self._backend = self._open_backend()
         match command:
             case Load(spec):
-                return Loaded(self._load(self._backend).load(spec, self._progress))
+                return Loaded(self._engine_of(self._backend).load(spec, self._progress))
             case ReadMemory():
-                return Memory(self._load(self._backend).memory())
+                return Memory(self._engine_of(self._backend).memory())
             case Describe(path):
                 return Described(self._backend.describe(Path(path)))
             case Measure():
                 return Measured(self._backend.measure())
 
-    def _load(self, backend: Backend) -> Engine:
+    def _engine_of(self, backend: Backend) -> Engine:
         if self._engine is None:
             self._engine = backend.engine()
         return self._engine

@@ -18,11 +18,16 @@ class MessageLike(Protocol):
 
 
 class ChatTokenizer:
-    """A model's tokenizer. `eos` are the ids that end an answer."""
+    """A model's tokenizer. `eos` are the ids that end an answer; `temperature` and `top_p` are what
+    the model wants where a request does not say."""
 
-    def __init__(self, tokenizer: Any, eos: tuple[int, ...]) -> None:
+    def __init__(
+        self, tokenizer: Any, eos: tuple[int, ...], temperature: float = 1.0, top_p: float = 1.0
+    ) -> None:
         self._tokenizer = tokenizer
         self.eos = eos
+        self.temperature = temperature
+        self.top_p = top_p
 
     @classmethod
     def load(cls, path: Path) -> "ChatTokenizer":
@@ -31,7 +36,7 @@ class ChatTokenizer:
         tokenizer = _load_tokenizer(path)
         own = tokenizer.eos_token_id
         eos = dict.fromkeys([*config.eos, *([own] if isinstance(own, int) else [])])
-        return cls(tokenizer, tuple(eos))
+        return cls(tokenizer, tuple(eos), *config.sampling)
 
     def encode_chat(self, messages: Sequence[MessageLike]) -> list[int]:
         """Token ids of the templated chat, up to where the assistant's answer begins.

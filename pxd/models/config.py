@@ -127,6 +127,19 @@ class ModelConfig:
         return name if name in ("float16", "float32") else "bfloat16"
 
     @property
+    def sampling(self) -> tuple[float, float]:
+        """(temperature, top-p) for requests that name none; both 1 where the model has no wish."""
+        if self._generation.get("do_sample") is False:
+            return 0.0, 1.0
+        return self._wish("temperature", 100.0), self._wish("top_p", 1.0)
+
+    def _wish(self, key: str, limit: float) -> float:
+        value = self._generation.get(key)
+        if isinstance(value, int | float) and 0 <= value <= limit:
+            return float(value)
+        return 1.0
+
+    @property
     def eos(self) -> tuple[int, ...]:
         for source in (self._generation, self._text, self.raw):
             value = source.get("eos_token_id")

@@ -184,8 +184,8 @@ class ChatAnswer:
         self._limit = min(wanted, room)
         seed = secrets.randbits(63) if generation.seed is None else generation.seed
         self._sampling = Sampling(
-            temperature=generation.temperature,
-            top_p=generation.top_p,
+            temperature=_or(generation.temperature, tokenizer.temperature),
+            top_p=_or(generation.top_p, tokenizer.top_p),
             seed=seed & ((1 << 63) - 1),
         )
         self._eos = tuple(tokenizer.eos)
@@ -307,3 +307,7 @@ class ChatAnswer:
                 return
             if fresh:
                 yield Delta(text, len(fresh))
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -44,12 +44,13 @@ class Message(msgspec.Struct, frozen=True):
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """How to answer. `max_tokens` None means up to the model's context, within the server's cap.
 
+    `temperature` and `top_p` None mean what the model's own generation_config.json says, else 1.
     `seed` None lets the ingress draw one. `stop` strings end the answer and are not part of it.
     """
 
     max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
 

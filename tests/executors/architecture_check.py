@@ -7,6 +7,7 @@ Runs in a process of its own for the reason given in `tests.tiny_models`. Exits 
 
 import argparse
 import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pxd.executors.mlx.loader import load_stage
 from pxd.executors.protocol import ModelDescription
 from pxd.models.describe import describe_checkpoint
 from tests.executors.pipeline import Pipeline
-from tests.tiny_models import make_in_process
+from tests.tiny_models import VOCABULARY, make_in_process
 
 # Longer than the sliding windows of the tiny models, and the shortest there is.
 PROMPTS = [list(range(5, 40)), [77]]
@@ -121,6 +122,33 @@ def check_batches(path: Path, description: ModelDescription, model: Any) -> None
         assert got == wanted, f"request {number}: {got}, not {wanted}"
 
 
+def check_random_batches(path: Path, description: ModelDescription, model: Any) -> None:
+    """Any subset may decode next, in any order; requests end and new ones take their place."""
+    chance = random.Random(17)
+    crowd = Crowd(Pipeline.load(path, description.layers, choose_cuts(description)[-1]), {})
+
+    def check(number: int) -> None:
+        got = crowd.answer(number)
+        wanted = expected(model, crowd.prompts[number], len(got))
+        assert got == wanted, f"request {number} at random: {got}, not {wanted}"
+
+    running: list[int] = []
+    for number in range(9):
+        length = chance.randrange(1, 20)
+        crowd.prompts[number] = [chance.randrange(VOCABULARY) for _ in range(length)]
+        crowd.sequences[number] = list(crowd.prompts[number])
+        crowd.join(number)
+        running.append(number)
+        if len(running) > 5:
+            ended = running.pop(chance.randrange(len(running)))
+            check(ended)
+            crowd.pipeline.release([ended])
+        for _ in range(4):
+            crowd.decode(*chance.sample(running, chance.randint(1, len(running))))
+    for number in running:
+        check(number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("architecture")
@@ -146,6 +174,7 @@ def main() -> None:
     # In less precision a batch may break near-ties otherwise than a single row.
     if arguments.dtype == "float32" and not arguments.quantize:
         check_batches(path, description, model)
+        check_random_batches(path, description, model)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ QUESTIONS = {
     "What is 7 times 8?": "56",
     "What is 90 minus 45?": "45",
     "What is the capital of France?": "Paris",
-    "What is 100 plus 250?": "350",
+    "What is 25 plus 17?": "42",
 }
 
 
@@ -134,9 +134,9 @@ async def test_descriptions_say_what_can_be_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "no_such_model"}, "no_such_model not supported"),
-        ({"model_type": "cache"}, "cannot build"),
-        ({"model_type": "olmo"}, "cannot build"),
+        ({"model_type": "no_such_model"}, "cannot run no_such_model"),
+        ({"model_type": "cache"}, "cannot run cache"),
+        ({"model_type": "olmo"}, "cannot run olmo"),
         ({"model_file": "evil.py"}, "its own code"),
         ({"num_attention_heads": "four"}, "cannot build"),
     ],

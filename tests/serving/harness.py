@@ -48,6 +48,8 @@ class FakeTokenizer:
     """A message is its characters; a token is written as its number in brackets."""
 
     eos = (EOS,)
+    temperature = 0.0
+    top_p = 1.0
 
     def encode_chat(self, messages: tuple[Message, ...]) -> list[int]:
         return [ord(c) % 90 for message in messages for c in message.content]

@@ -3,18 +3,29 @@
 from pathlib import Path
 
 from pxd.cluster.records import Device
-from pxd.executors.mlx.describe import describe
-from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.mlx.measure import measure
 from pxd.executors.protocol import Engine, ModelDescription
+
+# Imported where they are used: mlx-lm takes seconds, and a worker needs but one of these.
 
 
 class MlxBackend:
+    def __init__(self) -> None:
+        """Raises ImportError where there is no MLX."""
+        import mlx.core
+
+        del mlx.core
+
     def engine(self) -> Engine:
+        from pxd.executors.mlx.engine import MlxEngine
+
         return MlxEngine()
 
     def describe(self, path: Path) -> ModelDescription:
+        from pxd.executors.mlx.describe import describe
+
         return describe(path)
 
     def measure(self) -> Device:
+        from pxd.executors.mlx.measure import measure
+
         return measure()

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.utils import _get_classes, load_config
 
+from pxd.executors.mlx.skeleton import make_skeleton
 from pxd.executors.mlx.split import CannotSplit, SplitPlan, plan_split
 from pxd.executors.protocol import ExecutorError, ModelDescription
 from pxd.models.describe import Checkpoint, describe_checkpoint
@@ -42,20 +41,6 @@ def describe(path: Path) -> ModelDescription:
     )
 
 
-def make_skeleton(path: Path) -> nn.Module:
-    """The model as mlx-lm builds it, of which nothing is evaluated. Raises `ExecutorError`."""
-    config = load_config(path)
-    if config.get("model_file") is not None:
-        raise ExecutorError(f"{path} wants its own code to be run, which pxd never does")
-    try:
-        model_class, args_class = _get_classes(config)
-        return model_class(args_class.from_dict(config))
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise ExecutorError(
-            f"mlx-lm cannot build this {config.get('model_type')} model: {error}"
-        ) from error
-
-
 def _plan(path: Path, checkpoint: Checkpoint) -> SplitPlan:
     try:
         plan = plan_split(make_skeleton(path))
@@ -63,6 +48,10 @@ def _plan(path: Path, checkpoint: Checkpoint) -> SplitPlan:
             raise CannotSplit(
                 f"its code has {plan.layers} layers, its configuration {checkpoint.layers}"
             )
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise ExecutorError(
+            f"{checkpoint.architecture} models do not run on this machine: {error}"
+        ) from error
     except CannotSplit as error:
         return SplitPlan(
             layers=checkpoint.layers,

@@ -90,6 +90,7 @@ class MlxEngine:
             ) from error
         self._stage = loaded.stage
         self._batching = supports_batches(loaded.stage, loaded.dtype)
+        mx.clear_cache()
         token_bytes = _token_bytes(loaded.stage, loaded.dtype)
         kv_tokens = spec.kv_bytes // token_bytes if token_bytes else 1 << 40
         self._kv_tokens = kv_tokens if spec.kv_bytes else None

@@ -4,7 +4,6 @@ All files are opened, lazily; only tensors of the own layers, and what the ends 
 out to need, ever take memory.
 """
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -15,16 +14,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, load_model
+from mlx_lm.utils import load_model
 
 from pxd.executors.mlx.layers import find_layers
+from pxd.executors.mlx.skeleton import model_classes
 from pxd.executors.mlx.split import CannotSplit, SplitPlan, plan_split
 from pxd.executors.mlx.stage import PartialModel, Stage, WholeModel
 from pxd.executors.mlx.trial import dummy_inputs
 from pxd.executors.protocol import ExecutorError, Progress
 from pxd.models.describe import Checkpoint
-
-log = logging.getLogger("pxd.executors.mlx")
 
 Weights = dict[str, mx.array]
 LISTED_NAMES = 5
@@ -77,8 +75,8 @@ class _Loading:
         self.absent: list[str] = []
         self.dtype: mx.Dtype = getattr(mx, checkpoint.dtype)
 
-    def model_classes(self, config: dict[str, Any]) -> tuple[Callable[..., nn.Module], type]:
-        model_class, args_class = _get_classes(config)
+    def model_classes(self, config: dict[str, Any]) -> tuple[Callable[..., nn.Module], Any]:
+        model_class, args_class = model_classes(config)
 
         def make(args: Any) -> nn.Module:
             model = model_class(args)
