@@ -1,6 +1,7 @@
 """What `mlx_lm.generate` answers: python -m tests.e2e.reference MODEL_DIR MAX_TOKENS QUESTION...
 
-One JSON list with an object per question: its text and its number of tokens.
+One JSON list with an object per question: its tokens, and the text that they decode to. (Its own
+streaming text shows ids beyond the tokenizer's vocabulary as exclamation marks.)
 """
 
 import json
@@ -16,12 +17,12 @@ def main(model_dir: str, max_tokens: str, *questions: str) -> None:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True
         )
-        tokens, text = [], ""
-        for response in mlx_lm.stream_generate(model, tokenizer, prompt, int(max_tokens)):
-            text += response.text
-            if response.finish_reason != "stop":
-                tokens.append(response.token)
-        answers.append({"text": text, "tokens": tokens, "prompt": list(prompt)})
+        tokens = [
+            response.token
+            for response in mlx_lm.stream_generate(model, tokenizer, prompt, int(max_tokens))
+            if response.finish_reason != "stop"
+        ]
+        answers.append({"text": tokenizer.decode(tokens), "tokens": tokens})
     print(json.dumps(answers))
 
 

@@ -11,13 +11,15 @@ import pytest
 import pxd.models
 from tests.tiny_models import make_tiny_model
 
-from .daemons import cluster
+from .daemons import Daemon, cluster, serving_on
 
 pytestmark = pytest.mark.slow
 
 DEMO = Path(pxd.models.__file__).parent / "demo"
 QUESTIONS = ("Count from 1 to 20.", "Say the alphabet.", "tell me something " * 12)
 MAX_TOKENS = 40
+# MLX multiplies experts in float32 alone on a CPU.
+DTYPES = {"qwen3_moe": "float32", "gemma3": "bfloat16", "gpt_oss": "float32"}
 
 
 def reference(model: Path) -> list[dict[str, Any]]:
@@ -32,8 +34,8 @@ def reference(model: Path) -> list[dict[str, Any]]:
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     made = {"demo": DEMO}
-    for name in ("qwen3_moe", "gemma3", "gpt_oss"):
-        made[name] = make_tiny_model(name, root / name, dtype="bfloat16")
+    for name in DTYPES:
+        made[name] = make_tiny_model(name, root / name, dtype=DTYPES[name])
     return made
 
 
@@ -44,9 +46,12 @@ def test_greedy_answers_are_those_of_mlx_lm(
     directory = directories[architecture]
     name = "demo" if architecture == "demo" else str(directory)
     expected = reference(directory)
-    for size in (1, 2, 3):
-        names = ("anna", "ben", "carl")[:size]
-        with cluster(tmp_path / str(size), names, "--model", name) as daemons:
+    with cluster(tmp_path, ("anna",), "--model", name) as daemons:
+        for newcomer in (None, "ben", "carl"):
+            if newcomer:
+                daemons.append(Daemon(tmp_path, newcomer, join=daemons[0].ticket()))
+            for daemon in daemons:
+                daemon.wait_status(serving_on(len(daemons)), f"served by {len(daemons)} nodes")
             for question, answer in zip(QUESTIONS, expected, strict=True):
                 response = daemons[-1].chat(question, max_tokens=MAX_TOKENS, model=name).json()
                 assert response["usage"]["completion_tokens"] == len(answer["tokens"])

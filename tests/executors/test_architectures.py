@@ -1,49 +1,67 @@
 """Every kind of attention and state that mlx-lm has, in 1, 2 and 3 stages and in batches."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = [
-    ["qwen3"],
-    ["llama", "--shards", "3"],
-    ["qwen3_moe"],
-    ["gemma3_text"],
-    ["gemma3"],
-    ["gpt_oss"],
-    ["mixtral"],
-    ["deepseek_v2"],
-    ["deepseek_v3"],
-    ["qwen3_next"],
-    ["olmo_hybrid"],
-    ["gemma2"],
-    ["rwkv7", "--splits", ""],
-    ["qwen3", "--quantize", "--dtype", "bfloat16", "--shards", "2"],
-    ["gemma3_text", "--dtype", "bfloat16"],
-    ["llama", "--dtype", "float16"],
+    "qwen3",
+    "llama --shards 3",
+    "qwen3_moe",
+    "gemma3_text",
+    "gemma3",
+    "gpt_oss",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+    "qwen3_next",
+    "olmo_hybrid",
+    "gemma2",
+    "rwkv7 --splits=",
+    "qwen3 --quantize --dtype bfloat16 --shards 2",
+    "gemma3_text --dtype bfloat16",
+    "llama --dtype float16",
 ]
 
+Checks = dict[str, "Future[subprocess.CompletedProcess[str]]"]
 
-@pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS, ids=" ".join)
-def test_tokens_equal_those_of_mlx_lm(check: list[str], tmp_path: Path) -> None:
-    architecture, *options = check
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.executors.architecture_check",
-            architecture,
-            str(tmp_path / "model"),
-            *options,
-        ],
+
+def run(check: str, directory: Path) -> "subprocess.CompletedProcess[str]":
+    architecture, *options = check.split()
+    command = [sys.executable, "-m", "tests.executors.architecture_check"]
+    return subprocess.run(
+        [*command, architecture, str(directory), *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def checks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Checks]:
+    """All selected checks, as many at a time as there are cores."""
+    wanted = [
+        item.callspec.params["check"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.function is test_tokens_equal_those_of_mlx_lm
+    ]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        yield {check: pool.submit(run, check, tmp_path_factory.mktemp("model")) for check in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+def test_tokens_equal_those_of_mlx_lm(check: str, checks: Checks) -> None:
+    result = checks[check].result()
     assert result.returncode == 0, result.stderr[-4000:]
