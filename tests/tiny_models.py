@@ -85,7 +85,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gemma3",
         "vocab_size": VOCABULARY,
         "eos_token_id": 257,
-        "text_config": _GEMMA3,
+        "text_config": {
+            key: value for key, value in _GEMMA3.items() if key != "max_position_embeddings"
+        },
     },
     "gpt_oss": {
         **_COMMON,

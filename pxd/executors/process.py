@@ -134,10 +134,23 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         self._nursery_manager = trio.open_nursery()
 
     async def __aenter__(self) -> Self:
+        """Start the process. Raises `ExecutorDied` where the system does not let us."""
+        try:
+            self._process, stream = await self._spawn()
+        except OSError as error:
+            raise ExecutorDied(f"it could not be started: {error}") from error
+        self.pid = self._process.pid
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(stream))
+        self._output = _LineTail(f"{self._label} {self.pid}")
+        self._nursery = await self._nursery_manager.__aenter__()
+        self._nursery.start_soon(self._supervise)
+        return self
+
+    async def _spawn(self) -> tuple[trio.Process, socket.socket]:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                self._process = await trio.lowlevel.open_process(
+                process = await trio.lowlevel.open_process(
                     [*self._command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
@@ -148,12 +161,7 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         except BaseException:
             ours.close()
             raise
-        self.pid = self._process.pid
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        self._output = _LineTail(f"{self._label} {self.pid}")
-        self._nursery = await self._nursery_manager.__aenter__()
-        self._nursery.start_soon(self._supervise)
-        return self
+        return process, ours
 
     async def __aexit__(
         self,

@@ -8,14 +8,13 @@ from pxd.models.errors import ModelError
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_LAYERS = 2000
-DEFAULT_CONTEXT = 4096
 
 Config = dict[str, Any]
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "language_model")
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_transformer_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
-_CONTEXT = (
+CONTEXT_NAMES = (
     "max_position_embeddings",
     "n_positions",
     "max_seq_len",
@@ -49,7 +48,10 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> Config:
 
 
 class ModelConfig:
-    """A model's configuration. Raises `ModelError` where something needed is absent or absurd."""
+    """A model's configuration. Raises `ModelError` where it is absurd.
+
+    Numbers may be absent: some files leave out what equals a default of the model's code.
+    """
 
     def __init__(self, config: Config, generation: Config | None = None) -> None:
         self.raw = config
@@ -80,12 +82,6 @@ class ModelConfig:
                 return value
         return None
 
-    def _needed(self, keys: tuple[str, ...], limit: int) -> int:
-        value = self._count(keys, limit)
-        if value is None:
-            raise ModelError(f"config.json has no {keys[0]}; is this a language model?")
-        return value
-
     @property
     def architecture(self) -> str:
         name = self.raw.get("model_type")
@@ -94,20 +90,21 @@ class ModelConfig:
         return name
 
     @property
-    def layers(self) -> int:
-        return self._needed(_LAYERS, MAX_LAYERS)
+    def layers(self) -> int | None:
+        return self._count(_LAYERS, MAX_LAYERS)
 
     @property
-    def hidden_size(self) -> int:
-        return self._needed(_HIDDEN, 1 << 20)
+    def hidden_size(self) -> int | None:
+        return self._count(_HIDDEN, 1 << 20)
 
     @property
-    def vocabulary(self) -> int:
-        return self._needed(("vocab_size", "padded_vocab_size"), 1 << 26)
+    def vocabulary(self) -> int | None:
+        return self._count(("vocab_size", "padded_vocab_size"), 1 << 26)
 
     @property
-    def context(self) -> int:
-        return self._count(_CONTEXT, 1 << 40) or DEFAULT_CONTEXT
+    def context(self) -> int | None:
+        """The most positions that a sequence may have."""
+        return self._count(CONTEXT_NAMES, 1 << 40)
 
     @property
     def element_bytes(self) -> float:

@@ -35,14 +35,15 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     `layer_prefix` is what stands before the layer number in the names of decoder layers' tensors;
     None where the names do not number all layers, so that their bytes are only known together.
-    `exact` tells whether byte counts come from headers. `missing` are files not fetched yet.
+    `exact` tells whether byte counts come from headers. `missing` are files not fetched yet. Sizes
+    are None where the configuration leaves them to the model's code.
     """
 
     architecture: str
     layers: int
-    hidden_size: int
-    vocabulary: int
-    context: int
+    hidden_size: int | None
+    vocabulary: int | None
+    context: int | None
     layer_bytes: tuple[int, ...]
     embedding_bytes: int
     head_bytes: int
@@ -90,16 +91,16 @@ def describe_checkpoint(directory: Path) -> Checkpoint:
     shards = index.weight_map if index else _shards(headers)
     if index:
         _check_index(directory, index, headers)
-    prefix = _layer_prefix(shards, config.layers)
+    prefix, layers = _find_layers(shards, config.layers)
     tied = not any(_HEAD_PROJECTION.search(name) for name in _outside(shards, prefix))
     sizes = (
-        _exact_sizes(tensors, prefix, config.layers, tied)
+        _exact_sizes(tensors, prefix, layers, tied)
         if not missing
-        else _estimated_sizes(config, index, tied)
+        else _estimated_sizes(config, index, layers, tied)
     )
     return Checkpoint(
         architecture=config.architecture,
-        layers=config.layers,
+        layers=layers,
         hidden_size=config.hidden_size,
         vocabulary=config.vocabulary,
         context=config.context,
@@ -177,10 +178,11 @@ def _check_index(
             )
 
 
-def _layer_prefix(tensors: Iterable[str], layers: int) -> str | None:
-    """The prefix of the decoder layers: with that many numbers, the one with most tensors.
+def _find_layers(tensors: Iterable[str], layers: int | None) -> tuple[str | None, int]:
+    """Return (prefix of the decoder layers, how many there are).
 
-    Towers for images or sound and draft layers have prefixes of their own.
+    The prefix is the one with most tensors among those that number `layers` layers. Towers for
+    images or sound and draft layers have prefixes of their own.
     """
     numbers: defaultdict[str, set[int]] = defaultdict(set)
     counts: Counter[str] = Counter()
@@ -189,8 +191,17 @@ def _layer_prefix(tensors: Iterable[str], layers: int) -> str | None:
         if match and not _IGNORED.search(name):
             numbers[match["prefix"]].add(int(match["layer"]))
             counts[match["prefix"]] += 1
-    complete = [prefix for prefix, seen in numbers.items() if set(range(layers)) <= seen]
-    return max(complete, key=lambda prefix: (counts[prefix], prefix), default=None)
+    complete = [
+        prefix
+        for prefix, seen in numbers.items()
+        if set(range(max(seen) + 1 if layers is None else layers)) <= seen
+    ]
+    prefix = max(complete, key=lambda prefix: (counts[prefix], prefix), default=None)
+    if layers is None:
+        if prefix is None:
+            raise ModelError("neither config.json nor the tensors' names tell the layers")
+        layers = max(numbers[prefix]) + 1
+    return prefix, layers
 
 
 def _layer_number(tensor: str, prefix: str | None) -> int | None:
@@ -227,14 +238,14 @@ def _exact_sizes(
     return _Sizes(tuple(layer_bytes), embedding, other + (embedding if tied else 0))
 
 
-def _estimated_sizes(config: ModelConfig, index: _Index | None, tied: bool) -> _Sizes:
+def _estimated_sizes(config: ModelConfig, index: _Index | None, layers: int, tied: bool) -> _Sizes:
     total = index.total_size if index else None
     if total is None:
         raise ModelError(f"{INDEX_NAME} has no total_size; fetch the whole model first")
-    matrix = int(config.vocabulary * config.hidden_size * config.element_bytes)
-    matrix = min(matrix, total // 3)
+    elements = (config.vocabulary or 0) * (config.hidden_size or 0)
+    matrix = min(int(elements * config.element_bytes), total // 3)
     inside = total - matrix * (1 if tied else 2)
-    return _Sizes((-(-inside // config.layers),) * config.layers, matrix, matrix)
+    return _Sizes((-(-inside // layers),) * layers, matrix, matrix)
 
 
 def _fingerprint(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import psutil
@@ -31,6 +31,9 @@ def wait_for(condition: Callable[[], Any], what: str, deadline_s: float = DEADLI
 
 
 class Daemon:
+    # The machine is the same for all of them, so only the first one measures it.
+    _hardware: ClassVar[bytes] = b""
+
     def __init__(self, root: Path, name: str, *options: str, join: str | None = None) -> None:
         self.name = name
         self.data_dir = root / name
@@ -40,6 +43,9 @@ class Daemon:
         self._command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", *options]
         if join:
             self._command += ["--join", join]
+        self.data_dir.mkdir(parents=True)
+        if Daemon._hardware:
+            (self.data_dir / "hardware.json").write_bytes(Daemon._hardware)
         self.start()
 
     def start(self) -> None:
@@ -61,6 +67,7 @@ class Daemon:
                 content = json.loads((self.data_dir / "daemon.json").read_text())
             except FileNotFoundError:
                 return None
+            Daemon._hardware = (self.data_dir / "hardware.json").read_bytes()
             return content["http"] if content["pid"] == self.process.pid else None
 
         return wait_for(read, f"{self.name} is up")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pxd.engine.sampling import sample, uniform
@@ -49,12 +49,14 @@ def naive(logits: list[float], sampling: Sampling, position: int) -> int:
     return max(token for token in kept if weights[token] > 0)
 
 
+@settings(deadline=None)
 @given(row, samplings, st.integers(0, 1 << 40))
 def test_equals_the_definition(logits: list[float], sampling: Sampling, position: int) -> None:
     drawn = sample(np.array([logits], np.float32), [sampling], [position])
     assert drawn.tolist() == [naive(logits, sampling, position)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(row, samplings, st.integers(0, 1 << 40)), min_size=1, max_size=6))
 def test_a_row_draws_the_same_alone_and_in_any_batch(
     rows: list[tuple[list[float], Sampling, int]],

@@ -232,6 +232,12 @@ async def test_what_the_body_raises_comes_out_as_it_is() -> None:
                 raise KeyError("mine")
 
 
+async def test_a_process_that_cannot_be_started_counts_as_dead() -> None:
+    with pytest.raises(ExecutorDied, match="could not be started"):
+        async with WorkerExecutor(["/no/such/program"]):
+            pytest.fail("there is no such program")
+
+
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ExecutorError, match="no executor kind 'abacus'"):
         open_executor("abacus")

@@ -66,7 +66,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], sizes: list[int]) -> list[str]:
 portions = st.lists(st.integers(0, 20), max_size=10)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1), max_size=120), portions)
 def test_any_bytes_even_invalid_ones_equal_decoding_at_once(
     ids: list[int], sizes: list[int]
@@ -84,7 +84,7 @@ whole_characters = st.one_of(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(whole_characters, max_size=60), portions)
 def test_sentence_pieces_with_byte_fallback_equal_decoding_at_once(
     parts: list[list[int]], sizes: list[int]

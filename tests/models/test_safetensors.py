@@ -58,7 +58,7 @@ def test_a_header_length_beyond_the_file_is_refused_before_it_is_read(
         read_header(path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_any_bytes_give_tensors_or_a_model_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "any.safetensors"

@@ -1,6 +1,6 @@
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pxd.models.stops import StopMatcher
@@ -21,6 +21,7 @@ def naive(text: str, stop: list[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+@settings(deadline=None)
 @given(letters, stops, st.lists(st.integers(0, 99), max_size=8))
 def test_pieces_give_what_the_whole_text_gives(
     text: str, stop: list[str], places: list[int]
@@ -37,6 +38,7 @@ def test_pieces_give_what_the_whole_text_gives(
     assert seen + ("" if stopped else matcher.finish()) == expected
 
 
+@settings(deadline=None)
 @given(letters, stops)
 def test_nothing_is_held_back_that_cannot_become_a_stop_string(text: str, stop: list[str]) -> None:
     matcher = StopMatcher(stop)

@@ -3,14 +3,19 @@
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from pxd.executors.mlx.layers import CannotSplit
 from pxd.executors.mlx.skeleton import make_skeleton
-from pxd.executors.mlx.split import CannotSplit, SplitPlan, plan_split
+from pxd.executors.mlx.split import SplitPlan, plan_split
+from pxd.executors.mlx.stage import WholeModel
 from pxd.executors.protocol import ExecutorError, ModelDescription
+from pxd.models.config import CONTEXT_NAMES
 from pxd.models.describe import Checkpoint, describe_checkpoint
 from pxd.models.errors import ModelError
 
 DRY_RUN_BYTES = 4  # a skeleton's numbers are float32
+DEFAULT_CONTEXT = 4096
 
 
 def describe(path: Path) -> ModelDescription:
@@ -22,13 +27,19 @@ def describe(path: Path) -> ModelDescription:
         checkpoint = describe_checkpoint(path)
     except ModelError as error:
         raise ExecutorError(str(error)) from error
-    plan = _plan(path, checkpoint)
+    model = make_skeleton(path)
+    try:
+        plan = _plan(model, checkpoint)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise ExecutorError(
+            f"{checkpoint.architecture} models do not run on this machine: {error}"
+        ) from error
     return ModelDescription(
         architecture=checkpoint.architecture,
         layers=checkpoint.layers,
         hidden_size=plan.hidden_size,
         vocabulary=plan.vocabulary,
-        context=checkpoint.context,
+        context=checkpoint.context or _context_of_code(model),
         layer_bytes=checkpoint.layer_bytes,
         embedding_bytes=checkpoint.embedding_bytes,
         head_bytes=checkpoint.head_bytes,
@@ -41,26 +52,33 @@ def describe(path: Path) -> ModelDescription:
     )
 
 
-def _plan(path: Path, checkpoint: Checkpoint) -> SplitPlan:
+def _plan(model: nn.Module, checkpoint: Checkpoint) -> SplitPlan:
     try:
-        plan = plan_split(make_skeleton(path))
+        plan = plan_split(model)
         if plan.layers != checkpoint.layers:
             raise CannotSplit(
                 f"its code has {plan.layers} layers, its configuration {checkpoint.layers}"
             )
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise ExecutorError(
-            f"{checkpoint.architecture} models do not run on this machine: {error}"
-        ) from error
     except CannotSplit as error:
+        whole = WholeModel(model, checkpoint.layers, checkpoint.hidden_size or 0)
         return SplitPlan(
-            layers=checkpoint.layers,
-            hidden_size=checkpoint.hidden_size,
-            vocabulary=checkpoint.vocabulary,
+            layers=whole.layers,
+            hidden_size=whole.hidden_size,
+            vocabulary=whole.vocabulary,
             splits=(),
             reason=f"{checkpoint.architecture} cannot be split: {error}",
         )
     return plan
+
+
+def _context_of_code(model: nn.Module) -> int:
+    """What mlx-lm takes for the longest sequence where the configuration does not say."""
+    for module in model.modules():
+        for name in CONTEXT_NAMES:
+            value = getattr(getattr(module, "args", None), name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return DEFAULT_CONTEXT
 
 
 def _kv_bytes(plan: SplitPlan, checkpoint: Checkpoint) -> tuple[int, ...]:

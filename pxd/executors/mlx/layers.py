@@ -22,17 +22,21 @@ class LayerList:
         self.owner[self.key][:] = layers
 
 
-def find_layers(model: nn.Module) -> LayerList | None:
-    """Return None where `model.layers` is not backed by a single list."""
+class CannotSplit(Exception):
+    """The model has no form that could be cut; it still runs as a whole."""
+
+
+def find_layers(model: nn.Module) -> LayerList:
+    """Raises `CannotSplit` where `model.layers` is not backed by a single list."""
     shown = getattr(model, "layers", None)
     if not isinstance(shown, list) or not shown:
-        return None
+        raise CannotSplit("its decoder layers are not one list")
     for name, module in model.named_modules():
         for key, value in module.items():
             same = isinstance(value, list) and len(value) == len(shown)
             if same and all(a is b for a, b in zip(value, shown, strict=True)):
                 return LayerList(module, key, f"{name}.{key}." if name else f"{key}.")
-    return None
+    raise CannotSplit("its decoder layers are not one list")
 
 
 class Standin(nn.Module):

@@ -16,9 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from pxd.executors.mlx.layers import find_layers
+from pxd.executors.mlx.layers import CannotSplit
 from pxd.executors.mlx.skeleton import model_classes
-from pxd.executors.mlx.split import CannotSplit, SplitPlan, plan_split
+from pxd.executors.mlx.split import SplitPlan, plan_split
 from pxd.executors.mlx.stage import PartialModel, Stage, WholeModel
 from pxd.executors.mlx.trial import dummy_inputs
 from pxd.executors.protocol import ExecutorError, Progress
@@ -27,6 +27,7 @@ from pxd.models.describe import Checkpoint
 Weights = dict[str, mx.array]
 LISTED_NAMES = 5
 WARM_UP_TOKENS = 2
+ARRAYS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,26 @@ def load_stage(
     )
     stage = loading.stage
     if isinstance(stage, PartialModel):
-        own_layers = stage.own_layers
         stage.tap()
+        own = [layer.parameters() for layer in stage.own_layers]
     else:
-        found = find_layers(model)
-        own_layers = found.layers if found else []
-    for done, layer in enumerate(own_layers):
-        mx.eval(layer.parameters())
-        progress(done / (len(own_layers) + 1))
-    if isinstance(stage, WholeModel):
-        mx.eval(model.parameters())
+        own = model.parameters()
+    _bring_in([array for _, array in tree_flatten(own)], progress)
     _warm_up(stage, loading)
     mx.clear_cache()
     progress(1.0)
     return LoadedStage(stage, mx.get_active_memory() - before, loading.dtype)
+
+
+def _bring_in(arrays: list[mx.array], progress: Progress) -> None:
+    """Read and convert arrays, a few at a time. Reports up to 0.99: the ends are still to come."""
+    total = sum(array.nbytes for array in arrays) or 1
+    done = 0
+    for begin in range(0, len(arrays), ARRAYS_AT_A_TIME):
+        group = arrays[begin : begin + ARRAYS_AT_A_TIME]
+        mx.eval(group)
+        done += sum(array.nbytes for array in group)
+        progress(0.99 * done / total)
 
 
 class _Loading:
@@ -93,12 +100,7 @@ class _Loading:
             )
         whole = self.start == 0 and self.end == self.checkpoint.layers
         if whole:
-            self.stage = WholeModel(
-                model,
-                self.checkpoint.layers,
-                self.checkpoint.hidden_size,
-                self.checkpoint.vocabulary,
-            )
+            self.stage = WholeModel(model, self.checkpoint.layers, self.checkpoint.hidden_size or 0)
             self._own_prefixes: tuple[str, ...] = ("",)
         else:
             self._prepare_part(model)
@@ -112,12 +114,9 @@ class _Loading:
                 f"{self.checkpoint.architecture} cannot be split: {error}"
             ) from error
         _check_cuts(plan, self.checkpoint.architecture, self.start, self.end)
-        found = find_layers(model)
-        if found is None:
-            raise ExecutorError("the layer list is gone after the dry run")
-        self.stage = PartialModel(model, found, plan, self.start, self.end)
-        self._layer_prefix = found.prefix
-        self._own_prefixes = tuple(f"{found.prefix}{i}." for i in range(self.start, self.end))
+        self.stage = PartialModel(model, plan, self.start, self.end)
+        prefix = self.stage.layer_prefix
+        self._own_prefixes = tuple(f"{prefix}{i}." for i in range(self.start, self.end))
 
     def _hook(self, model: nn.Module) -> None:
         sanitize = getattr(model, "sanitize", None)
@@ -148,12 +147,13 @@ class _Loading:
         )
 
     def _only_own(self, weights: Weights) -> Weights:
-        if isinstance(self.stage, WholeModel):
+        if not isinstance(self.stage, PartialModel):
             return weights
+        prefix = self.stage.layer_prefix
         return {
             name: value
             for name, value in weights.items()
-            if not name.startswith(self._layer_prefix) or name.startswith(self._own_prefixes)
+            if not name.startswith(prefix) or name.startswith(self._own_prefixes)
         }
 
     def _check(self, model: nn.Module, weights: Weights) -> list[tuple[str, mx.array]]:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from pxd.executors.mlx.graph import DependencyGraph
-from pxd.executors.mlx.layers import LayerList, Standin, find_layers
+from pxd.executors.mlx.layers import CannotSplit, LayerList, Standin, find_layers
 
 DRY_RUN_TOKENS = 3
 
@@ -42,10 +42,6 @@ class SplitPlan:
     cache_of: dict[int, int] = field(default_factory=dict)
     token_bytes: tuple[int, ...] = ()
     tuples: int | None = None
-
-
-class CannotSplit(Exception):
-    """The model has no form that could be cut; it still runs as a whole."""
 
 
 @dataclass
@@ -106,8 +102,6 @@ def plan_split(model: nn.Module) -> SplitPlan:
     What the model itself raises in the dry run comes through: it would do so in use.
     """
     found = find_layers(model)
-    if found is None:
-        raise CannotSplit("its decoder layers are not one list")
     caches = make_prompt_cache(model)
     tokens = mx.zeros((1, DRY_RUN_TOKENS), mx.int32)
     calls, logits = _dry_run(model, found, caches, tokens)

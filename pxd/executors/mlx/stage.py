@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from pxd.executors.mlx.layers import LayerList, Standin
+from pxd.executors.mlx.layers import Standin, find_layers
 from pxd.executors.mlx.split import SplitPlan
 
 Caches = list[Any]
@@ -42,9 +42,11 @@ class WholeModel:
 
     first = last = True
 
-    def __init__(self, model: nn.Module, layers: int, hidden_size: int, vocabulary: int) -> None:
+    def __init__(self, model: nn.Module, layers: int, hidden_size: int) -> None:
         self.model = model
-        self.layers, self.hidden_size, self.vocabulary = layers, hidden_size, vocabulary
+        self.layers, self.hidden_size = layers, hidden_size
+        logits = model(mx.zeros((1, 1), mx.int32), cache=self.make_caches())
+        self.vocabulary = logits.shape[-1]
 
     def make_caches(self) -> Caches:
         return make_prompt_cache(self.model)
@@ -96,13 +98,13 @@ class PartialModel:
     shadow keeps the right length while holding one number per position.
     """
 
-    def __init__(
-        self, model: nn.Module, found: LayerList, plan: SplitPlan, start: int, end: int
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: SplitPlan, start: int, end: int) -> None:
         self.model = model
+        found = find_layers(model)
         self.first, self.last = start == 0, end == plan.layers
         self.layers, self.hidden_size = end - start, plan.hidden_size
         self.vocabulary = plan.vocabulary
+        self.layer_prefix = found.prefix
         self.own_layers = found.layers[start:end]
         self._found, self._plan, self._end = found, plan, end
         self._boundary = _Boundary()
