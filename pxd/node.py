@@ -80,7 +80,7 @@ class Node:
         self._stop = trio.Event()
         self._http_done = trio.Event()
         self._model_asked = settings.model
-        self._known_gone: set[str] = set()
+        self._lives: dict[str, float] = {}
         self._saving = trio.Lock()
         self.changed = Signal()
         self.network = Libp2pNetwork(
@@ -118,6 +118,7 @@ class Node:
             lambda: self._choice().name,
         )
         self.network.on_frame(self._on_frame)
+        self.network.on_peer(self._on_peer)
 
     def _first_record(self, device: Device) -> NodeRecord:
         settings, state = self.settings, self._state
@@ -237,14 +238,25 @@ class Node:
         """The view of the cluster is another one: everybody who lives by it looks at it anew."""
         self._follow_choice()
         members = self.gossip.members
-        gone = {peer for peer, member in members.items() if member.state in ("dead", "left")}
-        for peer in gone - self._known_gone:
-            self.heads.peer_gone(peer)
-        self._known_gone = gone
+        lives = {
+            peer: member.record.started
+            for peer, member in members.items()
+            if member.state in ("alive", "suspect")
+        }
+        for peer, life in self._lives.items():
+            if lives.get(peer) != life:
+                self.heads.peer_gone(peer)
+        self._lives = lives
         self.plans.follow()
         self.heads.follow(members)
         self._ingress.follow()
         self.changed.notify()
+
+    def _on_peer(self, peer: str, up: bool) -> None:
+        if not up:
+            self._ingress.connection_lost(peer)
+            self.heads.connection_lost(peer)
+            self.heads.follow(self.gossip.members)
 
     def _follow_choice(self) -> None:
         own = self.gossip.record

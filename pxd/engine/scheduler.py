@@ -90,7 +90,8 @@ class Scheduler:
         self._running: dict[int, _Sequence] = {}
         self._decodable: deque[int] = deque()
         self._releases: list[int] = []
-        self._in_flight: dict[int, tuple[int, ...]] = {}
+        self._lost_releases: list[int] = []
+        self._in_flight: dict[int, PlannedStep] = {}
         self._next_step = 0
 
     @property
@@ -165,9 +166,15 @@ class Scheduler:
             return None
         number = self._next_step
         self._next_step += 1
-        releases, self._releases = tuple(self._releases), []
-        self._in_flight[number] = tuple(row.request for row in rows)
-        return PlannedStep(number, tuple(rows), tuple(tokens), tuple(openings), releases)
+        releases, self._releases = self._releases, []
+        if rows:
+            # Not with a step of their own: a stage that is in trouble would fail it at once again.
+            releases, self._lost_releases = releases + self._lost_releases, []
+        step = PlannedStep(
+            number, tuple(rows), tuple(tokens), tuple(openings), tuple(dict.fromkeys(releases))
+        )
+        self._in_flight[number] = step
+        return step
 
     def step_done(self, number: int, sampled: Iterable[SampledToken]) -> list[Generated]:
         """Take a step's tokens. Unknown steps and tokens that are not due are ignored."""
@@ -184,7 +191,12 @@ class Scheduler:
 
     def step_failed(self, number: int, also: Iterable[int] = ()) -> list[int]:
         """A stage did not run step `number`: end its requests, and those named in `also`."""
-        lost = [*self._in_flight.pop(number, ()), *also]
+        lost = list(also)
+        step = self._in_flight.pop(number, None)
+        if step is not None:
+            lost += [row.request for row in step.rows]
+            # Stages behind the failed one have not seen them; releasing twice is harmless.
+            self._lost_releases += step.releases
         ended = []
         for request in dict.fromkeys(lost):
             sequence = self._running.get(request)

@@ -69,9 +69,15 @@ def local_directory(name: str) -> Path | None:
     """The directory of a model that needs no hub; None for a hub id. Raises `ModelError`."""
     if name == DEMO:
         return DEMO_DIRECTORY
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        if not (path / "config.json").is_file():
+    # The name may come from another machine: what is a path there need not be readable here.
+    try:
+        path = Path(name).expanduser()
+        is_directory = bool(name) and path.is_dir()
+        has_config = is_directory and (path / "config.json").is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{name!r} cannot be read on this machine: {error}") from error
+    if is_directory:
+        if not has_config:
             raise ModelError(f"{path} has no config.json, so it is no model in Hugging Face layout")
         return path.resolve()
     if _HUB_ID.fullmatch(name) and ".." not in name:
@@ -135,6 +141,8 @@ def _hub_errors(name: str) -> Iterator[None]:
 
     try:
         yield
+    except ModelError:
+        raise
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{name} is gated: accept its terms on the hub's page of it, "
@@ -158,3 +166,6 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise ModelError(f"{name} could not be fetched: {error}") from error
     except errors.HFValidationError as error:
         raise ModelError(f"{name} is no hub id: {error}") from error
+    except Exception as error:
+        # Its transports raise what they like, and a broken download must not end the daemon.
+        raise ModelError(f"{name} could not be fetched: {type(error).__name__}: {error}") from error

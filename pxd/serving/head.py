@@ -34,7 +34,8 @@ from pxd.wire import (
 
 log = logging.getLogger("pxd.serving.head")
 
-STEP_DEADLINE_S = 120.0
+STEP_DEADLINE_S = 300.0
+HEARTBEAT_S = 15.0
 OUTBOX_FRAMES = 4096
 OUTPUT_RETRIES_S = (0.1, 0.5, 2.0, 5.0)
 MAX_REQUESTS = 4096
@@ -171,6 +172,16 @@ class Head:
         for owner, request in [key for key in self._numbers if key[0] == peer]:
             self.cancel(owner, request)
 
+    def connection_lost(self, peer: str) -> None:
+        """Frames may have been lost on the way to or from `peer`."""
+        if self._scheduler is not None and any(s.node == peer for s in self.pipeline.stages):
+            self.close_session(f"unreachable: lost the connection to {peer}")
+
+    def heartbeat(self) -> None:
+        """Tell every ingress that its request is still here, and how far it is."""
+        for client in list(self._clients.values()):
+            self._emit(client.peer, Output(request=client.request, index=client.index))
+
     def sampled(self, frame: Sampled) -> None:
         if self._scheduler is None or frame.session != self._session:
             return
@@ -281,7 +292,10 @@ class HeadHost:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            while True:
+                await trio.sleep(HEARTBEAT_S)
+                for head in list(self._heads.values()):
+                    head.heartbeat()
 
     def apply(self, plan: Plan) -> None:
         """Follow a new plan: pipelines it keeps go on, others are closed or begun."""
@@ -304,6 +318,11 @@ class HeadHost:
         """Look at the cluster anew; call it whenever a record or a member's state changed."""
         for head in self._heads.values():
             head.follow(members)
+
+    def connection_lost(self, peer: str) -> None:
+        """The network lost a peer for now; call `follow` afterwards to open new sessions."""
+        for head in self._heads.values():
+            head.connection_lost(peer)
 
     def peer_gone(self, peer: str) -> None:
         """`peer` is dead or has left: its requests are nobody's now."""

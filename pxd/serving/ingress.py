@@ -12,14 +12,15 @@ from collections.abc import AsyncIterator, Callable
 
 import trio
 
-from pxd.cluster.plans import ModelPlan, Plan
+from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan
+from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.models.chat import ChatTokenizer
 from pxd.models.errors import ModelError
 from pxd.models.stops import StopMatcher
 from pxd.p2p.network import CallFailed, Network, NetworkError
 from pxd.serving.head import SUBMIT, Submission
 from pxd.serving.models import ModelSource
-from pxd.serving.readiness import Members
+from pxd.serving.readiness import Members, readiness
 from pxd.serving.requests import (
     Delta,
     Generation,
@@ -27,6 +28,7 @@ from pxd.serving.requests import (
     InvalidRequest,
     Message,
     NotReady,
+    RequestError,
 )
 from pxd.serving.router import find_model, pick_pipeline
 from pxd.serving.signal import Signal
@@ -36,11 +38,16 @@ log = logging.getLogger("pxd.serving.ingress")
 
 DEFAULT_MAX_TOKENS = 4096
 SUBMIT_TIMEOUT_S = 10.0
-STALL_S = 150.0
+# Four of the head's heartbeats.
+STALL_S = 60.0
 PATIENCE_S = 120.0
+HOPELESS_S = 5.0
 RECENTLY_S = 60.0
 RETRY_S = (0.05, 0.2, 0.5, 1.0)
 MAX_EXECUTOR_DEATHS = 3
+MAX_FRUITLESS = 15
+STRAY_S = 5.0
+MAX_STRAYS = 1024
 
 
 class _Attempt:
@@ -50,10 +57,14 @@ class _Attempt:
         self.name = name
         self.head = head
         self.started = started
+        self.lost = False
         # Not a leak: at most max_new tokens ever come, and the client pays for reading slowly.
         self.send, self.outputs = trio.open_memory_channel[Output](math.inf)
 
     def fail(self, reason: str) -> None:
+        if self.lost:
+            return
+        self.lost = True
         self.send.send_nowait(Output(request=self.name, index=0, failure=reason))
 
 
@@ -74,7 +85,9 @@ class ChatIngress:
         self.members = members
         self.changed = changed
         self._attempts: dict[str, _Attempt] = {}
-        self._ready_at: dict[str, float] = {}
+        self._ready: set[str] = set()
+        self._ready_until: dict[str, float] = {}
+        self._strays: dict[str, float] = {}
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
@@ -103,6 +116,9 @@ class ChatIngress:
             pick_pipeline(planned, self.members())
         try:
             tokenizer = await self.models.tokenizer(planned.name)
+        except ModelError as error:
+            raise NotReady(f"this node cannot take requests for {planned.name}: {error}") from error
+        try:
             prompt = await trio.to_thread.run_sync(tokenizer.encode_chat, messages)
         except ModelError as error:
             raise InvalidRequest(str(error), param="messages") from error
@@ -115,23 +131,27 @@ class ChatIngress:
                 code="context_length_exceeded",
             )
         answer = ChatAnswer(self, planned, tokenizer, prompt, generation, room)
-        await answer.place(patient=self._worth_waiting(planned))
+        await answer.place(PATIENCE_S if self._worth_waiting(planned) else 0.0, first=True)
         return answer
 
     def _worth_waiting(self, model: ModelPlan) -> bool:
         """A model that served a moment ago will soon again: a pause is better than an error."""
-        return trio.current_time() - self._ready_at.get(model.name, -math.inf) < RECENTLY_S
+        if model.name in self._ready:
+            return True
+        return trio.current_time() - self._ready_until.get(model.name, -math.inf) < RECENTLY_S
 
     def follow(self) -> None:
         """Look at the cluster anew: attempts whose head is gone or was restarted are lost."""
         members = self.members()
         plan = self.plan()
-        for model in plan.models if plan else ():
-            try:
-                pick_pipeline(model, members)
-            except NotReady:
-                continue
-            self._ready_at[model.name] = trio.current_time()
+        ready = {
+            model.name
+            for model in (plan.models if plan else ())
+            if any(readiness(pipeline, members).ready for pipeline in model.pipelines)
+        }
+        now = trio.current_time()
+        self._ready_until.update(dict.fromkeys(self._ready - ready, now))
+        self._ready = ready
         for attempt in self._attempts.values():
             head = members.get(attempt.head)
             if head is None or head.state in ("dead", "left"):
@@ -139,10 +159,29 @@ class ChatIngress:
             elif head.record.started != attempt.started:
                 attempt.fail("its head was restarted")
 
+    def connection_lost(self, peer: str) -> None:
+        """The network lost a peer for now: what a head there has sent may be lost too."""
+        for attempt in self._attempts.values():
+            if attempt.head == peer:
+                attempt.fail("unreachable: lost the connection to the head")
+
     def output(self, peer: str, frame: Output) -> None:
         attempt = self._attempts.get(frame.request)
-        if attempt is not None and attempt.head == peer:
+        if attempt is None:
+            if frame.finish is None and frame.failure is None:
+                self._refuse_stray(peer, frame.request)
+        elif attempt.head == peer:
             attempt.send.send_nowait(frame)
+
+    def _refuse_stray(self, peer: str, request: str) -> None:
+        """A head works for nobody: the cancellation was lost, or was faster than the submission."""
+        now = trio.current_time()
+        if now - self._strays.get(request, -math.inf) < STRAY_S or self._nursery is None:
+            return
+        if len(self._strays) >= MAX_STRAYS:
+            self._strays.clear()
+        self._strays[request] = now
+        self._nursery.start_soon(self._cancel, peer, request)
 
     def open_attempt(self, name: str, head: str) -> _Attempt:
         attempt = _Attempt(name, head, self.members()[head].record.started)
@@ -152,14 +191,14 @@ class ChatIngress:
     def close_attempt(self, attempt: _Attempt, *, cancel: bool) -> None:
         self._attempts.pop(attempt.name, None)
         if cancel and self._nursery is not None:
-            self._nursery.start_soon(self._cancel, attempt)
+            self._nursery.start_soon(self._cancel, attempt.head, attempt.name)
 
-    async def _cancel(self, attempt: _Attempt) -> None:
+    async def _cancel(self, head: str, request: str) -> None:
         try:
             with trio.move_on_after(SUBMIT_TIMEOUT_S):
-                await self.network.send(attempt.head, Cancel(request=attempt.name))
+                await self.network.send(head, Cancel(request=request))
         except NetworkError as error:
-            log.info("could not cancel %s at its head: %s", attempt.name, error)
+            log.info("could not cancel %s at its head: %s", request, error)
 
 
 class ChatAnswer:
@@ -180,8 +219,10 @@ class ChatAnswer:
         self.recoveries = 0
         self._ingress = ingress
         self._tokens = list(prompt)
-        wanted = DEFAULT_MAX_TOKENS if generation.max_tokens is None else generation.max_tokens
-        self._limit = min(wanted, room)
+        self._fingerprint = model.fingerprint
+        self._room = room
+        self._wanted = generation.max_tokens
+        self._limit = 0
         seed = secrets.randbits(63) if generation.seed is None else generation.seed
         self._sampling = Sampling(
             temperature=_or(generation.temperature, tokenizer.temperature),
@@ -193,6 +234,7 @@ class ChatAnswer:
         self._stops = StopMatcher(generation.stop)
         self._attempt: _Attempt | None = None
         self._attempts = 0
+        self._fruitless = 0
         self._executor_deaths = 0
 
     @property
@@ -210,12 +252,13 @@ class ChatAnswer:
             self._ingress.close_attempt(self._attempt, cancel=cancel)
             self._attempt = None
 
-    async def place(self, *, patient: bool) -> None:
-        """Submit what there is so far to a ready pipeline; if `patient`, wait for one.
+    async def place(self, patience: float, *, first: bool = False) -> None:
+        """Submit what there is so far to a ready pipeline; wait for one for `patience` seconds.
 
-        Raises `NotReady`, `InvalidRequest`.
+        A new request does not wait long for a model that the plan has no pipeline for. Raises
+        `NotReady`, `InvalidRequest`, `UnknownModel`, `GenerationFailed`.
         """
-        deadline = trio.current_time() + (PATIENCE_S if patient else 0)
+        began = trio.current_time()
         tries = 0
         while True:
             changed = self._ingress.changed.event
@@ -223,15 +266,34 @@ class ChatAnswer:
                 await self._submit()
                 return
             except NotReady:
-                if trio.current_time() >= deadline:
+                if trio.current_time() >= began + min(patience, self._hope(first=first)):
                     raise
             with trio.move_on_after(RETRY_S[min(tries, len(RETRY_S) - 1)]):
                 await changed.wait()
             tries += 1
 
+    def _hope(self, *, first: bool) -> float:
+        """How many seconds of waiting make sense, as the plan is."""
+        plan = self._ingress.plan()
+        planned = any(model.pipelines for model in (plan.models if plan else ()))
+        return HOPELESS_S if first and not planned else math.inf
+
+    def _set_limit(self, pipeline: PipelinePlan) -> None:
+        """Once, at the first placement: a replay must end where the first try would have."""
+        if self._wanted is not None:
+            self._limit = min(self._wanted, self._room)
+            return
+        kv_tokens = readiness(pipeline, self._ingress.members()).kv_tokens
+        kv_room = kv_tokens // BLOCK_TOKENS * BLOCK_TOKENS - self.prompt_tokens
+        self._limit = min(DEFAULT_MAX_TOKENS, self._room, max(kv_room, 1))
+
     async def _submit(self) -> None:
         model = find_model(self._ingress.plan(), self.model)
+        if model.fingerprint != self._fingerprint:
+            raise GenerationFailed(f"{self.model} was replaced by other weights of the same name")
         pipeline = pick_pipeline(model, self._ingress.members())
+        if not self._limit:
+            self._set_limit(pipeline)
         self._attempts += 1
         attempt = self._ingress.open_attempt(f"{self.id}.{self._attempts}", pipeline.head)
         self._attempt = attempt
@@ -268,11 +330,19 @@ class ChatAnswer:
             raise GenerationFailed(
                 f"gave up after {self._executor_deaths} executor deaths: {reason}"
             )
+        self._fruitless += 1
+        if self._fruitless > MAX_FRUITLESS:
+            raise GenerationFailed(
+                f"gave up after {MAX_FRUITLESS} attempts without a token: {reason}"
+            )
         self.recoveries += 1
         log.warning("request %s goes on after a failure (%s)", self.id, reason)
+        await trio.sleep(RETRY_S[min(self._fruitless, len(RETRY_S)) - 1])
         try:
-            await self.place(patient=True)
-        except (NotReady, InvalidRequest) as error:
+            await self.place(PATIENCE_S)
+        except GenerationFailed:
+            raise
+        except RequestError as error:
             raise GenerationFailed(f"{reason}; then: {error}") from error
 
     async def _next_output(self) -> Output:
@@ -281,18 +351,24 @@ class ChatAnswer:
             raise GenerationFailed("the answer was left already")
         with trio.move_on_after(STALL_S):
             return await attempt.outputs.receive()
-        return Output(request=attempt.name, index=0, failure=f"no token for {STALL_S:g} s")
+        return Output(request=attempt.name, index=0, failure=f"no word for {STALL_S:g} s")
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while True:
             output = await self._next_output()
             if output.failure is not None or output.index > self._generated:
+                if self._generated >= self._limit:
+                    # All tokens are here; only the word that it was the last one was lost.
+                    self._drop_attempt(cancel=True)
+                    text, stopped = self._stops.add(self._text.finish())
+                    yield Delta(text + self._stops.finish(), 0, "stop" if stopped else "length")
+                    return
                 await self._recover(output.failure or "tokens were lost on the way")
                 continue
             fresh = output.tokens[self._generated - output.index :]
             self._tokens.extend(fresh)
             if fresh:
-                self._executor_deaths = 0
+                self._fruitless = self._executor_deaths = 0
             text = self._text.add(list(fresh))
             if output.finish is not None:
                 text += self._text.finish()

@@ -1,13 +1,17 @@
 """Models by name: their description, files and tokenizer, each found once and kept."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
 
 from pxd.executors.protocol import ModelDescription, Progress
 from pxd.models import catalog
 from pxd.models.chat import ChatTokenizer
+
+ArgumentT = TypeVar("ArgumentT")
+ResultT = TypeVar("ResultT")
 
 
 class Describe(Protocol):
@@ -24,28 +28,34 @@ class ModelSource:
         self._describe = describe
         self._descriptions: dict[str, ModelDescription] = {}
         self._tokenizers: dict[str, ChatTokenizer] = {}
-        self._lock = trio.Lock()
+        self._describing, self._tokenizing = trio.Lock(), trio.Lock()
 
     async def describe(self, name: str) -> ModelDescription:
-        async with self._lock:
+        async with self._describing:
             if name not in self._descriptions:
-                path = await trio.to_thread.run_sync(catalog.fetch_metadata, name)
+                path = await _in_thread(catalog.fetch_metadata, name)
                 self._descriptions[name] = await self._describe(path)
             return self._descriptions[name]
 
     async def tokenizer(self, name: str) -> ChatTokenizer:
-        async with self._lock:
+        async with self._tokenizing:
             if name not in self._tokenizers:
-                path = await trio.to_thread.run_sync(catalog.fetch_metadata, name)
-                self._tokenizers[name] = await trio.to_thread.run_sync(ChatTokenizer.load, path)
+                path = await _in_thread(catalog.fetch_metadata, name)
+                self._tokenizers[name] = await _in_thread(ChatTokenizer.load, path)
             return self._tokenizers[name]
 
     async def directory(self, name: str, start: int, end: int, progress: Progress) -> Path:
         """A local directory with at least the files that hold layers [start, end)."""
 
-        def fetch() -> Path:
-            return catalog.fetch_layers(
-                name, start, end, lambda done: trio.from_thread.run_sync(progress, done)
-            )
+        token = trio.lowlevel.current_trio_token()
 
-        return await trio.to_thread.run_sync(fetch)
+        def report(done: float) -> None:
+            # Also from threads that trio did not start, as the hub's client has some.
+            trio.from_thread.run_sync(progress, done, trio_token=token)
+
+        return await trio.to_thread.run_sync(catalog.fetch_layers, name, start, end, report)
+
+
+async def _in_thread(call: Callable[[ArgumentT], ResultT], argument: ArgumentT) -> ResultT:
+    """A download that hangs holds back neither the daemon's end nor a newer plan."""
+    return await trio.to_thread.run_sync(call, argument, abandon_on_cancel=True)

@@ -14,7 +14,7 @@ from pxd.planning.model import Allocation, ModelCost, NodeOffer, PlanSettings, S
 from pxd.planning.pipeline import plan_pipeline
 from pxd.serving.models import ModelSource
 from pxd.serving.plansync import PlanSync
-from pxd.serving.readiness import Members
+from pxd.serving.readiness import Members, readiness
 from pxd.serving.signal import Signal
 
 log = logging.getLogger("pxd.serving.planner")
@@ -53,6 +53,7 @@ class Planner:
         self._office = office
         self._members = members
         self._chosen = chosen
+        self._failures: dict[str, tuple[float, ModelPlan]] = {}
 
     async def run(self, changed: Signal) -> None:
         while True:
@@ -68,20 +69,52 @@ class Planner:
         model = await self._plan_model(self._chosen())
         office = self._office()
         current = self._sync.plan
-        if not office.held or (current is not None and current.models == (model,)):
-            return model.state == "failed"
+        failed = model.state == "failed"
+        if not office.held or self._is_in_force(model):
+            return failed
+        if failed and self._still_serves(model.name):
+            log.warning(
+                "the plan in force stays, for %s cannot be planned here: %s",
+                model.name,
+                model.reason,
+            )
+            return True
         version = 1
         if current is not None and current.epoch.term == office.term:
             version = current.epoch.version + 1
         log.info("planning %s: %s", model.name, model.reason or _describe_chain(model))
         await self._sync.publish(Plan(Epoch(office.term, self._me, version), (model,)))
-        return model.state == "failed"
+        return failed
+
+    def _is_in_force(self, model: ModelPlan) -> bool:
+        """Two failures of one model are the same plan, whatever words they come with."""
+        for current in self._sync.plan.models if self._sync.plan else ():
+            if current.name == model.name and current.state == model.state == "failed":
+                return True
+            if current == model:
+                return True
+        return False
+
+    def _still_serves(self, name: str) -> bool:
+        """Whether the plan in force serves the model, by nodes that are all there."""
+        members = self._members()
+        return any(
+            not readiness(pipeline, members).lost
+            for model in (self._sync.plan.models if self._sync.plan else ())
+            if model.name == name
+            for pipeline in model.pipelines
+        )
 
     async def _plan_model(self, name: str) -> ModelPlan:
+        failure = self._failures.get(name)
+        if failure is not None and trio.current_time() < failure[0] + RETRY_S:
+            return failure[1]
         try:
             description = await self._models.describe(name)
-        except (ModelError, ExecutorError, ExecutorDied) as error:
-            return ModelPlan(name=name, state="failed", reason=str(error)[:2000])
+        except (ModelError, ExecutorError, ExecutorDied, OSError) as error:
+            plan = ModelPlan(name=name, state="failed", reason=str(error)[:2000])
+            self._failures = {name: (trio.current_time(), plan)}
+            return plan
         plan = ModelPlan(
             name=name,
             fingerprint=description.fingerprint,

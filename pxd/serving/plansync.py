@@ -32,6 +32,7 @@ class PlanSync:
         self._taken = taken
         self._store = PlanStore()
         self._behind = trio.Event()
+        self._unreachable = ""
         network.serve(PUSH, self._serve_push)
         network.serve(PULL, self._serve_pull)
 
@@ -47,8 +48,8 @@ class PlanSync:
         return True
 
     async def _serve_push(self, peer: str, plan: Plan) -> Epoch | None:
-        if plan.epoch.leader not in self._members():
-            log.warning("refused plan %s from %s: its leader is not a member", plan.epoch, peer)
+        if plan.epoch.leader != peer or peer not in self._members():
+            log.warning("refused plan %s from %s, which is not its author", plan.epoch, peer)
         else:
             self.offer(plan)
         return self._store.epoch
@@ -82,13 +83,13 @@ class PlanSync:
     def _source(self) -> str | None:
         held = self._store.epoch
         later = [
-            (member.record.plan, peer)
+            (member.record.plan, peer != self._unreachable, peer)
             for peer, member in self._members().items()
             if member.state in ("alive", "suspect")
             and member.record.plan is not None
             and (held is None or member.record.plan > held)
         ]
-        return max(later)[1] if later else None
+        return max(later)[2] if later else None
 
     async def run(self) -> None:
         """Pull whenever a member's record shows a later plan than the one held."""
@@ -102,6 +103,7 @@ class PlanSync:
                 plan = await self._network.call(source, PULL, None, timeout=PUSH_TIMEOUT_S)
             except NetworkError as error:
                 log.info("could not pull a plan from %s: %s", source, error)
+                self._unreachable = source
                 await trio.sleep(PULL_RETRY_S)
                 self._behind.set()
                 continue

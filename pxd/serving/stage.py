@@ -149,6 +149,12 @@ class StageRunner:
                 )
                 await self._nack_lost(str(error))
                 await trio.sleep(pause)
+            except Exception as error:
+                log.exception("stage %s failed", self._label())
+                self._set(state="failed", reason=f"{type(error).__name__}: {error}"[:2000])
+                await self._nack_lost(str(error))
+                await trio.sleep(RETRY_FAILED_S)
+                self._set(state="loading", progress=0.0, reason="")
 
     async def _load_and_serve(self) -> None:
         start, end = self.stage.start, self.stage.end
@@ -200,6 +206,8 @@ class StageRunner:
                 result = await self._run_step(executor, step, body)
             except ExecutorDied:
                 return  # `wait_died` says so too, and what follows is the same for both.
+            except ExecutorError as error:
+                result = self._failure(step, str(error))
             if isinstance(result, Nack):
                 await self._nack(step, result.code, result.reason, result.requests)
             else:
@@ -225,6 +233,16 @@ class StageRunner:
         if self._next is None:
             return Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=())
         return msgspec.structs.replace(step, tensor=Tensor("i32", (0,))), b""
+
+    @staticmethod
+    def _failure(step: Step, reason: str) -> Nack:
+        return Nack(
+            pipeline=step.pipeline,
+            session=step.session,
+            step=step.step,
+            code="executor-failed",
+            reason=reason[:2000],
+        )
 
     async def _forward(
         self, outgoing: "trio.MemoryReceiveChannel[Sampled | tuple[Step, Buffer]]"

@@ -205,3 +205,24 @@ def test_the_pool_never_gives_more_than_it_has(operations: list[tuple[int, int]]
         elif pool.reserve(request, tokens):
             held[request] = -(-tokens // BLOCK_TOKENS)
         assert pool.used == sum(held.values()) <= pool.capacity
+
+
+def test_releases_of_a_failed_step_are_not_lost() -> None:
+    scheduler = make(in_flight=2)
+    scheduler.add(0, [1], 5, GREEDY, frozenset())
+    first = scheduler.next_step()
+    assert first is not None
+    scheduler.cancel(0)
+    scheduler.add(1, [1], 5, GREEDY, frozenset())
+    second = scheduler.next_step()
+    assert second is not None
+    assert second.releases == (0,)
+    scheduler.step_failed(second.number)
+    released = scheduler.next_step()
+    assert released is None or released.releases == (1,)
+    scheduler.step_done(first.number, [])
+    scheduler.add(2, [1], 5, GREEDY, frozenset())
+    seen = set(released.releases) if released else set()
+    while (step := scheduler.next_step()) is not None:
+        seen.update(step.releases)
+    assert seen == {0, 1}

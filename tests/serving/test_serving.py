@@ -31,7 +31,7 @@ def expected(text: str, count: int, stages: int) -> str:
 
 
 async def ask(
-    node: ServingNode, text: str, count: int = 20, **options: object
+    node: ServingNode, text: str, count: int | None = 20, **options: object
 ) -> tuple[str, str | None]:
     generation = Generation(max_tokens=count, temperature=0, **options)
     async with await node.ingress.chat("sums", prompt(text), generation) as answer:

@@ -1,0 +1,165 @@
+"""The leader's service: when it makes a plan, and when it leaves the plan in force alone."""
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock
+
+from pxd.cluster.plans import Plan
+from pxd.cluster.records import Device
+from pxd.executors.protocol import ExecutorDied, ModelDescription
+from pxd.models.errors import ModelError
+from pxd.p2p.memory_network import MemoryHub
+from pxd.serving.planner import Office, Planner
+from pxd.serving.plansync import PUSH, PlanSync
+from pxd.serving.signal import Signal
+
+from .harness import ServingCluster
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
+    async def inline(call, *arguments, **options):
+        await trio.lowlevel.checkpoint()
+        return call(*arguments)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", inline)
+    return MockClock(autojump_threshold=0)
+
+
+def description(layers: int = 6, layer_bytes: int = GIB) -> ModelDescription:
+    return ModelDescription(
+        architecture="sums",
+        layers=layers,
+        hidden_size=1,
+        vocabulary=97,
+        context=512,
+        layer_bytes=(layer_bytes,) * layers,
+        embedding_bytes=1000,
+        head_bytes=1000,
+        tied=False,
+        kv_bytes_per_token=(4,) * layers,
+        splits=tuple(range(1, layers)),
+        eos=(96,),
+        fingerprint="f",
+    )
+
+
+class Models:
+    def __init__(self, answer: Callable[[], ModelDescription]) -> None:
+        self.answer = answer
+        self.calls = 0
+
+    async def describe(self, name: str) -> ModelDescription:
+        self.calls += 1
+        return self.answer()
+
+
+class Leader:
+    """Node a of a cluster whose members are described by hand."""
+
+    def __init__(self, models: Models, **memory_gib: float) -> None:
+        self.cluster = ServingCluster(*memory_gib)
+        for name, gib in memory_gib.items():
+            member = self.cluster.members[name]
+            member.record = msgspec.structs.replace(
+                member.record, memory=int(gib * GIB), device=Device(tflops=1.0)
+            )
+        self.changed = Signal()
+        self.plans: list[Plan] = []
+        self.sync = PlanSync(
+            MemoryHub().network("a"), lambda: {"a": self.cluster.members["a"]}, self.taken
+        )
+        self.planner = Planner(
+            "a",
+            models,  # type: ignore[arg-type]
+            self.sync,
+            lambda: Office(True, 3),
+            lambda: self.cluster.members,
+            lambda: "sums",
+        )
+
+    def taken(self, plan: Plan) -> None:
+        self.plans.append(plan)
+        self.changed.notify()
+
+    async def run_for(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self.planner.run(self.changed)
+
+
+async def test_one_plan_over_all_nodes_and_no_other_while_nothing_changes(
+    clock: MockClock,
+) -> None:
+    leader = Leader(Models(description), a=8, b=8, c=8)
+    await leader.run_for(60)
+    [plan] = leader.plans
+    assert (plan.epoch.term, plan.epoch.leader, plan.epoch.version) == (3, "a", 1)
+    [pipeline] = plan.models[0].pipelines
+    assert {stage.node for stage in pipeline.stages} == {"a", "b", "c"}
+    leader.cluster.members["b"].state = "dead"
+    await leader.run_for(60)
+    assert len(leader.plans) == 2
+    assert {stage.node for stage in leader.plans[1].models[0].pipelines[0].stages} == {"a", "c"}
+
+
+async def test_a_shortage_is_a_plan_that_says_what_is_missing(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=1, b=1)
+    await leader.run_for(5)
+    [model] = leader.plans[0].models
+    assert model.state == "waiting"
+    assert "GiB" in model.reason
+
+
+async def test_a_leader_that_cannot_see_the_model_leaves_a_serving_plan_alone(
+    clock: MockClock,
+) -> None:
+    def nowhere() -> ModelDescription:
+        raise ModelError("no such directory here")
+
+    leader = Leader(Models(nowhere), a=8, b=8)
+    leader.sync.offer(leader.cluster.make_plan("a", "b"))
+    await leader.run_for(120)
+    assert len(leader.plans) == 1
+    leader.cluster.members["b"].state = "dead"
+    leader.changed.notify()
+    await leader.run_for(120)
+    assert leader.plans[-1].models[0].state == "failed"
+    assert "no such directory" in leader.plans[-1].models[0].reason
+
+
+async def test_a_failure_is_published_once_and_tried_again_in_its_time(clock: MockClock) -> None:
+    models = Models(description)
+
+    def die() -> ModelDescription:
+        raise ExecutorDied(f"killed, process {models.calls}")
+
+    models.answer = die
+    leader = Leader(models, a=16)
+    with trio.move_on_after(100):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leader.planner.run, leader.changed)
+            while True:
+                await trio.sleep(1)
+                leader.changed.notify()
+    assert len(leader.plans) == 1
+    assert 2 <= models.calls <= 5
+    models.answer = description
+    await leader.run_for(60)
+    assert leader.plans[-1].models[0].pipelines
+
+
+async def test_only_its_author_pushes_a_plan(autojump_clock: MockClock) -> None:
+    cluster = ServingCluster("a", "b", "c")
+    plans: list[Plan] = []
+    PlanSync(cluster.nodes["b"].network, lambda: cluster.members, plans.append)
+    async with cluster.running():
+        plan = cluster.make_plan("a", "b")
+        await cluster.nodes["c"].network.call("b", PUSH, plan, timeout=5)
+        assert plans == []
+        await cluster.nodes["a"].network.call("b", PUSH, plan, timeout=5)
+        assert plans == [plan]
