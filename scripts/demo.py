@@ -21,6 +21,7 @@ from rich.console import Console
 NAMES = ("anna", "ben", "carl")
 QUESTION = "What is 17 + 25?"
 EXPECTED = "42"
+LONG_QUESTION = "Count from 1 to 20."
 START_TIMEOUT_S = 120.0
 
 console = Console(highlight=False)
@@ -174,6 +175,8 @@ def run(arguments: argparse.Namespace, stack: ExitStack) -> int:
         f"[bold]{QUESTION}[/bold]\n"
     )
     answer = ask(urls[asked], QUESTION)
+    console.print(f"\n[bold]==>[/bold] and something longer: [bold]{LONG_QUESTION}[/bold]\n")
+    ask(urls[asked], LONG_QUESTION)
     console.print(f"\n[bold]==>[/bold] pxd status, as {nodes[asked].name} sees it\n")
     subprocess.run(
         [sys.executable, "-m", "pxd", "status", "--data-dir", str(nodes[asked].data_dir)],

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import msgspec
-import pytest
 import trio
 from trio.testing import MockClock
 
@@ -19,16 +18,6 @@ from pxd.serving.signal import Signal
 from .harness import ServingCluster
 
 GIB = 1 << 30
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
-    async def inline(call, *arguments, **options):
-        await trio.lowlevel.checkpoint()
-        return call(*arguments)
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", inline)
-    return MockClock(autojump_threshold=0)
 
 
 def description(layers: int = 6, layer_bytes: int = GIB) -> ModelDescription:

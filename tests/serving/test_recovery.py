@@ -17,18 +17,6 @@ from .harness import ServingCluster
 from .test_serving import NAMES, ask, expected, prompt
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
-    """Virtual time that does not leap while a thread works."""
-
-    async def inline(call, *arguments, **options):
-        await trio.lowlevel.checkpoint()
-        return call(*arguments)
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", inline)
-    return MockClock(autojump_threshold=0)
-
-
 async def test_a_step_that_always_fails_ends_its_request(clock: MockClock) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish(*NAMES))
