@@ -116,7 +116,7 @@ def lock_data_dir(path: Path) -> BinaryIO:
 
     Raises `IdentityError` when another daemon holds it: two daemons must not share an identity.
     """
-    file = path.open("a+b")
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
