@@ -96,5 +96,6 @@ def _load_tokenizer(path: Path) -> Any:
         except StrictDataclassError:
             # Its configuration is odd for transformers; that need not concern its tokenizer.
             return load(config=PreTrainedConfig.from_pretrained(str(path), local_files_only=True))
-    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+    except Exception as error:
+        # Tokenizers of all makers run here, and a bad one must not end the daemon.
         raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
