@@ -1,6 +1,6 @@
 """How nodes talk. `network.Network` is the interface; everything else serves it.
 
-libp2p_network   the real one; memory_network is the one for tests of other rooms
+libp2p_network   the real one; tests of other rooms use tests/memory_network.py
 host             listens, dials, admits: secure (Noise), muxer (Yamux), keyproof, pending, refusals
 sessions         who is in; rpc and services carry calls, casts what may be lost
 channels         frames: outbox and inbox over framestreams (tls, or a stream of the muxer)

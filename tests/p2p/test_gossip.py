@@ -12,7 +12,7 @@ from pxd.cluster.members import MemberEvent
 from pxd.cluster.messages import Delta, GossipMessage, News
 from pxd.cluster.records import NodeRecord
 from pxd.p2p.gossip import GOSSIP, Gossip, GossipEvent
-from pxd.p2p.memory_network import MemoryHub, MemoryNetwork
+from tests.memory_network import MemoryHub, MemoryNetwork
 
 LIMIT = 30.0
 

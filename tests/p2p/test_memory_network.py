@@ -3,8 +3,8 @@ import pytest
 import trio
 
 from pxd import wire
-from pxd.p2p.memory_network import MemoryHub, MemoryNetwork
 from pxd.p2p.network import CallFailed, CallTimeout, Method, PeerUnreachable
+from tests.memory_network import MemoryHub, MemoryNetwork
 
 
 class Ask(msgspec.Struct):

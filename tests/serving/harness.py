@@ -15,13 +15,13 @@ import trio
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
 from pxd.cluster.records import NodeRecord, StageReport
 from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec, MemoryReport, StageInfo
-from pxd.p2p.memory_network import MemoryHub
 from pxd.serving.head import HeadHost
 from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
 from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
 from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, SampledToken, Step, Tensor
+from tests.memory_network import MemoryHub
 
 CONTEXT = 512
 VOCABULARY = 97

@@ -10,10 +10,10 @@ from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device
 from pxd.executors.protocol import ExecutorDied, ModelDescription
 from pxd.models.errors import ModelError
-from pxd.p2p.memory_network import MemoryHub
 from pxd.serving.planner import Office, Planner
 from pxd.serving.plansync import PUSH, PlanSync
 from pxd.serving.signal import Signal
+from tests.memory_network import MemoryHub
 
 from .harness import ServingCluster
 
