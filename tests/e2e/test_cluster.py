@@ -196,12 +196,25 @@ def test_sigterm_leaves_cleanly(tmp_path: Path) -> None:
         assert leaver.answer("What is 17 + 25?") == "42"
 
 
-def test_a_killed_node_is_noticed_and_its_executor_ends(tmp_path: Path) -> None:
+def test_a_killed_node_costs_a_pause_and_its_executor_ends(tmp_path: Path) -> None:
     with cluster(tmp_path, NAMES) as daemons:
         victim = daemons[1]
         children = victim.executors()
-        victim.signal(signal.SIGKILL)
-        victim.process.wait()
+        undisturbed = daemons[0].answer("Count from 1 to 20.")
+        client = openai.OpenAI(base_url=f"{daemons[0].url}/v1", api_key="none")
+        stream = client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "Count from 1 to 20."}],
+            temperature=0,
+            stream=True,
+        )
+        text = ""
+        for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+            if victim.process.poll() is None and len(text) >= 4:
+                victim.signal(signal.SIGKILL)
+                victim.process.wait()
+        assert text == undisturbed
         assert psutil.wait_procs(children, timeout=20)[1] == []
         for daemon in (daemons[0], daemons[2]):
             daemon.wait_status(serving_on(2), "the two others serve")
