@@ -152,7 +152,7 @@ class Node:
             await nursery.start(self._ingress.run)
             nursery.start_soon(self.stages.run)
             nursery.start_soon(self.plans.run)
-            self.gossip.update(addresses=self.network.addresses()[:MAX_ADDRESSES])
+            self._tell_addresses()
             await nursery.start(self.gossip.run)
             nursery.start_soon(self._follow_addresses)
             nursery.start_soon(self.planner.run, self.changed)
@@ -302,7 +302,10 @@ class Node:
         """Laptops change networks; members must learn of it."""
         while True:
             await trio.sleep(ADDRESSES_EVERY_S)
-            self.gossip.update(addresses=self.network.addresses()[:MAX_ADDRESSES])
+            self._tell_addresses()
+
+    def _tell_addresses(self) -> None:
+        self.gossip.update(addresses=self.network.addresses()[:MAX_ADDRESSES])
 
     async def _report_load(self) -> None:
         while True:

@@ -90,8 +90,11 @@ def progress_line(status: dict[str, Any]) -> str:
     return f"{alive} of {len(NAMES)} nodes see each other; " + ", ".join(models + reasons)
 
 
-def wait_for_split(nodes: list[DemoNode], urls: list[str]) -> dict[str, Any]:
-    """Wait until every node says that the model is served by all three nodes together."""
+def wait_for_split(nodes: list[DemoNode], urls: list[str]) -> list[dict[str, Any]]:
+    """Wait until every node says that the model is served by all three nodes together.
+
+    Returns their statuses, in order.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     line = ""
     with console.status("forming the cluster") as spinner:
@@ -100,7 +103,7 @@ def wait_for_split(nodes: list[DemoNode], urls: list[str]) -> dict[str, Any]:
                 node.url()
             statuses = [httpx.get(f"{url}/cluster/status").json() for url in urls]
             if all(is_split(status) for status in statuses):
-                return dict(statuses[0])
+                return statuses
             if (now := progress_line(statuses[0])) != line:
                 line = now
                 spinner.update(line)
@@ -167,9 +170,9 @@ def run(arguments: argparse.Namespace, stack: ExitStack) -> int:
     ticket = nodes[0].pxd("ticket").stdout.strip()
     urls += [start(name, ticket) for name in NAMES[1:]]
     console.print("[bold]==>[/bold] splitting the bundled model over all three")
-    status = wait_for_split(nodes, urls)
-    head = status["models"][0]["pipelines"][0][0]["node"]
-    asked = next(index for index, node in enumerate(nodes) if not is_head(urls[index], head))
+    statuses = wait_for_split(nodes, urls)
+    head = statuses[0]["models"][0]["pipelines"][0][0]["node"]
+    asked = next(index for index, status in enumerate(statuses) if status["self"] != head)
     console.print(
         f"[bold]==>[/bold] asking [cyan]{nodes[asked].name}[/cyan], which does not hold the head: "
         f"[bold]{QUESTION}[/bold]\n"
@@ -189,10 +192,6 @@ def run(arguments: argparse.Namespace, stack: ExitStack) -> int:
     if not arguments.once:
         stay(nodes, urls, asked)
     return 0 if right else 1
-
-
-def is_head(url: str, head: str) -> bool:
-    return bool(httpx.get(f"{url}/cluster/status").json()["self"] == head)
 
 
 def stay(nodes: list[DemoNode], urls: list[str], asked: int) -> None:

@@ -88,22 +88,21 @@ class Planner:
 
     def _is_in_force(self, model: ModelPlan) -> bool:
         """Two failures of one model are the same plan, whatever words they come with."""
-        for current in self._sync.plan.models if self._sync.plan else ():
-            if current.name == model.name and current.state == model.state == "failed":
-                return True
-            if current == model:
-                return True
-        return False
+        current = self._in_force(model.name)
+        if current is None:
+            return False
+        return current == model or current.state == model.state == "failed"
 
     def _still_serves(self, name: str) -> bool:
         """Whether the plan in force serves the model, by nodes that are all there."""
-        members = self._members()
-        return any(
-            not readiness(pipeline, members).lost
-            for model in (self._sync.plan.models if self._sync.plan else ())
-            if model.name == name
-            for pipeline in model.pipelines
+        current, members = self._in_force(name), self._members()
+        return current is not None and any(
+            not readiness(pipeline, members).lost for pipeline in current.pipelines
         )
+
+    def _in_force(self, name: str) -> ModelPlan | None:
+        plan = self._sync.plan
+        return next((model for model in plan.models if model.name == name), None) if plan else None
 
     async def _plan_model(self, name: str) -> ModelPlan:
         failure = self._failures.get(name)
@@ -152,11 +151,10 @@ class Planner:
         ]
 
     def _previous(self, name: str) -> tuple[tuple[str, int, int], ...]:
-        plan = self._sync.plan
-        for model in plan.models if plan else ():
-            if model.name == name and model.pipelines:
-                return tuple((s.node, s.start, s.end) for s in model.pipelines[0].stages)
-        return ()
+        current = self._in_force(name)
+        if current is None or not current.pipelines:
+            return ()
+        return tuple((s.node, s.start, s.end) for s in current.pipelines[0].stages)
 
 
 def _cost(description: ModelDescription) -> ModelCost:

@@ -129,9 +129,7 @@ class StageRunner:
                 await self._load_and_serve()
             except (ExecutorError, ModelError) as error:
                 log.error("stage %s cannot be loaded: %s", self._label(), error)
-                self._set(state="failed", reason=str(error)[:2000])
-                await trio.sleep(RETRY_FAILED_S)
-                self._set(state="loading", progress=0.0, reason="")
+                await self._rest_after_failure(str(error))
             except ExecutorDied as error:
                 failures = 0 if trio.current_time() - began > STABLE_AFTER_S else failures
                 pause = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
@@ -151,10 +149,13 @@ class StageRunner:
                 await trio.sleep(pause)
             except Exception as error:
                 log.exception("stage %s failed", self._label())
-                self._set(state="failed", reason=f"{type(error).__name__}: {error}"[:2000])
-                await self._nack_lost(str(error))
-                await trio.sleep(RETRY_FAILED_S)
-                self._set(state="loading", progress=0.0, reason="")
+                await self._rest_after_failure(f"{type(error).__name__}: {error}")
+
+    async def _rest_after_failure(self, reason: str) -> None:
+        self._set(state="failed", reason=reason[:2000])
+        await self._nack_lost(reason)
+        await trio.sleep(RETRY_FAILED_S)
+        self._set(state="loading", progress=0.0, reason="")
 
     async def _load_and_serve(self) -> None:
         start, end = self.stage.start, self.stage.end
@@ -198,20 +199,17 @@ class StageRunner:
         while True:
             step, body = await self._steps.receive()
             self._current = step
-            if step.pipeline != self.pipeline.id:
-                await self._nack(step, "unknown-pipeline", "this stage serves another pipeline now")
-                continue
             try:
-                await self._follow_session(executor, step)
                 result = await self._run_step(executor, step, body)
             except ExecutorDied:
                 return  # `wait_died` says so too, and what follows is the same for both.
             except ExecutorError as error:
-                result = self._failure(step, str(error))
-            if isinstance(result, Nack):
-                await self._nack(step, result.code, result.reason, result.requests)
+                await self._nack(step, "executor-failed", str(error))
             else:
-                await results.send(result)
+                if isinstance(result, Nack):
+                    await self._nack(step, result.code, result.reason, result.requests)
+                else:
+                    await results.send(result)
             self._current = None
 
     async def _follow_session(self, executor: RunningExecutor, step: Step) -> None:
@@ -227,22 +225,21 @@ class StageRunner:
     async def _run_step(
         self, executor: RunningExecutor, step: Step, body: Buffer
     ) -> Sampled | Nack | tuple[Step, Buffer]:
+        if step.pipeline != self.pipeline.id:
+            return Nack(
+                pipeline=step.pipeline,
+                session=step.session,
+                step=step.step,
+                code="unknown-pipeline",
+                reason="this stage serves another pipeline now",
+            )
+        await self._follow_session(executor, step)
         if step.rows:
             return await executor.step(step, body)
         await executor.release(step.releases)
         if self._next is None:
             return Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=())
         return msgspec.structs.replace(step, tensor=Tensor("i32", (0,))), b""
-
-    @staticmethod
-    def _failure(step: Step, reason: str) -> Nack:
-        return Nack(
-            pipeline=step.pipeline,
-            session=step.session,
-            step=step.step,
-            code="executor-failed",
-            reason=reason[:2000],
-        )
 
     async def _forward(
         self, outgoing: "trio.MemoryReceiveChannel[Sampled | tuple[Step, Buffer]]"

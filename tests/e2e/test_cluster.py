@@ -34,6 +34,19 @@ FACTS = {
 }
 
 
+def stream_text(daemon: Daemon, question: str) -> Iterator[str]:
+    """The pieces of a greedy answer, as the openai client gets them."""
+    client = openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="none")
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        stream=True,
+    )
+    for chunk in stream:
+        yield chunk.choices[0].delta.content or ""
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
     with cluster(tmp_path_factory.mktemp("three"), NAMES) as daemons:
@@ -62,14 +75,7 @@ def test_the_same_answer_at_every_node(three: list[Daemon]) -> None:
 def test_eight_concurrent_streams_at_different_nodes(three: list[Daemon]) -> None:
     def stream(item: tuple[int, str]) -> str:
         number, question = item
-        client = openai.OpenAI(base_url=f"{three[number % 3].url}/v1", api_key="none")
-        chunks = client.chat.completions.create(
-            model="demo",
-            messages=[{"role": "user", "content": question}],
-            temperature=0,
-            stream=True,
-        )
-        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        return "".join(stream_text(three[number % 3], question))
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(stream, enumerate(FACTS))) == list(FACTS.values())
@@ -151,20 +157,14 @@ def test_a_killed_executor_in_the_middle_of_an_answer(three: list[Daemon]) -> No
         return three[1].answer("Say the alphabet.")
 
     undisturbed = ask()
-    client = openai.OpenAI(base_url=f"{three[1].url}/v1", api_key="none")
-    stream = client.chat.completions.create(
-        model="demo",
-        messages=[{"role": "user", "content": "Say the alphabet."}],
-        temperature=0,
-        stream=True,
-    )
+    pieces = stream_text(three[1], "Say the alphabet.")
     text = ""
-    for chunk in stream:
-        text += chunk.choices[0].delta.content or ""
+    for piece in pieces:
+        text += piece
         if len(text) >= 4 and (alive := three[2].executors()):
             alive[0].kill()
             break
-    text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    text += "".join(pieces)
     assert text == undisturbed
 
 
@@ -201,16 +201,9 @@ def test_a_killed_node_costs_a_pause_and_its_executor_ends(tmp_path: Path) -> No
         victim = daemons[1]
         children = victim.executors()
         undisturbed = daemons[0].answer("Count from 1 to 20.")
-        client = openai.OpenAI(base_url=f"{daemons[0].url}/v1", api_key="none")
-        stream = client.chat.completions.create(
-            model="demo",
-            messages=[{"role": "user", "content": "Count from 1 to 20."}],
-            temperature=0,
-            stream=True,
-        )
         text = ""
-        for chunk in stream:
-            text += chunk.choices[0].delta.content or ""
+        for piece in stream_text(daemons[0], "Count from 1 to 20."):
+            text += piece
             if victim.process.poll() is None and len(text) >= 4:
                 victim.signal(signal.SIGKILL)
                 victim.process.wait()
