@@ -25,6 +25,8 @@ from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.notify import notify
 from pxd.p2p.gossip import Gossip, GossipEvent
 from pxd.p2p.libp2p_network import Libp2pNetwork
+from pxd.planning.model import NodeOffer
+from pxd.serving.audit import Audit
 from pxd.serving.choice import choose, latest_choice
 from pxd.serving.head import HeadHost
 from pxd.serving.ingress import ChatIngress
@@ -34,7 +36,8 @@ from pxd.serving.plansync import PlanSync
 from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
 from pxd.serving.status import ClusterStatus
-from pxd.serving.view import model_views, node_view
+from pxd.serving.timings import partners, rtts_to_publish
+from pxd.serving.view import Planning, model_views, node_view, planning
 from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings, parse_endpoint
 from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, Step
 
@@ -117,6 +120,7 @@ class Node:
             self._members,
             lambda: self._choice().name,
         )
+        self._audit = Audit(self.network.peer_id, self._own_offer, self._on_audit)
         self.network.on_frame(self._on_frame)
         self.network.on_peer(self._on_peer)
 
@@ -156,6 +160,7 @@ class Node:
             await nursery.start(self.gossip.run)
             nursery.start_soon(self._follow_addresses)
             nursery.start_soon(self.planner.run, self.changed)
+            nursery.start_soon(self._audit.run)
             nursery.start_soon(self._report_load)
             nursery.start_soon(self._remember_choice)
             with self._announced():
@@ -225,6 +230,9 @@ class Node:
             uptime=round(time.monotonic() - self._began, 1),
         )
 
+    def planning(self) -> Planning | None:
+        return planning(self.plans.plan, self._members())
+
     def _members(self) -> Mapping[str, Member]:
         return self.gossip.members
 
@@ -282,7 +290,15 @@ class Node:
         self.stages.apply(plan)
         self.heads.apply(plan)
         self._ingress.apply(plan)
+        self._audit.check(plan)
         self.gossip.update(plan=plan.epoch)
+
+    def _own_offer(self) -> NodeOffer:
+        record = self.gossip.record
+        return NodeOffer(id=record.id, memory=record.memory, max_layers=record.max_layers)
+
+    def _on_audit(self, problem: str) -> None:
+        self.gossip.update(problem=problem)
 
     def _on_stages(self, reports: tuple[StageReport, ...]) -> None:
         self.gossip.update(stages=reports)
@@ -308,9 +324,25 @@ class Node:
         self.gossip.update(addresses=self.network.addresses()[:MAX_ADDRESSES])
 
     async def _report_load(self) -> None:
+        told_at = float("-inf")
         while True:
             await trio.sleep(LOAD_EVERY_S)
             self.gossip.update(running=self.heads.running, waiting=self.heads.waiting)
+            self.stages.publish_figures(self.heads.figures())
+            own, now = self.gossip.record, trio.current_time()
+            near = partners(self.plans.plan, own.id)
+            rtts = rtts_to_publish(own.rtts, self._rtts(), near, since=now - told_at)
+            if rtts is not own.rtts:
+                told_at = now
+                self.gossip.update(rtts=rtts)
+
+    def _rtts(self) -> dict[str, float]:
+        """Round-trip times to all other nodes that are there, as far as they are measured."""
+        return {
+            peer: member.rtt
+            for peer, member in self.gossip.members.items()
+            if member.live and member.rtt is not None and peer != self.network.peer_id
+        }
 
     async def _on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
         match frame:

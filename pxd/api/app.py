@@ -21,6 +21,7 @@ def create_app(daemon: Daemon) -> Starlette:
             Route("/healthz", cluster.healthz),
             Route("/readyz", cluster.readyz),
             Route("/cluster/status", cluster.status),
+            Route("/cluster/planning", cluster.planning),
             Route("/cluster/ticket", cluster.ticket),
             Route("/cluster/stop", cluster.stop, methods=["POST"]),
         ],

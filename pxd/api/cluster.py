@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from pxd.api.control import require_control
 from pxd.api.daemon import Daemon
-from pxd.api.errors import json_response
+from pxd.api.errors import SERVER, ApiError, json_response
 
 RETRY_AFTER_S = 5
 
@@ -35,6 +35,19 @@ class Cluster:
 
     async def status(self, _: Request) -> Response:
         return json_response(self._daemon.status(), headers={"cache-control": "no-store"})
+
+    async def planning(self, _: Request) -> Response:
+        """The inputs of a plan as they are now, for `pxd plan`."""
+        planning = self._daemon.planning()
+        if planning is None:
+            raise ApiError(
+                503,
+                "there is no plan yet; the cluster is still being formed",
+                type=SERVER,
+                code="no_plan",
+                headers={"retry-after": str(RETRY_AFTER_S)},
+            )
+        return json_response(planning, headers={"cache-control": "no-store"})
 
     async def ticket(self, request: Request) -> Response:
         require_control(request)

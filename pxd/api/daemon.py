@@ -4,6 +4,7 @@ from typing import Protocol
 
 from pxd.serving.requests import Ingress
 from pxd.serving.status import ClusterStatus
+from pxd.serving.view import Planning
 
 
 class Daemon(Protocol):
@@ -11,6 +12,9 @@ class Daemon(Protocol):
     def ingress(self) -> Ingress: ...
 
     def status(self) -> ClusterStatus: ...
+
+    def planning(self) -> Planning | None:
+        """What a plan would be made from now; None while no model is planned for."""
 
     def ticket(self) -> str:
         """The line that lets another machine join. Holds the cluster key: never log it."""

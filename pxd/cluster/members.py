@@ -151,9 +151,10 @@ class MemberTable:
             self._drop_times[node] = now + self._config.drop_after
 
     def measure(self, node: str, seconds: float) -> None:
+        """Follows a shorter time at once and a longer one slowly: delays only ever add to it."""
         member = self.members[node]
         old = member.rtt if member.rtt is not None else seconds
-        self._set(member, rtt=old + _RTT_GAIN * (seconds - old))
+        self._set(member, rtt=min(seconds, old + _RTT_GAIN * (seconds - old)))
 
     def claim_about(self, node: str) -> Claim | None:
         """What to tell of a node that is not alive in this view, or no longer in the table."""

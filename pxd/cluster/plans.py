@@ -1,11 +1,15 @@
 """Plans, their epochs, and which plan a node holds."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
 
+from pxd.planning.result import Basis
 from pxd.wire import Count, Identifier, Name, Reason
+
+SPARE_PREFIX = "spare-"
 
 
 class Epoch(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -44,15 +48,21 @@ class PipelinePlan(msgspec.Struct, frozen=True):
 
 
 class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes of one model. `reason` says why it waits; with pipelines it is empty."""
+    """What becomes of one model. `reason` says why it waits; with pipelines it is empty.
+
+    `spares` hold a range ready that no pipeline needs of them, for when a node is lost. `basis` is
+    what the plan follows from, so that every node can make sure that it does.
+    """
 
     name: Name
     fingerprint: Annotated[str, msgspec.Meta(max_length=128)] = ""
     layers: Count = 0
     context: Count = 0
     pipelines: Annotated[tuple[PipelinePlan, ...], msgspec.Meta(max_length=1024)] = ()
+    spares: Annotated[tuple[StagePlan, ...], msgspec.Meta(max_length=1024)] = ()
     state: Literal["planned", "waiting", "failed"] = "planned"
     reason: Reason = ""
+    basis: Basis | None = None
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -75,6 +85,13 @@ def pipeline_id(model: str, fingerprint: str, stages: tuple[StagePlan, ...]) -> 
     chain = [(stage.node, stage.start, stage.end) for stage in stages]
     content = msgspec.msgpack.encode((model, fingerprint, chain))
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def spare_stages(model: ModelPlan) -> Iterator[PipelinePlan]:
+    """The model's spares, each as a pipeline of its own that no request ever rides."""
+    for spare in model.spares:
+        digest = pipeline_id(model.name, model.fingerprint, (spare,))
+        yield PipelinePlan(SPARE_PREFIX + digest, (spare,))
 
 
 class PlanStore:

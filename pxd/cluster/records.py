@@ -10,6 +10,8 @@ from pxd.wire import Count, Identifier, Name, Reason
 Measure = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 Address = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 
+MAX_RTTS = 32
+
 StageState = Literal["loading", "ready", "restarting", "failed"]
 
 
@@ -27,7 +29,12 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     """State of one stage on its node. `progress` runs from 0 to 1 while loading.
 
-    `kv_tokens` is how many token positions of KV cache the stage can hold once ready.
+    `kv_tokens` is how many token positions of KV cache the stage can hold once ready. What follows
+    is measured while the stage serves, in seconds, 0 until then: `decode_s` is one decode step of
+    one request and `prefill_s` one prompt token within a long chunk, both from the step's arrival
+    at the idle stage to its result. Stage 0 alone, being at the head, tells of its whole pipeline:
+    `token_s` per token and `ttft_s` to the first token of a prompt of about `ttft_tokens`, both
+    for one request alone, and `tokens_per_s` while it works.
     """
 
     model: Name
@@ -39,6 +46,19 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: Count = 0
     restarts: Count = 0
     reason: Reason = ""
+    decode_s: Measure = 0.0
+    prefill_s: Measure = 0.0
+    token_s: Measure = 0.0
+    ttft_s: Measure = 0.0
+    ttft_tokens: Count = 0
+    tokens_per_s: Measure = 0.0
+
+
+class Rtt(msgspec.Struct, frozen=True, array_like=True):
+    """Round trip time to `peer` in seconds, smoothed, as membership's probes measure it."""
+
+    peer: Identifier
+    rtt: Measure
 
 
 class ModelChoice(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -58,6 +78,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     `incarnation` grows with every start and refutation and is persisted; `version` with every
     change of content. `memory` is what the node offers to models, in bytes. `seniority` is the
     place in join order, 0 until the node has settled; `leads` is the term it leads, 0 for none.
+    `rtts` are those to the peers that matter most to this node.
     """
 
     id: Identifier
@@ -80,6 +101,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     waiting: Count = 0
     problem: Reason = ""
     started: Measure = 0.0
+    rtts: Annotated[tuple[Rtt, ...], msgspec.Meta(max_length=MAX_RTTS)] = ()
 
     @property
     def order(self) -> tuple[int, int]:

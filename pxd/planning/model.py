@@ -1,20 +1,51 @@
 """What goes into a plan and what comes out of it. Memory in bytes, compute in TFLOP/s."""
 
+from typing import Annotated
+
 import msgspec
+
+NodeId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+Speed = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Layer = Annotated[int, msgspec.Meta(ge=0, le=4096)]
+PerLayer = Annotated[tuple[Size, ...], msgspec.Meta(max_length=4096)]
+
+
+class Measured(msgspec.Struct, frozen=True, order=True):
+    """How fast a node was at layers [start, end) of the model, in seconds.
+
+    `decode_s` is one decode step of one request, `prefill_s` one prompt token within a long chunk;
+    0 means not measured. Both are for the stage alone, from a step's arrival to its result.
+    """
+
+    start: Layer
+    end: Layer
+    decode_s: Seconds = 0.0
+    prefill_s: Seconds = 0.0
 
 
 class NodeOffer(msgspec.Struct, frozen=True):
     """What a node offers to models: `memory` in bytes for weights and KV caches together.
 
-    `tflops` and `bandwidth` (GB/s) are totals of the whole node, whatever number of devices it has;
-    0 means not measured.
+    `tflops` (fp16) and `bandwidth` (GB/s of memory) are totals of the whole node, whatever number
+    of devices it has; 0 means not known.
     """
 
-    id: str
-    memory: int
-    tflops: float = 0.0
-    bandwidth: float = 0.0
-    max_layers: int | None = None
+    id: NodeId
+    memory: Size
+    tflops: Speed = 0.0
+    bandwidth: Speed = 0.0
+    max_layers: Size | None = None
+    measured: Measured | None = None
+
+
+class Experts(msgspec.Struct, frozen=True):
+    """The routed experts of one layer: `active` of `total` per token, `bytes_each` of weights."""
+
+    total: Size
+    active: Size
+    bytes_each: Size
 
 
 class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,14 +54,31 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     `head_bytes` counts a tied projection too, since a last stage that is not the first holds its
     own copy; a stage that has both ends of a `tied` model holds that copy once. `splits` are the
     layer indices at which a pipeline may be cut.
+
+    What speed depends on is optional, one entry per layer where it is not empty: `layer_flops`
+    per token (two per active weight), `attention_flops` per token and attended position,
+    `windows` in positions (0: attends to all), `state_bytes` of a request whatever its length, and
+    `experts` (None: the layer is dense). `head_flops` is per token; `compute_scale` is how much
+    faster the model's number format multiplies than fp16. `hidden_size` and `activation_bytes` are
+    what a position takes on the wire.
     """
 
-    layer_bytes: tuple[int, ...]
-    embedding_bytes: int
-    head_bytes: int
+    layer_bytes: PerLayer
+    embedding_bytes: Size
+    head_bytes: Size
     tied: bool
-    kv_bytes_per_token: tuple[int, ...]
-    splits: tuple[int, ...]
+    kv_bytes_per_token: PerLayer
+    splits: PerLayer
+    layer_flops: PerLayer = ()
+    attention_flops: PerLayer = ()
+    windows: PerLayer = ()
+    state_bytes: PerLayer = ()
+    experts: Annotated[tuple[Experts | None, ...], msgspec.Meta(max_length=4096)] = ()
+    head_flops: Size = 0
+    compute_scale: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
+    hidden_size: Size = 0
+    activation_bytes: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    context: Size = 0
 
     @property
     def layers(self) -> int:
@@ -51,9 +99,9 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
     what they are. A stage must have KV room for at least `min_kv_tokens` positions of its layers.
     """
 
-    weight_share: float
-    kv_share: float
-    min_kv_tokens: int = 1024
+    weight_share: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    kv_share: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    min_kv_tokens: Size = 1024
 
     def __post_init__(self) -> None:
         if not (self.weight_share > 0 and self.kv_share > 0 and self.min_kv_tokens >= 0):
@@ -77,14 +125,18 @@ class StageAllocation(msgspec.Struct, frozen=True):
     kv_tokens: int
 
 
+Chain = Annotated[tuple[tuple[NodeId, Layer, Layer], ...], msgspec.Meta(max_length=1024)]
+"""(node, start layer, end layer) of each stage of a pipeline, in order."""
+
+
 class Allocation(msgspec.Struct, frozen=True):
     """One pipeline: stages that cover [0, L) exactly, in order, each on a node of its own."""
 
     stages: tuple[StageAllocation, ...]
 
     @property
-    def chain(self) -> tuple[tuple[str, int, int], ...]:
-        """(node, start, end) per stage: what a later `plan_pipeline` takes as `previous`."""
+    def chain(self) -> Chain:
+        """(node, start, end) per stage: what `replan` takes as previous."""
         return tuple((stage.node, stage.start, stage.end) for stage in self.stages)
 
     @property

@@ -18,6 +18,7 @@ from pxd.cluster.plans import PipelinePlan, Plan
 from pxd.engine.scheduler import Generated, NeverFits, PlannedStep, Scheduler, SchedulerConfig
 from pxd.p2p.network import CallFailed, Method, Network, NetworkError
 from pxd.serving.readiness import Members, readiness
+from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
     Buffer,
     Cancel,
@@ -95,6 +96,7 @@ class Head:
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
         self._sent_at: dict[int, float] = {}
+        self._timings = PipelineTimings()
         self._wake = trio.Event()
 
     @property
@@ -104,6 +106,10 @@ class Head:
     @property
     def waiting(self) -> int:
         return self._scheduler.waiting if self._scheduler else 0
+
+    @property
+    def figures(self) -> HeadFigures:
+        return self._timings.figures
 
     def follow(self, members: Members) -> None:
         """Open or close the session as the stages' reports demand."""
@@ -119,6 +125,7 @@ class Head:
         config = SchedulerConfig(kv_tokens=kv_tokens, max_in_flight=len(self.pipeline.stages))
         self._scheduler = Scheduler(config)
         self._session = secrets.randbits(47)
+        self._timings = PipelineTimings()
         log.info("pipeline %s serves: %d KV token positions", self.pipeline.id, kv_tokens)
 
     def close_session(self, reason: str) -> None:
@@ -154,6 +161,9 @@ class Head:
         except NeverFits as error:
             raise CallFailed("never-fits", str(error)) from error
         self._next_request += 1
+        self._timings.submitted(
+            trio.current_time(), number, len(submission.tokens), alone=not self._clients
+        )
         self._clients[number] = _Client(peer, submission.request, submission.generated)
         self._numbers[key] = number
         self._wake.set()
@@ -185,8 +195,11 @@ class Head:
     def sampled(self, frame: Sampled) -> None:
         if self._scheduler is None or frame.session != self._session:
             return
-        self._sent_at.pop(frame.step, None)
-        for result in self._scheduler.step_done(frame.step, frame.tokens):
+        sent = self._sent_at.pop(frame.step, None)
+        results = self._scheduler.step_done(frame.step, frame.tokens)
+        if sent is not None:
+            self._timings.returned(trio.current_time(), frame.step, sent, results)
+        for result in results:
             self._deliver(result)
         self._wake.set()
 
@@ -245,6 +258,8 @@ class Head:
                     self._check_deadline()
                 else:
                     self._sent_at[step.number] = trio.current_time()
+                    alone = len(self._sent_at) == 1
+                    self._timings.sent(step.number, step.rows, alone=alone)
                     await self._feed(self._self_id, self._frame(step), self._body(step))
         self.close_session("the plan no longer has this pipeline")
 
@@ -287,6 +302,10 @@ class HeadHost:
     @property
     def waiting(self) -> int:
         return sum(head.waiting for head in self._heads.values())
+
+    def figures(self) -> dict[str, HeadFigures]:
+        """What has been measured of every headed pipeline, by its id."""
+        return {key: head.figures for key, head in self._heads.items()}
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:

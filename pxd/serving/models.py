@@ -1,14 +1,21 @@
 """Models by name: their description, files and tokenizer, each found once and kept."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 import trio
 
 from pxd.executors.protocol import ModelDescription, Progress
 from pxd.models import catalog
 from pxd.models.chat import ChatTokenizer
+from pxd.models.cost import read_cost
+from pxd.models.errors import ModelError
+from pxd.planning.model import ModelCost
+
+log = logging.getLogger("pxd.serving.models")
 
 ArgumentT = TypeVar("ArgumentT")
 ResultT = TypeVar("ResultT")
@@ -27,6 +34,7 @@ class ModelSource:
     def __init__(self, describe: Describe) -> None:
         self._describe = describe
         self._descriptions: dict[str, ModelDescription] = {}
+        self._costs: dict[str, ModelCost] = {}
         self._tokenizers: dict[str, ChatTokenizer] = {}
         self._describing, self._tokenizing = trio.Lock(), trio.Lock()
 
@@ -36,6 +44,14 @@ class ModelSource:
                 path = await _in_thread(catalog.fetch_metadata, name)
                 self._descriptions[name] = await self._describe(path)
             return self._descriptions[name]
+
+    async def cost(self, name: str) -> ModelCost:
+        """What planning needs: sizes as the executor sees them, arithmetic as the files tell it."""
+        description = await self.describe(name)
+        if name not in self._costs:
+            path = await _in_thread(catalog.fetch_metadata, name)
+            self._costs[name] = merged_cost(description, await _in_thread(_read_cost, path))
+        return self._costs[name]
 
     async def tokenizer(self, name: str) -> ChatTokenizer:
         async with self._tokenizing:
@@ -54,6 +70,31 @@ class ModelSource:
             trio.from_thread.run_sync(progress, done, trio_token=token)
 
         return await trio.to_thread.run_sync(catalog.fetch_layers, name, start, end, report)
+
+
+def merged_cost(description: ModelDescription, read: ModelCost | None) -> ModelCost:
+    """`read` says how much arithmetic a layer takes, where it knows the model's family."""
+    sizes: dict[str, Any] = {
+        "layer_bytes": description.layer_bytes,
+        "embedding_bytes": description.embedding_bytes,
+        "head_bytes": description.head_bytes,
+        "tied": description.tied,
+        "kv_bytes_per_token": description.kv_bytes_per_token,
+        "splits": description.splits,
+        "hidden_size": description.hidden_size,
+        "context": description.context,
+    }
+    if read is None or read.layers != description.layers:
+        return ModelCost(**sizes)
+    return msgspec.structs.replace(read, **sizes)
+
+
+def _read_cost(path: Path) -> ModelCost | None:
+    try:
+        return read_cost(path)
+    except ModelError as error:
+        log.info("planning goes by sizes alone, for %s does not tell more: %s", path, error)
+        return None
 
 
 async def _in_thread(call: Callable[[ArgumentT], ResultT], argument: ArgumentT) -> ResultT:

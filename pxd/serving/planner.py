@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Callable
-from functools import partial
 
 import msgspec
 import trio
 
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
-from pxd.executors.protocol import ExecutorDied, ExecutorError, ModelDescription
+from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.models.errors import ModelError
-from pxd.planning.model import Allocation, ModelCost, NodeOffer, PlanSettings, Shortage
-from pxd.planning.pipeline import plan_pipeline
+from pxd.planning.capacity import budget
+from pxd.planning.model import Allocation
+from pxd.planning.replan import decide
+from pxd.planning.result import Basis, ClusterPlan
+from pxd.serving.basis import Key, basis_of, inputs_of, offers_key
 from pxd.serving.models import ModelSource
 from pxd.serving.plansync import PlanSync
 from pxd.serving.readiness import Members, readiness
@@ -19,8 +21,6 @@ from pxd.serving.signal import Signal
 
 log = logging.getLogger("pxd.serving.planner")
 
-# What both leave over is room for activations and the library's own buffers.
-PLAN_SETTINGS = PlanSettings(weight_share=0.75, kv_share=0.2)
 BURST_S = 1.0
 RETRY_S = 30.0
 
@@ -54,6 +54,7 @@ class Planner:
         self._members = members
         self._chosen = chosen
         self._failures: dict[str, tuple[float, ModelPlan]] = {}
+        self._balanced: tuple[int, str, Key] | None = None
 
     async def run(self, changed: Signal) -> None:
         while True:
@@ -91,7 +92,8 @@ class Planner:
         current = self._in_force(model.name)
         if current is None:
             return False
-        return current == model or current.state == model.state == "failed"
+        now, then = _without_basis(model), _without_basis(current)
+        return now == then or now.state == then.state == "failed"
 
     def _still_serves(self, name: str) -> bool:
         """Whether the plan in force serves the model, by nodes that are all there."""
@@ -110,62 +112,73 @@ class Planner:
             return failure[1]
         try:
             description = await self._models.describe(name)
+            cost = await self._models.cost(name)
         except (ModelError, ExecutorError, ExecutorDied, OSError) as error:
             plan = ModelPlan(name=name, state="failed", reason=str(error)[:2000])
             self._failures = {name: (trio.current_time(), plan)}
             return plan
+        inputs = inputs_of(name, cost, self._members())
+        current = self._in_force(name)
+        if current is not None and current.fingerprint != description.fingerprint:
+            current = None
+        key = offers_key(inputs)
+        basis = basis_of(inputs, current, rebalance=self._may_rebalance(name, key, current))
+        move = await trio.to_thread.run_sync(decide, basis)
+        if basis.rebalance:
+            self._balanced = (self._office().term, name, key)
         plan = ModelPlan(
             name=name,
             fingerprint=description.fingerprint,
             layers=description.layers,
             context=description.context,
+            basis=basis,
         )
-        offers = self._offers()
-        result = await trio.to_thread.run_sync(
-            partial(
-                plan_pipeline,
-                _cost(description),
-                offers,
-                PLAN_SETTINGS,
-                self._previous(name),
-            )
-        )
-        if isinstance(result, Shortage):
-            reason = "; ".join(filter(None, (result.reason, description.unsupported)))
+        if move.plan.shortage is not None:
+            reasons = (move.plan.shortage.reason, description.unsupported)
+            reason = "; ".join(filter(None, reasons))
             return msgspec.structs.replace(plan, state="waiting", reason=reason[:2000])
-        stages = _stages(result)
-        pipeline = PipelinePlan(pipeline_id(name, description.fingerprint, stages), stages)
-        return msgspec.structs.replace(plan, pipelines=(pipeline,))
+        return with_pipelines(plan, move.plan)
 
-    def _offers(self) -> list[NodeOffer]:
-        return [
-            NodeOffer(
-                id=member.record.id,
-                memory=member.record.memory,
-                tflops=member.record.device.tflops,
-                bandwidth=member.record.device.bandwidth,
-                max_layers=member.record.max_layers,
-            )
-            for member in self._members().values()
-            if member.state in ("alive", "suspect") and member.record.device is not None
-        ]
+    def _may_rebalance(self, name: str, key: Key, current: ModelPlan | None) -> bool:
+        """A look from scratch once for every set of nodes, when all that serves goes on anyway.
 
-    def _previous(self, name: str) -> tuple[tuple[str, int, int], ...]:
-        current = self._in_force(name)
-        if current is None or not current.pipelines:
-            return ()
-        return tuple((s.node, s.start, s.end) for s in current.pipelines[0].stages)
+        A new leader takes over what its predecessor has looked at.
+        """
+        term = self._office().term
+        if self._balanced is None or self._balanced[:2] != (term, name):
+            basis = current.basis if current is not None else None
+            seen = offers_key(basis.inputs) if basis is not None else frozenset()
+            self._balanced = (term, name, seen)
+        there = {node for node, _, _ in key}
+        stages = [stage for p in current.pipelines for stage in p.stages] if current else []
+        return key != self._balanced[2] and all(stage.node in there for stage in stages)
 
 
-def _cost(description: ModelDescription) -> ModelCost:
-    return ModelCost(
-        layer_bytes=description.layer_bytes,
-        embedding_bytes=description.embedding_bytes,
-        head_bytes=description.head_bytes,
-        kv_bytes_per_token=description.kv_bytes_per_token,
-        splits=description.splits,
-        tied=description.tied,
+def with_pipelines(plan: ModelPlan, made: ClusterPlan) -> ModelPlan:
+    """The cluster's plan as stages that nodes can follow."""
+    kv_bytes = _kv_rooms(plan.basis)
+    pipelines = []
+    for allocation in made.pipelines:
+        stages = _stages(allocation)
+        pipelines.append(PipelinePlan(pipeline_id(plan.name, plan.fingerprint, stages), stages))
+    spares = tuple(
+        StagePlan(spare.node, spare.start, spare.end, kv_bytes[spare.node])
+        for spare in made.spares
+        if spare.start < spare.end
     )
+    return msgspec.structs.replace(plan, pipelines=tuple(pipelines), spares=spares)
+
+
+def _kv_rooms(basis: Basis | None) -> dict[str, int]:
+    """Bytes that each node may spend on KV caches."""
+    if basis is None:
+        return {}
+    model, settings = basis.inputs.model, basis.inputs.settings
+    return {offer.id: budget(offer, model, settings).kv for offer in basis.inputs.offers}
+
+
+def _without_basis(model: ModelPlan) -> ModelPlan:
+    return msgspec.structs.replace(model, basis=None)
 
 
 def _stages(allocation: Allocation) -> tuple[StagePlan, ...]:

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 import msgspec
 import trio
 
-from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan, StagePlan
+from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan, StagePlan, spare_stages
 from pxd.cluster.records import StageReport
 from pxd.executors.protocol import (
     ExecutorDied,
@@ -22,6 +23,7 @@ from pxd.executors.protocol import (
 )
 from pxd.models.errors import ModelError
 from pxd.p2p.network import Network, NetworkError
+from pxd.serving.timings import HeadFigures, StageTimings, figures_to_publish
 from pxd.wire import Buffer, Nack, NackCode, Sampled, Step, Tensor
 
 log = logging.getLogger("pxd.serving.stage")
@@ -69,10 +71,14 @@ class StageRunner:
         self.stage = stage
         self.cancel_scope = trio.CancelScope()
         self.finished = trio.Event()
-        self._send_step, self._steps = trio.open_memory_channel[tuple[Step, Buffer]](INBOX_STEPS)
+        self._send_step, self._steps = trio.open_memory_channel[tuple[Step, Buffer, float]](
+            INBOX_STEPS
+        )
         self._session = -1
         self._requests: set[int] = set()
         self._current: Step | None = None
+        self._timings = StageTimings()
+        self._published_at = -math.inf
         self.bind(pipeline)
         self.report = StageReport(
             model=model.name,
@@ -98,7 +104,8 @@ class StageRunner:
     def rebind(self, pipeline: PipelinePlan) -> None:
         self.bind(pipeline)
         self._session = -1
-        self._set(pipeline=pipeline.id)
+        # How fast the old pipeline was as a whole says nothing about this one.
+        self._set(pipeline=pipeline.id, **msgspec.structs.asdict(HeadFigures()))
 
     def _set(self, **changes: object) -> None:
         report = msgspec.structs.replace(self.report, **changes)
@@ -106,12 +113,26 @@ class StageRunner:
             self.report = report
             self._host.report_changed()
 
+    def publish_figures(self, head: HeadFigures) -> None:
+        """Put what was measured into the report where that is news."""
+        measured = {
+            "decode_s": self._timings.decode_s,
+            "prefill_s": self._timings.prefill_s,
+            **msgspec.structs.asdict(head),
+        }
+        told = {name: getattr(self.report, name) for name in measured}
+        now = trio.current_time()
+        news = figures_to_publish(told, measured, since=now - self._published_at)
+        if news:
+            self._published_at = now
+            self._set(**news)
+
     async def feed(self, step: Step, body: Buffer) -> None:
         """Queue a step; waits while `INBOX_STEPS` are queued already."""
         if self.report.state != "ready":
             await self._nack(step, "not-ready", self.report.reason or self.report.state)
         else:
-            await self._send_step.send((step, body))
+            await self._send_step.send((step, body, trio.current_time()))
 
     async def run(self) -> None:
         """Serve until `cancel_scope` is cancelled."""
@@ -174,6 +195,7 @@ class StageRunner:
                 spec, lambda done: self._progress(FETCH_SHARE + done * (1 - FETCH_SHARE))
             )
             self._requests.clear()
+            self._timings = StageTimings()
             log.info("stage %s is ready (executor pid %d)", self._label(), executor.pid)
             self._set(state="ready", progress=1.0, kv_tokens=info.kv_tokens, reason="")
             async with trio.open_nursery() as nursery:
@@ -197,7 +219,8 @@ class StageRunner:
         results: "trio.MemorySendChannel[Sampled | tuple[Step, Buffer]]",
     ) -> None:
         while True:
-            step, body = await self._steps.receive()
+            idle_since = trio.current_time()
+            step, body, arrived = await self._steps.receive()
             self._current = step
             try:
                 result = await self._run_step(executor, step, body)
@@ -209,6 +232,8 @@ class StageRunner:
                 if isinstance(result, Nack):
                     await self._nack(step, result.code, result.reason, result.requests)
                 else:
+                    took = trio.current_time() - max(arrived, idle_since)
+                    self._timings.add(step.rows, took)
                     await results.send(result)
             self._current = None
 
@@ -301,6 +326,14 @@ class StageHost:
     def report_changed(self) -> None:
         self._report(tuple(runner.report for runner in self._runners.values()))
 
+    def publish_figures(self, heads: Mapping[str, HeadFigures]) -> None:
+        """Report what stages have measured of themselves, and `heads` of whole pipelines by id.
+
+        Cheap, and silent unless a figure is news; to be called about once a second.
+        """
+        for runner in self._runners.values():
+            runner.publish_figures(heads.get(runner.pipeline.id, HeadFigures()))
+
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
@@ -316,6 +349,12 @@ class StageHost:
             for pipeline in model.pipelines
             for stage in pipeline.stages
             if stage.node == self.network.peer_id
+        }
+        wanted |= {
+            pipeline.id: (model, pipeline, pipeline.stages[0])
+            for model in plan.models
+            for pipeline in spare_stages(model)
+            if pipeline.head == self.network.peer_id
         }
         spare = [runner for key, runner in self._runners.items() if key not in wanted]
         runners = {key: runner for key, runner in self._runners.items() if key in wanted}

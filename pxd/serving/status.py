@@ -50,12 +50,43 @@ class PipelineStageView(msgspec.Struct, frozen=True, kw_only=True):
     state: str
 
 
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast a pipeline is: for one request alone with a prompt of `prompt_tokens`.
+
+    `tokens_per_s` is the peak where predicted, and what was seen while it worked where measured.
+    `bottleneck` is the node that bounds the peak. None: not known.
+    """
+
+    prompt_tokens: int
+    ttft_ms: float | None
+    token_ms: float
+    tokens_per_s: float | None
+    bottleneck: str | None = None
+
+
+class PipelineFigures(msgspec.Struct, frozen=True, kw_only=True):
+    predicted: Figures | None = None
+    measured: Figures | None = None
+
+
+class SpareView(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that holds layers [start, end) ready for when another one is lost."""
+
+    node: str
+    start: int
+    end: int
+
+
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """`figures` has one entry for each of `pipelines`."""
+
     name: str
     state: ModelState
     reason: str
     layers: int
     pipelines: list[list[PipelineStageView]]
+    figures: list[PipelineFigures] = []
+    spares: list[SpareView] = []
 
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):

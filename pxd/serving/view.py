@@ -1,13 +1,19 @@
 """The cluster as this node sees it, in the shape of `pxd status --json`."""
 
+import msgspec
+
 from pxd.cluster.plans import ModelPlan, Plan
 from pxd.cluster.records import NodeRecord
+from pxd.planning.result import PlanInputs
+from pxd.serving.basis import inputs_of
+from pxd.serving.forecast import forecast
 from pxd.serving.readiness import Members, readiness
 from pxd.serving.status import (
     ModelState,
     ModelView,
     NodeView,
     PipelineStageView,
+    SpareView,
     StageView,
 )
 
@@ -93,6 +99,29 @@ def model_views(plan: Plan | None, members: Members) -> list[ModelView]:
                 reason=reason,
                 layers=model.layers,
                 pipelines=pipelines,
+                figures=forecast(model, members),
+                spares=[
+                    SpareView(node=spare.node, start=spare.start, end=spare.end)
+                    for spare in model.spares
+                ],
             )
         )
     return views
+
+
+class Planning(msgspec.Struct, frozen=True):
+    """What a plan of the first model would be made from now. `names` are the nodes' names by id."""
+
+    model: str
+    inputs: PlanInputs
+    names: dict[str, str]
+
+
+def planning(plan: Plan | None, members: Members) -> Planning | None:
+    """None while there is no plan, or none that could be made."""
+    model = next((model for model in plan.models if model.basis), None) if plan else None
+    if model is None or model.basis is None:
+        return None
+    inputs = inputs_of(model.name, model.basis.inputs.model, members)
+    names = {offer.id: members[offer.id].record.name for offer in inputs.offers}
+    return Planning(model.name, inputs, names)

@@ -17,6 +17,7 @@ from pxd.serving.status import (
     PipelineStageView,
     StageView,
 )
+from pxd.serving.view import Planning
 
 DEADLINE_S = 20.0
 TICKET = "pxd1-a-ticket-for-tests"
@@ -153,12 +154,16 @@ class FakeDaemon:
     def __init__(self) -> None:
         self.ingress = FakeIngress()
         self.cluster = serving_status()
+        self.plans: Planning | None = None
         self.stopped = threading.Event()
         self.ends_when_stopped = True
         self.shutdown = trio.Event()
 
     def status(self) -> ClusterStatus:
         return self.cluster
+
+    def planning(self) -> Planning | None:
+        return self.plans
 
     def ticket(self) -> str:
         return TICKET

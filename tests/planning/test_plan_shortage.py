@@ -1,5 +1,6 @@
 from pxd.planning.model import ModelCost, NodeOffer, PlanSettings, Shortage
-from pxd.planning.pipeline import plan_pipeline
+from pxd.planning.planner import plan_cluster
+from pxd.planning.result import PlanInputs
 from pxd.planning.shortage import gib
 
 GIB = 2**30
@@ -15,9 +16,10 @@ def shortage(layers: int, layer_bytes: int, *nodes: NodeOffer) -> Shortage:
         kv_bytes_per_token=(0,) * layers,
         splits=tuple(range(1, layers)),
     )
-    found = plan_pipeline(model, nodes, SETTINGS)
-    assert isinstance(found, Shortage)
-    return found
+    plan = plan_cluster(PlanInputs(model=model, offers=nodes, settings=SETTINGS))
+    assert not plan.pipelines
+    assert plan.shortage is not None
+    return plan.shortage
 
 
 def test_too_little_memory() -> None:

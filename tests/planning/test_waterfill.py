@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pxd.planning.waterfill import water_fill, water_levels
+from pxd.planning.classic.waterfill import water_fill, water_levels
 
 nodes = st.lists(st.tuples(st.integers(0, 40), st.floats(0.01, 1000)), min_size=1, max_size=12)
 

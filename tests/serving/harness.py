@@ -110,6 +110,7 @@ class ArithmeticExecutor:
 
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         await self.node.gate.wait()
+        await trio.sleep(self.node.pace * sum(row.count for row in step.rows))
         self.steps += 1
         if self._died.is_set():
             raise ExecutorDied(self._why)
@@ -144,7 +145,7 @@ class Member(msgspec.Struct):
 
 
 class ServingNode:
-    """Stage, head and ingress of one node."""
+    """Stage, head and ingress of one node. Its executor takes `pace` seconds per position."""
 
     def __init__(self, cluster: "ServingCluster", peer_id: str) -> None:
         self.cluster = cluster
@@ -154,6 +155,7 @@ class ServingNode:
         self.gate = trio.Event()
         self.gate.set()
         self.refuse_load = ""
+        self.pace = 0.0
         self.changed = Signal()
         self.scope = trio.CancelScope()
         self.plan: Plan | None = None

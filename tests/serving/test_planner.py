@@ -6,10 +6,13 @@ import msgspec
 import trio
 from trio.testing import MockClock
 
-from pxd.cluster.plans import Plan
-from pxd.cluster.records import Device
+from pxd.cluster.plans import PipelinePlan, Plan
+from pxd.cluster.records import Device, StageReport
 from pxd.executors.protocol import ExecutorDied, ModelDescription
 from pxd.models.errors import ModelError
+from pxd.planning.model import ModelCost, NodeOffer
+from pxd.serving.audit import Audit, mismatch
+from pxd.serving.models import merged_cost
 from pxd.serving.planner import Office, Planner
 from pxd.serving.plansync import PUSH, PlanSync
 from pxd.serving.signal import Signal
@@ -47,6 +50,9 @@ class Models:
         self.calls += 1
         return self.answer()
 
+    async def cost(self, name: str) -> ModelCost:
+        return merged_cost(self.answer(), None)
+
 
 class Leader:
     """Node a of a cluster whose members are described by hand."""
@@ -81,19 +87,85 @@ class Leader:
             await self.planner.run(self.changed)
 
 
-async def test_one_plan_over_all_nodes_and_no_other_while_nothing_changes(
-    clock: MockClock,
-) -> None:
+def chains(plan: Plan) -> list[set[str]]:
+    return [{stage.node for stage in pipeline.stages} for pipeline in plan.models[0].pipelines]
+
+
+async def test_one_plan_and_no_other_while_nothing_changes(clock: MockClock) -> None:
     leader = Leader(Models(description), a=8, b=8, c=8)
     await leader.run_for(60)
     [plan] = leader.plans
     assert (plan.epoch.term, plan.epoch.leader, plan.epoch.version) == (3, "a", 1)
-    [pipeline] = plan.models[0].pipelines
-    assert {stage.node for stage in pipeline.stages} == {"a", "b", "c"}
+    assert chains(plan) == [{"a", "b"}]
+    [spare] = plan.models[0].spares
+    assert spare.node == "c"
+
+
+async def test_a_spare_takes_the_place_of_a_lost_node(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=8, b=8, c=8)
+    await leader.run_for(60)
     leader.cluster.members["b"].state = "dead"
     await leader.run_for(60)
     assert len(leader.plans) == 2
-    assert {stage.node for stage in leader.plans[1].models[0].pipelines[0].stages} == {"a", "c"}
+    assert chains(leader.plans[1]) == [{"a", "c"}]
+
+
+async def test_nodes_that_hold_the_whole_model_serve_it_side_by_side(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=16, b=16)
+    await leader.run_for(60)
+    [plan] = leader.plans
+    assert chains(plan) == [{"a"}, {"b"}]
+    assert mismatch(plan.models[0], NodeOffer("b", 16 * GIB)) == ""
+    assert "other memory" in mismatch(plan.models[0], NodeOffer("b", 8 * GIB))
+
+
+async def test_figures_measured_while_serving_change_no_plan(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=8, b=8, c=8)
+    await leader.run_for(60)
+    [pipeline] = leader.plans[0].models[0].pipelines
+    for stage in pipeline.stages:
+        member = leader.cluster.members[stage.node]
+        slow = 0.5 if stage.node == "a" else 0.001
+        report = StageReport(
+            model="sums",
+            pipeline=pipeline.id,
+            start=stage.start,
+            end=stage.end,
+            state="ready",
+            decode_s=slow,
+        )
+        member.record = msgspec.structs.replace(member.record, stages=(report,))
+    leader.changed.notify()
+    await leader.run_for(60)
+    assert len(leader.plans) == 1
+
+
+async def test_a_plan_that_does_not_follow_from_its_basis_is_found_out(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=16, b=16)
+    await leader.run_for(60)
+    model = leader.plans[0].models[0]
+    worse = msgspec.structs.replace(model, pipelines=model.pipelines[:1])
+    assert "this node's from the same basis" in mismatch(worse, NodeOffer("b", 16 * GIB))
+    [one, other] = model.pipelines
+    stage = msgspec.structs.replace(one.stages[0], end=3)
+    cut = msgspec.structs.replace(model, pipelines=(PipelinePlan("p", (stage,)), other))
+    assert "cannot be made" in mismatch(cut, NodeOffer("b", 16 * GIB))
+
+
+async def test_the_audit_tells_what_it_found_and_takes_it_back(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=16, b=16)
+    await leader.run_for(60)
+    [plan] = leader.plans
+    bad = msgspec.structs.replace(plan.models[0], pipelines=plan.models[0].pipelines[:1])
+    send, told = trio.open_memory_channel[str](4)
+    audit = Audit("b", lambda: NodeOffer("b", 16 * GIB), send.send_nowait)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(audit.run)
+        audit.check(msgspec.structs.replace(plan, models=(bad,)))
+        assert (await told.receive()).startswith(f"plan {plan.epoch}: ")
+        audit.check(plan)
+        assert await told.receive() == ""
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_shortage_is_a_plan_that_says_what_is_missing(clock: MockClock) -> None:

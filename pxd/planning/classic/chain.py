@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pxd.planning.capacity import Budget, StageSizes, layer_capacity
-from pxd.planning.waterfill import water_fill
+from pxd.planning.classic.waterfill import water_fill
 
 Ranges = list[tuple[int, int]]
 

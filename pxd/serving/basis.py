@@ -1,0 +1,79 @@
+"""What plans follow from: the records of the cluster, in the planner's terms."""
+
+from collections.abc import Iterator
+
+from pxd.cluster.plans import ModelPlan
+from pxd.cluster.records import NodeRecord
+from pxd.planning.links import Link
+from pxd.planning.model import Measured, ModelCost, NodeOffer, PlanSettings
+from pxd.planning.result import Basis, PlanInputs, Spare
+from pxd.serving.readiness import Members
+
+# What both leave over is room for activations and the library's own buffers.
+PLAN_SETTINGS = PlanSettings(weight_share=0.75, kv_share=0.2)
+
+PROBE_S = 0.0013
+"""What a membership probe takes on top of the network: both daemons have to wake up."""
+LEAST_RTT_S = 1e-5
+
+Key = frozenset[tuple[str, int, int | None]]
+
+
+def inputs_of(name: str, cost: ModelCost, members: Members) -> PlanInputs:
+    """A plan's inputs as the records are now, figures that nodes measured included."""
+    present = list(_present(members))
+    there = {record.id for record in present}
+    links = (link for record in present for link in _links(record) if link.b in there)
+    return PlanInputs(
+        model=cost,
+        offers=tuple(_offer(record, name) for record in present),
+        settings=PLAN_SETTINGS,
+        links=tuple(sorted(links)),
+    )
+
+
+def basis_of(inputs: PlanInputs, current: ModelPlan | None, *, rebalance: bool) -> Basis:
+    """`current` is the plan in force of the same model, if there is one."""
+    if current is None:
+        return Basis(inputs=inputs, rebalance=rebalance)
+    chains = tuple(
+        tuple((stage.node, stage.start, stage.end) for stage in pipeline.stages)
+        for pipeline in current.pipelines
+    )
+    spares = tuple(Spare(stage.node, stage.start, stage.end) for stage in current.spares)
+    return Basis(inputs=inputs, previous=chains, spares=spares, rebalance=rebalance)
+
+
+def offers_key(inputs: PlanInputs) -> Key:
+    """Who is there with what: while that stays, a plan needs no second look from scratch."""
+    return frozenset((offer.id, offer.memory, offer.max_layers) for offer in inputs.offers)
+
+
+def _present(members: Members) -> Iterator[NodeRecord]:
+    for _, member in sorted(members.items()):
+        if member.state in ("alive", "suspect") and member.record.device is not None:
+            yield member.record
+
+
+def _offer(record: NodeRecord, model: str) -> NodeOffer:
+    device = record.device
+    assert device is not None, "_present leaves out nodes that have not measured themselves"
+    return NodeOffer(
+        id=record.id,
+        memory=record.memory,
+        tflops=device.tflops,
+        bandwidth=device.bandwidth,
+        max_layers=record.max_layers,
+        measured=_measured(record, model),
+    )
+
+
+def _measured(record: NodeRecord, model: str) -> Measured | None:
+    for report in record.stages:
+        if report.model == model and report.decode_s > 0:
+            return Measured(report.start, report.end, report.decode_s, report.prefill_s)
+    return None
+
+
+def _links(record: NodeRecord) -> Iterator[Link]:
+    return (Link(record.id, rtt.peer, max(LEAST_RTT_S, rtt.rtt - PROBE_S)) for rtt in record.rtts)

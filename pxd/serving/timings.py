@@ -1,0 +1,230 @@
+"""Running figures of how fast this node really serves. No clock: callers bring the times.
+
+Times are in seconds. A figure of 0 stands for "not measured yet".
+"""
+
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+
+import msgspec
+
+from pxd.cluster.plans import Plan
+from pxd.cluster.records import MAX_RTTS, Rtt
+from pxd.engine.scheduler import Generated
+from pxd.wire import Row
+
+CHUNK_POSITIONS = 64
+CHUNK_SHARE = 0.8
+RATE_SPAN_S = 5.0
+RATE_LEAST_S = 1.0
+
+FIGURES_EVERY_S = 5.0
+FIGURES_SHARE = 0.15
+RTTS_EVERY_S = 10.0
+RTTS_SHARE = 0.3
+RTTS_LEAST_S = 0.001
+
+
+class Figure:
+    """The median of the latest `window` samples, so that a pause now and then does not count.
+
+    The first `warm_up` samples are left out, and `needed` more must have come.
+    """
+
+    __slots__ = ("_needed", "_samples", "_to_skip")
+
+    def __init__(self, *, warm_up: int, needed: int, window: int) -> None:
+        self._to_skip = warm_up
+        self._needed = needed
+        self._samples: deque[float] = deque(maxlen=window)
+
+    def add(self, sample: float) -> None:
+        if self._to_skip:
+            self._to_skip -= 1
+        else:
+            self._samples.append(sample)
+
+    @property
+    def value(self) -> float:
+        if len(self._samples) < self._needed:
+            return 0.0
+        return sorted(self._samples)[(len(self._samples) - 1) // 2]
+
+
+def _decode_figure() -> Figure:
+    # More than one answer's tokens, for they slow down as the context grows.
+    return Figure(warm_up=4, needed=16, window=128)
+
+
+def _prompt_figure() -> Figure:
+    return Figure(warm_up=1, needed=2, window=16)
+
+
+def is_lone_decode(rows: Sequence[Row]) -> bool:
+    """Whether a step draws the next token of one request and does nothing else."""
+    return len(rows) == 1 and rows[0].count == 1 and rows[0].sample
+
+
+class StageTimings:
+    """One loaded stage: a decode step of one request, and a prompt token within a long chunk."""
+
+    def __init__(self) -> None:
+        self._decode = _decode_figure()
+        self._prefill = _prompt_figure()
+
+    def add(self, rows: Sequence[Row], seconds: float) -> None:
+        """A step took `seconds` from its arrival at the idle stage to its result."""
+        if is_lone_decode(rows):
+            self._decode.add(seconds)
+            return
+        counts = [row.count for row in rows]
+        longest, total = max(counts, default=0), sum(counts)
+        if longest >= CHUNK_POSITIONS and longest >= CHUNK_SHARE * total:
+            self._prefill.add(seconds / total)
+
+    @property
+    def decode_s(self) -> float:
+        return self._decode.value
+
+    @property
+    def prefill_s(self) -> float:
+        return self._prefill.value
+
+
+class HeadFigures(msgspec.Struct, frozen=True):
+    """How fast a pipeline is, as its head sees it.
+
+    `token_s` runs from sending a decode step to the return of its token, `ttft_s` from the
+    submission of a prompt of about `ttft_tokens` to its first token; both for one request alone.
+    `tokens_per_s` is of the time in which steps were under way, whatever their load was.
+    """
+
+    token_s: float = 0.0
+    ttft_s: float = 0.0
+    ttft_tokens: int = 0
+    tokens_per_s: float = 0.0
+
+
+class _WorkRate:
+    """Tokens per second of work, over the last one to two spans of `RATE_SPAN_S` of it."""
+
+    __slots__ = ("_earlier", "_seconds", "_tokens")
+
+    def __init__(self) -> None:
+        self._earlier = (0.0, 0)
+        self._seconds, self._tokens = 0.0, 0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self._seconds += seconds
+        self._tokens += tokens
+        if self._seconds >= RATE_SPAN_S:
+            self._earlier = (self._seconds, self._tokens)
+            self._seconds, self._tokens = 0.0, 0
+
+    @property
+    def value(self) -> float:
+        seconds, tokens = self._earlier[0] + self._seconds, self._earlier[1] + self._tokens
+        return tokens / seconds if seconds >= RATE_LEAST_S else 0.0
+
+
+class PipelineTimings:
+    """One session of a pipeline at its head. Steps return in the order in which they were sent."""
+
+    def __init__(self) -> None:
+        self._token = _decode_figure()
+        self._ttft = _prompt_figure()
+        self._prompt = _prompt_figure()
+        self._rate = _WorkRate()
+        self._lone_step: int | None = None
+        self._lone_prompt: tuple[int, int, float] | None = None
+        self._last_return = 0.0
+
+    def submitted(self, now: float, request: int, prompt: int, *, alone: bool) -> None:
+        """A request with `prompt` tokens came in; `alone` says that the head had no other."""
+        self._lone_prompt = (request, prompt, now) if alone else None
+
+    def sent(self, step: int, rows: Sequence[Row], *, alone: bool) -> None:
+        """A step went out; `alone` says that no other is in flight."""
+        self._lone_step = step if alone and is_lone_decode(rows) else None
+
+    def returned(self, now: float, step: int, sent: float, results: Sequence[Generated]) -> None:
+        """The tokens of `step` are here, which was sent at `sent`."""
+        if step == self._lone_step:
+            self._token.add(now - sent)
+        tokens = sum(len(result.tokens) for result in results)
+        self._rate.add(now - max(sent, self._last_return), tokens)
+        self._last_return = now
+        if self._lone_prompt is not None:
+            request, prompt, submitted = self._lone_prompt
+            if any(result.request == request for result in results):
+                self._ttft.add(now - submitted)
+                self._prompt.add(prompt)
+                self._lone_prompt = None
+
+    @property
+    def figures(self) -> HeadFigures:
+        return HeadFigures(
+            token_s=self._token.value,
+            ttft_s=self._ttft.value,
+            ttft_tokens=int(self._prompt.value),
+            tokens_per_s=self._rate.value,
+        )
+
+
+def moved(old: float, new: float, share: float) -> bool:
+    """Whether `new` differs from what was told before by more than `share` of it."""
+    return abs(new - old) > share * old
+
+
+def figures_to_publish(
+    told: Mapping[str, float], measured: Mapping[str, float], *, since: float
+) -> dict[str, float]:
+    """Those of `measured` that the cluster should hear of; none while nothing is new.
+
+    A record travels to every node, so news is what appears or moves clearly, and the last one must
+    be `since` seconds old. What is not measured (again) yet leaves what was told in place.
+    """
+    known = {name: value for name, value in measured.items() if value > 0}
+    news = any(moved(told.get(name, 0.0), value, FIGURES_SHARE) for name, value in known.items())
+    return known if news and since >= FIGURES_EVERY_S else {}
+
+
+def partners(plan: Plan | None, node: str) -> frozenset[str]:
+    """The other nodes of all pipelines that `node` is part of."""
+    chains = [
+        {stage.node for stage in pipeline.stages}
+        for model in (plan.models if plan else ())
+        for pipeline in model.pipelines
+    ]
+    return frozenset().union(*(chain for chain in chains if node in chain)) - {node}
+
+
+def rtts_to_publish(
+    told: tuple[Rtt, ...],
+    measured: Mapping[str, float],
+    partners: Collection[str],
+    *,
+    since: float,
+) -> tuple[Rtt, ...]:
+    """Round trip times for this node's record; `told` itself while that is still good.
+
+    `measured` holds those to all live peers and `since` is how long ago `told` was published. Where
+    there are too many, those to `partners` come first and then the shortest; a peer already told of
+    gives way only to one that is clearly nearer, so that equals do not take turns.
+    """
+    if since < RTTS_EVERY_S:
+        return told
+    before = {item.peer: item.rtt for item in told}
+
+    def rank(peer: str) -> tuple[bool, float, str]:
+        return peer not in partners, measured[peer] * (1 - RTTS_SHARE * (peer in before)), peer
+
+    chosen = sorted(sorted(measured, key=rank)[:MAX_RTTS])
+    if chosen == sorted(before) and not any(
+        # The daemons themselves take a millisecond or two, which is never twice the same.
+        moved(before[peer], measured[peer], RTTS_SHARE)
+        and abs(measured[peer] - before[peer]) > RTTS_LEAST_S
+        for peer in chosen
+    ):
+        return told
+    return tuple(Rtt(peer, measured[peer]) for peer in chosen)
