@@ -1,5 +1,6 @@
 """A three-node pxd cluster on loopback, the bundled model split over all of it, one answer.
 
+The model would fit on any one node, so each is limited to 3 of its 8 layers: it takes all three.
 Run it with scripts/demo, which makes the environment first.
 """
 
@@ -23,6 +24,7 @@ QUESTION = "What is 17 + 25?"
 EXPECTED = "42"
 LONG_QUESTION = "Count from 1 to 20."
 START_TIMEOUT_S = 120.0
+MAX_LAYERS = 3
 
 console = Console(highlight=False)
 
@@ -40,6 +42,7 @@ class DemoNode:
         self.log = root / f"{name}.log"
         command = [sys.executable, "-m", "pxd", "start", "--name", name, "--no-mdns"]
         command += ["--data-dir", str(self.data_dir), "--model", "demo"]
+        command += ["--max-layers", str(MAX_LAYERS)]
         command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", *options]
         # A ticket holds the cluster key, and a command line is visible to every user.
         environment = {**os.environ, "PXD_JOIN": join} if join else dict(os.environ)
@@ -169,7 +172,11 @@ def run(arguments: argparse.Namespace, stack: ExitStack) -> int:
     urls = [start(NAMES[0], None)]
     ticket = nodes[0].pxd("ticket").stdout.strip()
     urls += [start(name, ticket) for name in NAMES[1:]]
-    console.print("[bold]==>[/bold] splitting the bundled model over all three")
+    console.print(
+        "[bold]==>[/bold] splitting the bundled model over all three (it would fit on any one; "
+        f"--max-layers {MAX_LAYERS} makes it need them all)",
+        soft_wrap=True,
+    )
     statuses = wait_for_split(nodes, urls)
     head = statuses[0]["models"][0]["pipelines"][0][0]["node"]
     asked = next(index for index, status in enumerate(statuses) if status["self"] != head)

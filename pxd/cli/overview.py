@@ -1,11 +1,20 @@
 """What `pxd status` says of a cluster, before it is drawn for a terminal or written for a pipe."""
 
 from collections import Counter
+from itertools import zip_longest
 
 import msgspec
 
-from pxd.cli.words import clean, device, duration, layers, memory
-from pxd.serving.status import ClusterStatus, ModelView, NodeView, PipelineStageView, StageView
+from pxd.cli.words import clean, device, duration, layers, memory, speed
+from pxd.cluster.plans import SPARE_PREFIX
+from pxd.serving.status import (
+    ClusterStatus,
+    ModelView,
+    NodeView,
+    PipelineFigures,
+    PipelineStageView,
+    StageView,
+)
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -52,11 +61,15 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True):
+    """`figures` says for each of `pipelines` how fast it is; empty where that is not known."""
+
     name: str
     state: str
     layers: int
     reason: str
     pipelines: list[list[Link]]
+    figures: list[str]
+    spares: str
 
 
 class Overview(msgspec.Struct, frozen=True):
@@ -102,13 +115,14 @@ class _Reader:
     def stage(self, stage: StageView) -> Stage:
         loading = stage.state == "loading"
         state = clean(stage.state)
+        spare = "spare, " if stage.pipeline.startswith(SPARE_PREFIX) else ""
         return Stage(
             model=clean(stage.model),
             start=stage.start,
             end=stage.end,
             total=max(self._totals.get(stage.model, 0), stage.end),
             state=state,
-            words=f"{state} {stage.progress:.0%}" if loading else state,
+            words=f"{state} {stage.progress:.0%}" if loading else f"{spare}{state}",
             progress=stage.progress if loading else 1.0,
         )
 
@@ -155,7 +169,24 @@ class _Reader:
             layers=model.layers,
             reason=clean(model.reason),
             pipelines=[[self.link(model, stage) for stage in chain] for chain in model.pipelines],
+            figures=[
+                self.figures(figures)
+                for _, figures in zip_longest(
+                    model.pipelines, model.figures, fillvalue=PipelineFigures()
+                )
+            ],
+            spares=", ".join(
+                f"{self.name(spare.node)} {layers(spare.start, spare.end)}"
+                for spare in model.spares
+            ),
         )
+
+    def figures(self, figures: PipelineFigures) -> str:
+        known = (("predicted", figures.predicted), ("measured", figures.measured))
+        words = [f"{label} {speed(given)}" for label, given in known if given is not None]
+        if figures.predicted is not None and figures.predicted.bottleneck is not None:
+            words.append(f"slowest stage {self.name(figures.predicted.bottleneck)}")
+        return " · ".join(words)
 
     def problems(self) -> list[tuple[str, str]]:
         """(node, what is wrong with it)"""

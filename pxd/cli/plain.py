@@ -37,8 +37,12 @@ def _node(node: Node) -> list[str]:
 
 
 def _model(model: Model, arrow: str) -> list[list[str]]:
-    chains = [pipeline(links, arrow) for links in model.pipelines]
-    detail = [*chains, *([model.reason] if model.reason else [])] or ["-"]
+    detail = []
+    for links, figures in zip(model.pipelines, model.figures, strict=True):
+        detail += [pipeline(links, arrow), *([f"  {figures}"] if figures else [])]
+    detail += [f"spare: {model.spares}"] if model.spares else []
+    detail += [model.reason] if model.reason else []
+    detail = detail or ["-"]
     first = [model.name, model.state, str(model.layers), detail[0]]
     return [first, *(["", "", "", line] for line in detail[1:])]
 

@@ -147,7 +147,12 @@ def _model(model: Model) -> RenderableType:
     if model.layers:
         head.append(f"  {model.layers} layers", "bright_black")
     lines: list[RenderableType] = [head]
-    lines += [Padding(_pipeline(links), (0, 0, 0, 2)) for links in model.pipelines]
+    for links, figures in zip(model.pipelines, model.figures, strict=True):
+        lines.append(Padding(_pipeline(links), (0, 0, 0, 2)))
+        if figures:
+            lines.append(Padding(Text(figures, "bright_black"), (0, 0, 0, 4)))
+    if model.spares:
+        lines.append(Padding(Text(f"spare: {model.spares}", "bright_black"), (0, 0, 0, 2)))
     if model.reason:
         lines.append(Padding(Text(model.reason, colour(model.state)), (0, 0, 0, 2)))
     return Group(*lines)

@@ -2,6 +2,8 @@
 
 import re
 
+from pxd.serving.status import Figures
+
 _DEVICE_NOISE = re.compile(r"\((?:R|TM)\)| \d+-Core\b| Processor\b| CPU\b| @ [\d.]+ ?GHz")
 _BIDIRECTIONAL = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
@@ -42,3 +44,13 @@ def memory(gib: float) -> str:
 
 def layers(start: int, end: int) -> str:
     return f"[{start},{end})"
+
+
+def speed(figures: Figures) -> str:
+    """Such as "12.3 ms/token, 0.4 s to the first after 1,024, 81 tokens/s"."""
+    words = [f"{figures.token_ms:.3g} ms/token"]
+    if figures.ttft_ms is not None:
+        words.append(f"{figures.ttft_ms / 1000:.3g} s to the first after {figures.prompt_tokens:,}")
+    if figures.tokens_per_s is not None:
+        words.append(f"{figures.tokens_per_s:.3g} tokens/s")
+    return ", ".join(words)

@@ -10,6 +10,7 @@ from pxd.planning.result import Basis
 from pxd.wire import Count, Identifier, Name, Reason
 
 SPARE_PREFIX = "spare-"
+"""Begins the pipeline id of a stage that no pipeline needs, but that is held ready."""
 
 
 class Epoch(msgspec.Struct, frozen=True, array_like=True, order=True):

@@ -6,14 +6,15 @@ otherwise the classic allocators and groups of near nodes give beginnings for a 
 classic allocators' own plans are always among the candidates, so `auto` is never worse than they.
 """
 
+import math
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from pxd.planning.auto.cutting import Cut, best_cut
+from pxd.planning.auto.cutting import Cut, best_cuts
 from pxd.planning.auto.estimate import estimate, score
 from pxd.planning.auto.improve import Improver
 from pxd.planning.auto.orders import orders
-from pxd.planning.auto.partition import best_partition, is_small
+from pxd.planning.auto.partition import best_partition, effort_of
 from pxd.planning.auto.problem import Problem
 from pxd.planning.auto.regions import regions
 from pxd.planning.classic.dynamic import dynamic
@@ -25,7 +26,10 @@ from pxd.planning.result import ClusterPlan, PlanInputs, Strategy
 from pxd.planning.shortage import explain_shortage
 from pxd.planning.spares import Held, stand_by
 
-SEARCH_EFFORT = 12_000_000
+EXACT_EFFORT = 12_000_000
+"""Up to which nodes are divided exactly; see `auto.partition`."""
+SEARCHES = 3
+SEARCH_EFFORT = 9_000_000
 EFFORT_PER_NODE = 30_000
 
 
@@ -58,17 +62,18 @@ def plan_chain(inputs: PlanInputs, order: Sequence[str]) -> ClusterPlan:
 def divide(problem: Problem, nodes: Sequence[int]) -> list[Cut]:
     """The pipelines of `auto` over some nodes of the problem, best first."""
     classic = [allocate(problem, nodes, "greedy"), allocate(problem, nodes, "dp")]
-    if is_small(problem, nodes):
+    if effort_of(problem, nodes) <= EXACT_EFFORT:
         candidates = [best_partition(problem, nodes), *classic]
     else:
         improver = Improver(problem, nodes)
         seeds = [*classic, *(_by_region(problem, groups) for groups in regions(problem, nodes))]
-        effort = (SEARCH_EFFORT + EFFORT_PER_NODE * len(nodes)) // len(seeds)
+        begun = sorted(seeds, key=value_of, reverse=True)[:SEARCHES]
+        effort = (SEARCH_EFFORT + EFFORT_PER_NODE * len(nodes)) // len(begun)
         improved = (
-            improver.improve([_recut(improver, cut) for cut in seed], effort) for seed in seeds
+            improver.improve([_recut(improver, cut) for cut in seed], effort) for seed in begun
         )
         candidates = [*improved, *seeds]
-        if is_small(problem, nodes, thrifty=True):
+        if effort_of(problem, nodes, thrifty=True) <= EXACT_EFFORT:
             candidates.append(best_partition(problem, nodes, thrifty=True))
     best = max(candidates, key=value_of) or _only_chain(problem, nodes)
     return sorted(best, key=lambda cut: (-cut.value, cut.order))
@@ -133,12 +138,12 @@ def _only_chain(problem: Problem, nodes: Sequence[int]) -> list[Cut]:
     if reached < problem.model.layers:
         return []
     order = tuple(places[name] for name in names)
-    cut = best_cut(problem, [order, *orders(problem, order)])
+    [cut] = best_cuts(problem, [[order, *orders(problem, order)]], thorough=True)
     return [] if cut is None else [cut]
 
 
 def value_of(cuts: Sequence[Cut]) -> float:
-    return sum(cut.value for cut in cuts)
+    return math.fsum(cut.value for cut in cuts)
 
 
 def _allocation(problem: Problem, cut: Cut) -> Allocation:

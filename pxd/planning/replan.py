@@ -72,7 +72,7 @@ def replan(
     choices = [kept + cuts for cuts in _for_free(problem, previous, held, free)]
     if _contains(fresh, kept):
         choices.insert(0, fresh)
-    cuts = _cheapest_of_best(problem, held, choices)
+    cuts = _cheapest_of_best(problem, held, choices, broken=broken)
     if grow and not broken:
         cuts = _with_one_more(problem, kept, cuts)
     move = _move(problem, held, kept, cuts)
@@ -204,10 +204,20 @@ def _fits(problem: Problem, name: str, start: int, end: int) -> bool:
     return problem.sizes.fits(problem.rooms[name], start, end)
 
 
-def _cheapest_of_best(problem: Problem, held: Held, choices: Sequence[list[Cut]]) -> list[Cut]:
+def _cheapest_of_best(
+    problem: Problem, held: Held, choices: Sequence[list[Cut]], *, broken: bool
+) -> list[Cut]:
+    """What serves at once is taken even if another choice would gain a little."""
     best = max(value_of(cuts) for cuts in choices)
+    at_once = [
+        cuts
+        for cuts in choices
+        if broken
+        and value_of(cuts) * (1 + INSERT_GAIN) > best
+        and not moved_bytes(problem, held, cuts)
+    ]
     equal = [cuts for cuts in choices if value_of(cuts) >= best * (1 - _TIE)]
-    return min(equal, key=lambda cuts: moved_bytes(problem, held, cuts))
+    return min(at_once or equal, key=lambda cuts: moved_bytes(problem, held, cuts))
 
 
 def _with_one_more(problem: Problem, kept: Sequence[Cut], cuts: Sequence[Cut]) -> list[Cut]:

@@ -8,6 +8,7 @@ sampling depends on seed and position alone, so the answer is the one an undistu
 import logging
 import math
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
 import trio
@@ -234,6 +235,8 @@ class ChatAnswer:
         self._stops = StopMatcher(generation.stop)
         self._attempt: _Attempt | None = None
         self._attempts = 0
+        self._pipeline = ""
+        self._failures: Counter[str] = Counter()
         self._fruitless = 0
         self._executor_deaths = 0
 
@@ -291,7 +294,8 @@ class ChatAnswer:
         model = find_model(self._ingress.plan(), self.model)
         if model.fingerprint != self._fingerprint:
             raise GenerationFailed(f"{self.model} was replaced by other weights of the same name")
-        pipeline = pick_pipeline(model, self._ingress.members())
+        pipeline = pick_pipeline(model, self._ingress.members(), self._failures)
+        self._pipeline = pipeline.id
         if not self._limit:
             self._set_limit(pipeline)
         self._attempts += 1
@@ -311,11 +315,13 @@ class ChatAnswer:
                 pipeline.head, SUBMIT, submission, timeout=SUBMIT_TIMEOUT_S
             )
         except CallFailed as error:
+            self._failures[pipeline.id] += 1
             self._drop_attempt(cancel=False)
             if error.code == "never-fits":
                 raise InvalidRequest(str(error), param="max_tokens") from error
             raise NotReady(f"the head of the pipeline refused: {error}", retry_after=2) from error
         except NetworkError as error:
+            self._failures[pipeline.id] += 1
             # The head may have taken the request all the same.
             self._drop_attempt(cancel=True)
             raise NotReady(f"the head of the pipeline cannot be reached: {error}") from error
@@ -324,6 +330,7 @@ class ChatAnswer:
             raise
 
     async def _recover(self, reason: str) -> None:
+        self._failures[self._pipeline] += 1
         self._drop_attempt(cancel=True)
         self._executor_deaths += reason.startswith("executor-died")
         if self._executor_deaths >= MAX_EXECUTOR_DEATHS:

@@ -1,5 +1,8 @@
 """Picks the pipeline that a request is to ride."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan
 from pxd.serving.readiness import Members, readiness
 from pxd.serving.requests import NotReady, UnknownModel
@@ -24,24 +27,29 @@ def find_model(plan: Plan | None, name: str | None) -> ModelPlan:
     raise UnknownModel(f"model {name!r} is not served here; this cluster serves {served}")
 
 
-def pick_pipeline(model: ModelPlan, members: Members) -> PipelinePlan:
+def pick_pipeline(
+    model: ModelPlan, members: Members, failures: Mapping[str, int] = MappingProxyType({})
+) -> PipelinePlan:
     """The ready pipeline whose head holds the fewest requests. Raises `NotReady` with the reason.
 
-    Ties go to the first in the plan, which is the same on every node.
+    One with a node that does not answer just now, or that failed the request more often (`failures`
+    by pipeline id), comes after all others. Ties go to the first in the plan, which is the same on
+    every node.
     """
     if not model.pipelines:
         raise NotReady(f"model {model.name} is not being served: {model.reason}", retry_after=10)
     reasons = []
-    best: tuple[int, PipelinePlan] | None = None
+    best: tuple[tuple[bool, int, int], PipelinePlan] | None = None
     for pipeline in model.pipelines:
         state = readiness(pipeline, members)
         if not state.ready:
             reasons.append(state.reason)
             continue
+        shaky = any(members[stage.node].state != "alive" for stage in pipeline.stages)
         head = members[pipeline.head].record
-        load = head.running + head.waiting
-        if best is None or load < best[0]:
-            best = load, pipeline
+        rank = (shaky, failures.get(pipeline.id, 0), head.running + head.waiting)
+        if best is None or rank < best[0]:
+            best = rank, pipeline
     if best is None:
         raise NotReady(f"model {model.name} is not ready: {' | '.join(reasons)}")
     return best[1]

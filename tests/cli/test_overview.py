@@ -2,6 +2,7 @@
 
 import io
 import unicodedata
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -14,7 +15,14 @@ from pxd.cli.overview import Overview, overview
 from pxd.cli.plain import columns, render
 from pxd.cli.screen import Screen, bar
 from pxd.cli.words import clean, clean_answer, device, duration, memory
-from pxd.serving.status import ClusterStatus, ModelView, NodeView
+from pxd.serving.status import (
+    ClusterStatus,
+    Figures,
+    ModelView,
+    NodeView,
+    PipelineFigures,
+    SpareView,
+)
 from tests.api.fakes import PEERS, node, pipeline, serving_status, stage
 
 
@@ -49,6 +57,41 @@ def troubled_status() -> ClusterStatus:
         name="demo", state="loading", reason="ben is loading", layers=8, pipelines=[chain]
     )
     return msgspec.structs.replace(serving_status(), nodes=nodes, models=[model])
+
+
+def measured_status() -> ClusterStatus:
+    """One pipeline with figures, and a node that stands by for its second stage."""
+    predicted = Figures(
+        prompt_tokens=1024,
+        ttft_ms=400.0,
+        token_ms=12.34,
+        tokens_per_s=81.2,
+        bottleneck=PEERS["ben"],
+    )
+    measured = Figures(prompt_tokens=900, ttft_ms=None, token_ms=13.0, tokens_per_s=None)
+    model = ModelView(
+        name="demo",
+        state="serving",
+        reason="",
+        layers=8,
+        pipelines=[[*pipeline(("anna", 0, 3)), *pipeline(("ben", 3, 8))]],
+        figures=[PipelineFigures(predicted=predicted, measured=measured)],
+        spares=[SpareView(node=PEERS["carl"], start=3, end=8)],
+    )
+    held = msgspec.structs.replace(stage(3, 8), pipeline="spare-1")
+    nodes = [node("anna", stage(0, 3)), node("ben", stage(3, 8)), node("carl", held)]
+    return msgspec.structs.replace(serving_status(), nodes=nodes, models=[model])
+
+
+@pytest.mark.parametrize("show", [render, lambda view: draw(view, 160)])
+def test_predicted_and_measured_figures_side_by_side(show: Callable[[Overview], str]) -> None:
+    shown = show(overview(measured_status()))
+    assert (
+        "predicted 12.3 ms/token, 0.4 s to the first after 1,024, 81.2 tokens/s · "
+        "measured 13 ms/token · slowest stage ben"
+    ) in shown
+    assert "spare: carl [3,8)" in shown
+    assert "[3,8) spare, ready" in shown
 
 
 def test_a_cluster_at_work_in_a_pipe() -> None:

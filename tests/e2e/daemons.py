@@ -34,7 +34,10 @@ class Daemon:
     # The machine is the same for all of them, so only the first one measures it.
     _hardware: ClassVar[bytes] = b""
 
-    def __init__(self, root: Path, name: str, *options: str, join: str | None = None) -> None:
+    def __init__(
+        self, root: Path, name: str, *options: str, join: str | None = None, slower: int = 1
+    ) -> None:
+        """`slower` than the first one by that factor, as far as the planner knows."""
         self.name = name
         self.data_dir = root / name
         self.log_path = root / f"{name}.log"
@@ -45,7 +48,10 @@ class Daemon:
             self._command += ["--join", join]
         self.data_dir.mkdir(parents=True)
         if Daemon._hardware:
-            (self.data_dir / "hardware.json").write_bytes(Daemon._hardware)
+            measured = json.loads(Daemon._hardware)
+            for figure in ("tflops", "bandwidth"):
+                measured["figures"][figure] /= slower
+            (self.data_dir / "hardware.json").write_text(json.dumps(measured))
         self.start()
 
     def start(self) -> None:
@@ -67,7 +73,7 @@ class Daemon:
                 content = json.loads((self.data_dir / "daemon.json").read_text())
             except FileNotFoundError:
                 return None
-            Daemon._hardware = (self.data_dir / "hardware.json").read_bytes()
+            Daemon._hardware = Daemon._hardware or (self.data_dir / "hardware.json").read_bytes()
             return content["http"] if content["pid"] == self.process.pid else None
 
         return wait_for(read, f"{self.name} is up")
@@ -127,23 +133,49 @@ class Daemon:
             psutil.wait_procs(children, timeout=20)
 
 
-def own_stages(status: Status) -> list[tuple[int, int]]:
-    """The ranges of the served pipeline, in order."""
+def pipelines(status: Status) -> list[list[dict[str, Any]]]:
+    """The pipelines of the model that is served; each is a list of stages."""
     for model in status["models"]:
         if model["state"] == "serving":
-            return [(stage["start"], stage["end"]) for stage in model["pipelines"][0]]
+            return model["pipelines"]
     return []
 
 
+def own_stages(status: Status) -> list[tuple[int, int]]:
+    """The ranges of the served pipeline, in order."""
+    return [(stage["start"], stage["end"]) for line in pipelines(status)[:1] for stage in line]
+
+
 def serving_on(count: int) -> Callable[[Status], bool]:
-    return lambda status: len(own_stages(status)) == count
+    """One pipeline alone, over `count` nodes."""
+    return lambda status: [len(line) for line in pipelines(status)] == [count]
+
+
+def all_hold(count: int) -> Callable[[Status], bool]:
+    """The model is served and each of `count` nodes holds something, be it as a spare."""
+
+    def check(status: Status) -> bool:
+        alive = [node["stages"] for node in status["nodes"] if node["state"] == "alive"]
+        ready = [stages and all(stage["state"] == "ready" for stage in stages) for stages in alive]
+        lines = pipelines(status)
+        states = {stage["state"] for line in lines for stage in line}
+        return bool(lines) and states == {"ready"} and ready == [True] * count
+
+    return check
 
 
 @contextmanager
 def cluster(
-    root: Path, names: Sequence[str], *options: str, serving: bool = True
+    root: Path,
+    names: Sequence[str],
+    *options: str,
+    serving: bool = True,
+    ready: Callable[[Status], bool] | None = None,
 ) -> Iterator[list[Daemon]]:
-    """Daemons that know each other; with `serving`, all see a pipeline over all of them."""
+    """Daemons that know each other.
+
+    With `serving` all see it `ready`, which unless given is one pipeline over all of them.
+    """
     daemons: list[Daemon] = []
     try:
         daemons.append(Daemon(root, names[0], *options))
@@ -152,7 +184,8 @@ def cluster(
             daemons += [Daemon(root, name, *options, join=ticket) for name in names[1:]]
         for daemon in daemons:
             if serving:
-                daemon.wait_status(serving_on(len(names)), f"served by {len(names)} nodes")
+                condition = ready or serving_on(len(names))
+                daemon.wait_status(condition, f"served by {len(names)} nodes")
         yield daemons
     finally:
         for daemon in daemons:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -17,11 +19,14 @@ import pytest
 
 from pxd.identity import Ticket
 
-from .daemons import Daemon, cluster, own_stages, serving_on, wait_for
+from .daemons import Daemon, all_hold, cluster, own_stages, pipelines, serving_on, wait_for
 
 pytestmark = pytest.mark.slow
 
 NAMES = ("anna", "ben", "carl")
+# The model has 8 layers and would fit on one node, which leaves nothing to split.
+OVER_THREE = ("--max-layers", "3")
+OVER_TWO = ("--max-layers", "4")
 FACTS = {
     "What is 17 + 25?": "42",
     "What is the capital of Norway?": "Oslo",
@@ -49,7 +54,7 @@ def stream_text(daemon: Daemon, question: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
-    with cluster(tmp_path_factory.mktemp("three"), NAMES) as daemons:
+    with cluster(tmp_path_factory.mktemp("three"), NAMES, *OVER_THREE) as daemons:
         yield daemons
 
 
@@ -67,9 +72,24 @@ def test_every_node_shows_the_same_cluster(three: list[Daemon]) -> None:
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
 
 
+def check_plan(daemon: Daemon) -> None:
+    """Every pipeline has its prediction, and no node comes to another plan than the leader."""
+    shown = daemon.pxd("status", "--json")
+    assert shown.returncode == 0, shown.stderr
+    status = json.loads(shown.stdout)
+    assert [node["problem"] for node in status["nodes"]] == [""] * len(status["nodes"])
+    [model] = status["models"]
+    assert len(model["figures"]) == len(model["pipelines"])
+    for figures in model["figures"]:
+        for figure in ("ttft_ms", "token_ms", "tokens_per_s"):
+            assert figures["predicted"][figure] > 0
+
+
 def test_the_same_answer_at_every_node(three: list[Daemon]) -> None:
     for question, fact in list(FACTS.items())[:3]:
         assert [daemon.answer(question) for daemon in three] == [fact] * 3
+    for daemon in three:
+        check_plan(daemon)
 
 
 def test_eight_concurrent_streams_at_different_nodes(three: list[Daemon]) -> None:
@@ -169,7 +189,7 @@ def test_a_killed_executor_in_the_middle_of_an_answer(three: list[Daemon]) -> No
 
 
 def test_sigterm_leaves_cleanly(tmp_path: Path) -> None:
-    with cluster(tmp_path, NAMES) as daemons:
+    with cluster(tmp_path, NAMES, *OVER_TWO, ready=all_hold(3)) as daemons:
         leaver, stayers = daemons[0], daemons[1:]
         children = leaver.executors()
         assert children
@@ -191,36 +211,88 @@ def test_sigterm_leaves_cleanly(tmp_path: Path) -> None:
 
         leaver.start()
         for daemon in daemons:
-            daemon.wait_status(serving_on(3), "it is back, and counted once")
+            daemon.wait_status(all_hold(3), "it is back, and counted once")
             assert sorted(node["name"] for node in daemon.status()["nodes"]) == sorted(NAMES)
         assert leaver.answer("What is 17 + 25?") == "42"
 
 
+def check_kill_in_the_middle(asked: Daemon, victim: Daemon) -> None:
+    """A stream at `asked` goes on, and right, when `victim` dies; so do the victim's executors."""
+    children = victim.executors()
+    assert children
+    undisturbed = asked.answer("Count from 1 to 20.")
+    text = ""
+    for piece in stream_text(asked, "Count from 1 to 20."):
+        text += piece
+        if victim.process.poll() is None and len(text) >= 4:
+            victim.signal(signal.SIGKILL)
+            victim.process.wait()
+    assert text == undisturbed
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+
+
+def holder(daemons: list[Daemon], stage: dict[str, Any]) -> Daemon:
+    return next(daemon for daemon in daemons if daemon.id == stage["node"])
+
+
 def test_a_killed_node_costs_a_pause_and_its_executor_ends(tmp_path: Path) -> None:
-    with cluster(tmp_path, NAMES) as daemons:
-        victim = daemons[1]
-        children = victim.executors()
-        undisturbed = daemons[0].answer("Count from 1 to 20.")
-        text = ""
-        for piece in stream_text(daemons[0], "Count from 1 to 20."):
-            text += piece
-            if victim.process.poll() is None and len(text) >= 4:
-                victim.signal(signal.SIGKILL)
-                victim.process.wait()
-        assert text == undisturbed
-        assert psutil.wait_procs(children, timeout=20)[1] == []
-        for daemon in (daemons[0], daemons[2]):
-            daemon.wait_status(serving_on(2), "the two others serve")
+    with cluster(tmp_path, (*NAMES, "dora"), *OVER_THREE, ready=all_hold(4)) as daemons:
+        [line] = pipelines(daemons[0].status())
+        assert len(line) >= 3
+        victim = holder(daemons, line[1])
+        others = [daemon for daemon in daemons if daemon is not victim]
+        check_kill_in_the_middle(others[0], victim)
+        for daemon in others:
+            daemon.wait_status(all_hold(3), "the three others serve")
             assert daemon.answer("What is 17 + 25?") == "42"
 
 
-def test_pxd_stop_and_ctrl_c(tmp_path: Path) -> None:
-    with cluster(tmp_path, NAMES[:2]) as (anna, ben):
-        stopped = ben.pxd("stop")
-        assert stopped.returncode == 0, stopped.stderr
-        assert ben.process.wait(20) == 0
-        anna.signal(signal.SIGINT)
-        assert anna.process.wait(20) == 0
+def test_a_spare_stands_in_without_loading_anything(tmp_path: Path) -> None:
+    """Two slow nodes hold the same layer, which only one of them is needed for."""
+    slow = ("--max-layers", "1")
+    with cluster(tmp_path, NAMES[:1], "--max-layers", "7", serving=False) as daemons:
+        anna, ticket = daemons[0], daemons[0].ticket()
+        daemons += [Daemon(tmp_path, n, *slow, join=ticket, slower=1000) for n in NAMES[1:]]
+        for daemon in daemons:
+            status = daemon.wait_status(all_hold(3), "two serve and one is a spare")
+        [line], [spare] = pipelines(status), status["models"][0]["spares"]
+        victim = next(holder(daemons, stage) for stage in line if stage["node"] != anna.id)
+        survivors = [anna, holder(daemons, spare)]
+        assert victim not in survivors
+        kept = [daemon.executors() for daemon in survivors]
+
+        check_kill_in_the_middle(anna, victim)
+        for daemon in survivors:
+            daemon.wait_status(all_hold(2), "the spare stands in")
+            assert daemon.answer("What is 17 + 25?") == "42"
+        after = pipelines(anna.status())[0]
+        lost = (spare["start"], spare["end"])
+        assert spare["node"] in [s["node"] for s in after if (s["start"], s["end"]) == lost]
+        assert [daemon.executors() for daemon in survivors] == kept
+
+
+def test_nodes_that_can_hold_the_model_are_replicas(tmp_path: Path) -> None:
+    with cluster(tmp_path, NAMES, ready=all_hold(3)) as daemons:
+        lines = pipelines(daemons[0].status())
+        assert [[(stage["start"], stage["end"]) for stage in line] for line in lines] == [
+            [(0, 8)]
+        ] * 3
+        assert len({line[0]["node"] for line in lines}) == 3
+        for daemon in daemons:
+            assert daemon.answer("What is 17 + 25?") == "42"
+        daemons[0].wait_status(
+            lambda status: all(node["running"] == 0 for node in status["nodes"]), "all are idle"
+        )
+        check_plan(daemons[0])
+        # Of idle pipelines the first is taken.
+        victim = holder(daemons, lines[0][0])
+        others = [daemon for daemon in daemons if daemon is not victim]
+        kept = [daemon.executors() for daemon in others]
+        check_kill_in_the_middle(others[0], victim)
+        for daemon in others:
+            daemon.wait_status(all_hold(2), "the two others serve")
+            assert daemon.answer("What is 17 + 25?") == "42"
+        assert [daemon.executors() for daemon in others] == kept
 
 
 def test_too_little_capacity_says_what_is_missing(tmp_path: Path) -> None:

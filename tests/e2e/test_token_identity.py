@@ -1,6 +1,7 @@
 """A cluster of any size answers greedily exactly as `mlx_lm.generate` on the same directory."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 import pxd.models
 from tests.tiny_models import make_tiny_model
 
-from .daemons import Daemon, cluster, serving_on
+from .daemons import cluster
 
 pytestmark = pytest.mark.slow
 
 DEMO = Path(pxd.models.__file__).parent / "demo"
 QUESTIONS = ("Count from 1 to 20.", "Say the alphabet.", "tell me something " * 12)
 MAX_TOKENS = 40
+NAMES = ("anna", "ben", "carl")
 # MLX multiplies experts in float32 alone on a CPU.
 DTYPES = {"qwen3_moe": "float32", "gemma3": "bfloat16", "gpt_oss": "float32"}
 
@@ -45,13 +47,13 @@ def test_greedy_answers_are_those_of_mlx_lm(
 ) -> None:
     directory = directories[architecture]
     name = "demo" if architecture == "demo" else str(directory)
+    config = json.loads((directory / "config.json").read_text())
+    layers = config.get("text_config", config)["num_hidden_layers"]
     expected = reference(directory)
-    with cluster(tmp_path, ("anna",), "--model", name) as daemons:
-        for newcomer in (None, "ben", "carl"):
-            if newcomer:
-                daemons.append(Daemon(tmp_path, newcomer, join=daemons[0].ticket()))
-            for daemon in daemons:
-                daemon.wait_status(serving_on(len(daemons)), f"served by {len(daemons)} nodes")
+    for count in (1, 2, 3):
+        # No fewer nodes than these can hold the model.
+        options = ("--model", name, "--max-layers", str(math.ceil(layers / count)))
+        with cluster(tmp_path / str(count), NAMES[:count], *options) as daemons:
             for question, answer in zip(QUESTIONS, expected, strict=True):
                 response = daemons[-1].chat(question, max_tokens=MAX_TOKENS, model=name).json()
                 assert response["usage"]["completion_tokens"] == len(answer["tokens"])

@@ -11,10 +11,11 @@ from itertools import pairwise
 
 from pxd.planning.auto.cutting import Cut, best_cut
 from pxd.planning.auto.orders import few_orders
-from pxd.planning.auto.partition import best_partition, is_small
+from pxd.planning.auto.partition import best_partition, effort_of
 from pxd.planning.auto.problem import Problem
 
-PAIR_EFFORT = 400_000
+PAIR_EFFORT = 1_500_000
+PAIR_SPARES = 2
 SOLVE_EFFORT = 30_000
 """What asking costs, however small the answer."""
 MIN_GAIN = 1 + 1e-6
@@ -123,8 +124,10 @@ class Improver:
         return best
 
     def _pair(self, cuts: list[Cut]) -> list[Cut] | None:
+        spares = self._spares(cuts)
         for first, second in self._neighbours(cuts):
-            nodes = tuple(sorted((*first.order, *second.order)))
+            near = self._nearest(first.order, spares)[:PAIR_SPARES]
+            nodes = tuple(sorted((*first.order, *second.order, *near)))
             if nodes in self._pairs:
                 continue
             self._pairs.add(nodes)
@@ -138,14 +141,15 @@ class Improver:
     def _neighbours(self, cuts: list[Cut]) -> Iterator[tuple[Cut, Cut]]:
         """Pairs alike in value, then the worst with the best."""
         yield from pairwise(cuts)
-        yield from zip(cuts, reversed(cuts[len(cuts) // 2 :]), strict=False)
+        yield from zip(cuts[: len(cuts) // 2], reversed(cuts), strict=False)
 
     def _divide(self, first: Cut, second: Cut, nodes: Nodes) -> list[Cut] | None:
         if first.order == second.order:
             return None
-        if is_small(self._problem, nodes, PAIR_EFFORT):
-            self._effort -= PAIR_EFFORT
-            cuts = best_partition(self._problem, nodes)
+        effort = effort_of(self._problem, nodes, thrifty=True)
+        if effort <= PAIR_EFFORT:
+            self._effort -= int(effort) + SOLVE_EFFORT
+            cuts = best_partition(self._problem, nodes, thrifty=True)
             value = (first.value + second.value) * MIN_GAIN
             return cuts if sum(cut.value for cut in cuts) > value else None
         return self._best([first, second], _exchanges(first.order, second.order))

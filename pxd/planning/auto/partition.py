@@ -15,8 +15,6 @@ from pxd.planning.auto.problem import Problem
 
 MAX_DIVISIONS = 60_000
 """Of a set into a part and a rest, over all sets."""
-MAX_EFFORT = 12_000_000
-"""Of one search, in stages times places to begin and end them."""
 THRIFTY_ABOVE = 3
 MAX_STAGES = 8
 """Longer chains are left to the search."""
@@ -34,19 +32,20 @@ def groups(problem: Problem, nodes: Sequence[int]) -> list[list[int]]:
     return list(found.values())
 
 
-def is_small(
-    problem: Problem, nodes: Sequence[int], effort: int = MAX_EFFORT, *, thrifty: bool = False
-) -> bool:
-    """Whether `best_partition` of these nodes takes no more than that effort."""
+def effort_of(problem: Problem, nodes: Sequence[int], *, thrifty: bool = False) -> float:
+    """What `best_partition` of these nodes takes, in stages times places to begin and end them.
+
+    Infinite where there are too many ways to divide them.
+    """
     whole = [len(bundle) for bundle in groups(problem, nodes)]
     if prod((count + 1) * (count + 2) // 2 for count in whole) > MAX_DIVISIONS:
-        return False
+        return float("inf")
     sets = _sets_of_size(whole)
     tries = sum(
         stages * _most_orders(problem, stages, thrifty=thrifty) * sets[stages]
         for stages in range(1, min(len(nodes), MAX_STAGES, problem.last) + 1)
     )
-    return tries * len(problem.cuts) ** 2 <= effort
+    return tries * len(problem.cuts) ** 2
 
 
 def _sets_of_size(whole: Sequence[int]) -> list[int]:
@@ -115,7 +114,7 @@ def _best_chains(
         orders_of = few_orders if thrifty and stages > THRIFTY_ABOVE else orders
         some = [counts for counts in sets if sum(counts) == stages]
         choices = [orders_of(problem, _nodes(bundles, counts)) for counts in some]
-        cuts = best_cuts(problem, choices)
+        cuts = best_cuts(problem, choices, thorough=not thrifty)
         found |= {counts: cut for counts, cut in zip(some, cuts, strict=True) if cut is not None}
     return found
 

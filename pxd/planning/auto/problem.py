@@ -127,7 +127,7 @@ class Problem:
     @property
     def chunk(self) -> int:
         """Tokens in one prefill chunk of the workload's prompt."""
-        return max(1, min(PREFILL_CHUNK, self.work.prompt))
+        return max(1, -(-self.work.prompt // self.chunks))
 
     @property
     def chunks(self) -> int:
