@@ -5,7 +5,6 @@ Works on a directory that has only config.json and the index yet, then with esti
 
 import hashlib
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,19 @@ import msgspec
 from pxd.models.config import ModelConfig, read_json
 from pxd.models.errors import ModelError
 from pxd.models.safetensors import TensorInfo, read_header
+from pxd.planning.cost.tensors import (
+    HEAD,
+    IGNORED,
+    TensorSizes,
+    find_layers,
+    layer_number,
+    sort_tensors,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
 
 _SHARD_NAME = re.compile(r"model[\w.-]{0,200}\.safetensors")
-_LAYER = re.compile(r"(?P<prefix>(?:[\w-]+\.)*?)(?P<layer>\d{1,5})\.")
-_IGNORED = re.compile(r"(^|[._])(vision|visual|audio|multi_modal|image|mtp)")
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|embeddings?|embed_in|embed)\."
-)
-_HEAD_PROJECTION = re.compile(r"(^|\.)(lm_head|output|embed_out|head|ff_out)\.")
 # Where they came from does not change what they are.
 _CONFIG_NOISE = frozenset({"_name_or_path", "transformers_version", "_commit_hash"})
 
@@ -58,7 +59,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     def layer_of(self, tensor: str) -> int | None:
         """The decoder layer that a tensor belongs to; None for everything outside the layers."""
-        number = _layer_number(tensor, self.layer_prefix)
+        number = layer_number(tensor, self.layer_prefix)
         return number if number is not None and number < self.layers else None
 
     def files_for(self, start: int, end: int) -> tuple[str, ...]:
@@ -71,7 +72,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
         for tensor, file in self.shards.items():
             layer = self.layer_of(tensor)
             if layer is None:
-                if ends and not _IGNORED.search(tensor):
+                if ends and not IGNORED.search(tensor):
                     wanted.add(file)
             elif start <= layer < end:
                 wanted.add(file)
@@ -91,10 +92,12 @@ def describe_checkpoint(directory: Path) -> Checkpoint:
     shards = index.weight_map if index else _shards(headers)
     if index:
         _check_index(directory, index, headers)
-    prefix, layers = _find_layers(shards, config.layers)
-    tied = not any(_HEAD_PROJECTION.search(name) for name in _outside(shards, prefix))
+    prefix, layers = find_layers(shards, config.layers)
+    if layers is None:
+        raise ModelError("neither config.json nor the tensors' names tell the layers")
+    tied = not any(HEAD.search(name) for name in _outside(shards, prefix))
     sizes = (
-        _exact_sizes(tensors, prefix, layers, tied)
+        sort_tensors({name: info.nbytes for name, info in tensors.items()}, layers)
         if not missing
         else _estimated_sizes(config, index, layers, tied)
     )
@@ -127,12 +130,6 @@ class _Index(msgspec.Struct):
         value = self.metadata.get("total_size")
         # Some files say it as a float.
         return int(value) if isinstance(value, int | float) and 0 < value < 1e18 else None
-
-
-class _Sizes(msgspec.Struct):
-    layers: tuple[int, ...]
-    embedding: int
-    head: int
 
 
 def _read_index(directory: Path) -> _Index | None:
@@ -178,74 +175,23 @@ def _check_index(
             )
 
 
-def _find_layers(tensors: Iterable[str], layers: int | None) -> tuple[str | None, int]:
-    """Return (prefix of the decoder layers, how many there are).
-
-    The prefix is the one with most tensors among those that number `layers` layers. Towers for
-    images or sound and draft layers have prefixes of their own.
-    """
-    numbers: defaultdict[str, set[int]] = defaultdict(set)
-    counts: Counter[str] = Counter()
-    for name in tensors:
-        match = _LAYER.match(name)
-        if match and not _IGNORED.search(name):
-            numbers[match["prefix"]].add(int(match["layer"]))
-            counts[match["prefix"]] += 1
-    complete = [
-        prefix
-        for prefix, seen in numbers.items()
-        if set(range(max(seen) + 1 if layers is None else layers)) <= seen
-    ]
-    prefix = max(complete, key=lambda prefix: (counts[prefix], prefix), default=None)
-    if layers is None:
-        if prefix is None:
-            raise ModelError("neither config.json nor the tensors' names tell the layers")
-        layers = max(numbers[prefix]) + 1
-    return prefix, layers
-
-
-def _layer_number(tensor: str, prefix: str | None) -> int | None:
-    if prefix is None or not tensor.startswith(prefix):
-        return None
-    number = tensor[len(prefix) :].partition(".")[0]
-    return int(number) if number.isdecimal() else None
-
-
 def _outside(tensors: Iterable[str], prefix: str | None) -> list[str]:
     return [
-        name
-        for name in tensors
-        if _layer_number(name, prefix) is None and not _IGNORED.search(name)
+        name for name in tensors if layer_number(name, prefix) is None and not IGNORED.search(name)
     ]
 
 
-def _exact_sizes(
-    tensors: Mapping[str, TensorInfo], prefix: str | None, layers: int, tied: bool
-) -> _Sizes:
-    layer_bytes = [0] * layers
-    embedding = other = 0
-    for name, tensor in tensors.items():
-        number = _layer_number(name, prefix)
-        if number is not None:
-            if number < layers:  # those behind are for drafting, not loaded
-                layer_bytes[number] += tensor.nbytes
-        elif _EMBEDDING.search(name):
-            embedding += tensor.nbytes
-        elif not _IGNORED.search(name):
-            other += tensor.nbytes
-    if prefix is None:
-        layer_bytes, other = [-(-other // layers)] * layers, 0
-    return _Sizes(tuple(layer_bytes), embedding, other + (embedding if tied else 0))
-
-
-def _estimated_sizes(config: ModelConfig, index: _Index | None, layers: int, tied: bool) -> _Sizes:
+def _estimated_sizes(
+    config: ModelConfig, index: _Index | None, layers: int, tied: bool
+) -> TensorSizes:
     total = index.total_size if index else None
     if total is None:
         raise ModelError(f"{INDEX_NAME} has no total_size; fetch the whole model first")
     elements = (config.vocabulary or 0) * (config.hidden_size or 0)
     matrix = min(int(elements * config.element_bytes), total // 3)
     inside = total - matrix * (1 if tied else 2)
-    return _Sizes((-(-inside // layers),) * layers, matrix, matrix)
+    layer_bytes = (-(-inside // layers),) * layers
+    return TensorSizes(layer_bytes, (0,) * layers, matrix, matrix, tied)
 
 
 def _fingerprint(

@@ -36,7 +36,9 @@ def mismatch(plan: ModelPlan, own: NodeOffer) -> str:
         if chains == tuple(allocation.chain for allocation in expected.pipelines):
             return ""
         value = objective_of(basis.inputs, chains)
-    except (ValueError, ArithmeticError, IndexError, MemoryError) as error:
+    except Exception as error:
+        # What another node sends must not end this one, whatever it does to the planner.
+        log.info("a plan cannot be made again", exc_info=True)
         return f"the plan cannot be made from what it says it follows from: {error}"
     if abs(value - expected.objective) <= TOLERANCE * expected.objective:
         return ""

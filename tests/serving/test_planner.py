@@ -150,6 +150,12 @@ async def test_a_plan_that_does_not_follow_from_its_basis_is_found_out(clock: Mo
     stage = msgspec.structs.replace(one.stages[0], end=3)
     cut = msgspec.structs.replace(model, pipelines=(PipelinePlan("p", (stage,)), other))
     assert "cannot be made" in mismatch(cut, NodeOffer("b", 16 * GIB))
+    assert model.basis is not None
+    absurd = msgspec.structs.replace(model.basis.inputs.model, kv_bytes_per_token=(4,) * 5)
+    inputs = msgspec.structs.replace(model.basis.inputs, model=absurd)
+    basis = msgspec.structs.replace(model.basis, inputs=inputs)
+    twisted = msgspec.structs.replace(model, basis=basis)
+    assert "cannot be made" in mismatch(twisted, NodeOffer("b", 16 * GIB))
 
 
 async def test_the_audit_tells_what_it_found_and_takes_it_back(clock: MockClock) -> None:

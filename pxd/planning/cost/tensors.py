@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 _LAYER = re.compile(r"(?P<prefix>(?:[\w-]+\.)*?)(?P<layer>\d{1,5})\.")
-_IGNORED = re.compile(r"(^|[._])(vision|visual|audio|multi_modal|image|mtp)")
+IGNORED = re.compile(r"(^|[._])(vision|visual|audio|multi_modal|image|mtp)")
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|embeddings?|embed_in|embed)\."
 )
-_HEAD = re.compile(r"(^|\.)(lm_head|output|embed_out|head|ff_out)\.")
+HEAD = re.compile(r"(^|\.)(lm_head|output|embed_out|head|ff_out)\.")
 _EXPERTS = re.compile(r"\.(experts|switch_mlp|switch_glu)\.")
 
 
@@ -30,20 +30,20 @@ def sort_tensors(tensors: Mapping[str, int], layers: int) -> TensorSizes:
 
     Where the names do not number `layers` layers, all of them get an equal part.
     """
-    prefix = _layer_prefix(tensors, layers)
+    prefix, _ = find_layers(tensors, layers)
     layer_bytes, expert_bytes = [0] * layers, [0] * layers
     embedding = other = 0
     tied = True
     for name, size in tensors.items():
-        number = _number(name, prefix)
+        number = layer_number(name, prefix)
         if number is not None:
             if number < layers:  # those behind are for drafting, not loaded
                 layer_bytes[number] += size
                 expert_bytes[number] += size * bool(_EXPERTS.search(name))
             continue
-        if _IGNORED.search(name) and not _EMBEDDING.search(name):
+        if IGNORED.search(name) and not _EMBEDDING.search(name):
             continue
-        tied = tied and not (_HEAD.search(name) and not _IGNORED.search(name))
+        tied = tied and not (HEAD.search(name) and not IGNORED.search(name))
         if _EMBEDDING.search(name):
             embedding += size
         else:
@@ -54,24 +54,32 @@ def sort_tensors(tensors: Mapping[str, int], layers: int) -> TensorSizes:
     return TensorSizes(tuple(layer_bytes), tuple(expert_bytes), embedding, head, tied)
 
 
-def _layer_prefix(tensors: Iterable[str], layers: int) -> str | None:
-    """What stands before the number of a decoder layer.
+def find_layers(tensors: Iterable[str], layers: int | None) -> tuple[str | None, int | None]:
+    """(what stands before the number of a decoder layer, how many layers there are).
 
     The prefix with most tensors among those that number all layers: towers for images or sound and
-    draft layers have prefixes of their own.
+    draft layers have prefixes of their own. None where the names do not tell.
     """
     numbers: defaultdict[str, set[int]] = defaultdict(set)
     counts: Counter[str] = Counter()
     for name in tensors:
         match = _LAYER.match(name)
-        if match and not _IGNORED.search(name):
+        if match and not IGNORED.search(name):
             numbers[match["prefix"]].add(int(match["layer"]))
             counts[match["prefix"]] += 1
-    complete = [prefix for prefix, seen in numbers.items() if set(range(layers)) <= seen]
-    return max(complete, key=lambda prefix: (counts[prefix], prefix), default=None)
+    complete = [
+        prefix
+        for prefix, seen in numbers.items()
+        if set(range(max(seen) + 1 if layers is None else layers)) <= seen
+    ]
+    prefix = max(complete, key=lambda prefix: (counts[prefix], prefix), default=None)
+    if layers is None and prefix is not None:
+        layers = max(numbers[prefix]) + 1
+    return prefix, layers
 
 
-def _number(tensor: str, prefix: str | None) -> int | None:
+def layer_number(tensor: str, prefix: str | None) -> int | None:
+    """The number behind `prefix` in a tensor's name; None for tensors outside the layers."""
     if prefix is None or not tensor.startswith(prefix):
         return None
     number = tensor[len(prefix) :].partition(".")[0]
