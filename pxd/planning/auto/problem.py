@@ -121,7 +121,6 @@ class Problem:
         sums, beside = self._tables(*self.work.prefill(self.chunk), (0.0, 0.0))
         measured = [kind.measured.prefill_s * self.chunk for kind in self.kind_list]
         scale = self._scales((sums, beside), measured)
-        scale = np.where(np.isfinite(scale), scale, self._decode_scale)
         return sums * scale[:, None], beside * scale
 
     @property
@@ -146,14 +145,13 @@ class Problem:
     @cached_property
     def _decode_scale(self) -> Floats:
         measured = [kind.measured.decode_s for kind in self.kind_list]
-        scales = self._scales(self._decode_roofline(1), measured)
-        known = scales[np.isfinite(scales)]
-        # Who has not measured itself yet is taken to miss its roofline by as much as the others.
-        usual = float(np.exp(np.log(known).mean())) if len(known) else 1.0
-        return np.where(np.isfinite(scales), scales, usual)
+        return self._scales(self._decode_roofline(1), measured)
 
     def _scales(self, roofline: Tables, measured: Sequence[float]) -> Floats:
-        """Per kind: measured time over expected time of the same layers; NaN if not measured."""
+        """Per kind: measured time over expected time of the same layers.
+
+        Who has not measured itself yet is taken to miss its roofline by as much as the others.
+        """
         sums, beside = roofline
         scales: Floats = np.full(len(self.kind_list), np.nan)
         for row, (kind, seconds) in enumerate(zip(self.kind_list, measured, strict=True)):
@@ -161,7 +159,9 @@ class Problem:
             if seconds > 0 and ends[0] < ends[1] <= self.last:
                 expected = sums[row, ends[1]] - sums[row, ends[0]] + beside[row]
                 scales[row] = seconds / expected
-        return scales
+        known = scales[np.isfinite(scales)]
+        usual = float(np.exp(np.log(known).mean())) if len(known) else 1.0
+        return np.where(np.isfinite(scales), scales, usual)
 
     def _decode_roofline(self, batch: int) -> Tables:
         return self._tables(*self.work.decode(batch), self.work.head(batch))
