@@ -4,7 +4,7 @@ import contextlib
 import http.client
 import json
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,6 +15,8 @@ TIMEOUT_S = 10.0
 # A daemon that is busy with an answer sends something every ten seconds.
 STREAM_TIMEOUT_S = 60.0
 MAX_RESPONSE = 64 << 20
+
+AnswerT = TypeVar("AnswerT")
 
 _CONTROL = {"X-Pxd-Control": "1"}
 
@@ -89,8 +91,15 @@ class Client:
         return self._read("GET", "/cluster/status")
 
     def parse_status(self, raw: bytes) -> ClusterStatus:
+        return self._parse(raw, ClusterStatus)
+
+    def get(self, path: str, kind: type[AnswerT]) -> AnswerT:
+        """What a cluster route answers, as `kind`."""
+        return self._parse(self._read("GET", path), kind)
+
+    def _parse(self, raw: bytes, kind: type[AnswerT]) -> AnswerT:
         try:
-            return msgspec.json.decode(raw, type=ClusterStatus)
+            return msgspec.json.decode(raw, type=kind)
         except msgspec.DecodeError as error:
             raise Unreachable(
                 f"what answers at {self.url} is not a pxd daemon of this version ({error})"

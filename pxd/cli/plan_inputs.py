@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pxd.cli.client import Client, Unreachable
+from pxd.cli.client import Client
 from pxd.cli.find import find_daemon
 from pxd.planning.cluster_file import MAX_BYTES, Cluster, decode_json, parse_cluster
 from pxd.planning.model import ModelCost, PlanSettings
@@ -40,17 +40,6 @@ class Question(msgspec.Struct, frozen=True):
     order: tuple[str, ...] = ()
 
 
-class _PlanningClient(Client):
-    def planning(self) -> Planning:
-        raw = self._read("GET", "/cluster/planning")
-        try:
-            return msgspec.json.decode(raw, type=Planning)
-        except msgspec.DecodeError as error:
-            raise Unreachable(
-                f"what answers at {self.url} is not a pxd daemon of this version ({error})"
-            ) from error
-
-
 def ask_file(path: Path, model: str | None, shares: Shares) -> Question:
     """Raises `BadInput`."""
     if model is None:
@@ -70,7 +59,7 @@ def ask_daemon(
     node: str | None, data_dir: Path | None, model: str | None, shares: Shares
 ) -> Question:
     """Raises `BadInput`, and `NoDaemon`, `Unreachable` or `Refused` where no daemon answers."""
-    live = _PlanningClient(find_daemon(node, data_dir).url).planning()
+    live = Client(find_daemon(node, data_dir).url).get("/cluster/planning", Planning)
     inputs = msgspec.structs.replace(live.inputs, settings=_settings(live.inputs.settings, shares))
     if model is not None:
         inputs = msgspec.structs.replace(inputs, model=_model(model, all_mlx=False))

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from pxd.planning.model import Chain
 from pxd.planning.result import Basis
 from pxd.wire import Count, Identifier, Name, Reason
 
@@ -47,6 +48,11 @@ class PipelinePlan(msgspec.Struct, frozen=True):
     def tail(self) -> str:
         return self.stages[-1].node
 
+    @property
+    def chain(self) -> Chain:
+        """The stages in the planner's terms."""
+        return chain_of(self.stages)
+
 
 class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of one model. `reason` says why it waits; with pipelines it is empty.
@@ -78,13 +84,16 @@ class Plan(msgspec.Struct, frozen=True):
         return None
 
 
+def chain_of(stages: tuple[StagePlan, ...]) -> Chain:
+    return tuple((stage.node, stage.start, stage.end) for stage in stages)
+
+
 def pipeline_id(model: str, fingerprint: str, stages: tuple[StagePlan, ...]) -> str:
     """Digest of everything that makes two pipelines interchangeable.
 
     A chain that a new plan keeps has the same id in both epochs, so its requests go on undisturbed.
     """
-    chain = [(stage.node, stage.start, stage.end) for stage in stages]
-    content = msgspec.msgpack.encode((model, fingerprint, chain))
+    content = msgspec.msgpack.encode((model, fingerprint, chain_of(stages)))
     return hashlib.sha256(content).hexdigest()[:16]
 
 

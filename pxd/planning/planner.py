@@ -110,10 +110,8 @@ def describe_plan(
 
 def as_cut(problem: Problem, chain: Chain) -> Cut:
     """A chain of nodes and layers in the problem's indices. Every node must be usable."""
-    places = {node: place for place, node in enumerate(problem.nodes)}
-    cuts = {int(layer): place for place, layer in enumerate(problem.cuts)}
-    order = tuple(places[node] for node, _, _ in chain)
-    ends = tuple(cuts[end] for _, _, end in chain)
+    order = tuple(problem.place_of[node] for node, _, _ in chain)
+    ends = tuple(problem.cut_at[end] for _, _, end in chain)
     return Cut(order, ends, score(problem, order, ends))
 
 
@@ -132,12 +130,11 @@ def _recut(improver: Improver, cut: Cut) -> Cut:
 
 def _only_chain(problem: Problem, nodes: Sequence[int]) -> list[Cut]:
     """A tight fit, which the allocators miss because they go by layers of mean size."""
-    places = {problem.nodes[node]: node for node in nodes}
-    rooms = {name: problem.rooms[name] for name in places}
+    rooms = {problem.nodes[node]: problem.rooms[problem.nodes[node]] for node in nodes}
     reached, names = farthest_chain(problem.sizes, rooms)
     if reached < problem.model.layers:
         return []
-    order = tuple(places[name] for name in names)
+    order = tuple(problem.place_of[name] for name in names)
     [cut] = best_cuts(problem, [[order, *orders(problem, order)]], thorough=True)
     return [] if cut is None else [cut]
 
@@ -147,11 +144,10 @@ def value_of(cuts: Sequence[Cut]) -> float:
 
 
 def _allocation(problem: Problem, cut: Cut) -> Allocation:
-    starts = (0, *cut.ends[:-1])
     return Allocation(
         tuple(
             _stage(problem, problem.nodes[node], int(problem.cuts[start]), int(problem.cuts[end]))
-            for node, start, end in zip(cut.order, starts, cut.ends, strict=True)
+            for node, start, end in cut.stages
         )
     )
 

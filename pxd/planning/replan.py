@@ -99,8 +99,7 @@ def objective_of(inputs: PlanInputs, chains: Chains) -> float:
 
 def is_served(problem: Problem, chain: Chain) -> bool:
     """Whether `chain` is a pipeline of this model that fits these nodes as they are now."""
-    places = {node: place for place, node in enumerate(problem.nodes)}
-    cuts = {int(layer): place for place, layer in enumerate(problem.cuts)}
+    places, cuts = problem.place_of, problem.cut_at
     names = [node for node, _, _ in chain]
     starts = [start for _, start, _ in chain]
     ends = [end for _, _, end in chain]
@@ -122,7 +121,7 @@ def moved_bytes(problem: Problem, held: Held, cuts: Sequence[Cut]) -> int:
     """Bytes of weights that nodes must load which they do not hold yet."""
     total = 0
     for cut in cuts:
-        for place, start, end in zip(cut.order, (0, *cut.ends[:-1]), cut.ends, strict=True):
+        for place, start, end in cut.stages:
             first, last = int(problem.cuts[start]), int(problem.cuts[end])
             before, after = held.get(problem.nodes[place], (0, 0))
             total += problem.sizes.weights(first, last)
@@ -167,7 +166,7 @@ def _renamed(problem: Problem, held: Held, cuts: Sequence[Cut], free: list[int])
     renamed = []
     for cut in cuts:
         order = []
-        for old, start, end in zip(cut.order, (0, *cut.ends[:-1]), cut.ends, strict=True):
+        for old, start, end in cut.stages:
             alike = [node for node in left if problem.kinds[node] == problem.kinds[old]]
             node = min(alike, key=lambda node: (-overlap(node, start, end), node))
             left.remove(node)

@@ -19,12 +19,12 @@ def stand_by(
     moment. Who holds one goes on doing so. Stages that nobody stands by for come first, then those
     of the pipeline with most tokens/s, and of these the one with most bytes, the longest in coming.
     """
-    places = {node: place for place, node in enumerate(problem.nodes)}
+    places = problem.place_of
     ordered = sorted(nodes, key=lambda node: (node not in held, places.get(node, -1), node))
     stages = [
         (-cut.value, problem.sizes.weights(*_layers(problem, start, end)), start, end)
         for cut in cuts
-        for start, end in zip((0, *cut.ends[:-1]), cut.ends, strict=True)
+        for _, start, end in cut.stages
     ]
     standing = [0] * len(stages)
     spares = []

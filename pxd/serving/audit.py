@@ -27,10 +27,7 @@ def mismatch(plan: ModelPlan, own: NodeOffer) -> str:
     for told in basis.inputs.offers:
         if told.id == own.id and (told.memory, told.max_layers) != (own.memory, own.max_layers):
             return "the plan counts on other memory than this node offers"
-    chains = tuple(
-        tuple((stage.node, stage.start, stage.end) for stage in pipeline.stages)
-        for pipeline in plan.pipelines
-    )
+    chains = tuple(pipeline.chain for pipeline in plan.pipelines)
     try:
         expected = decide(basis).plan
         if chains == tuple(allocation.chain for allocation in expected.pipelines):

@@ -36,10 +36,7 @@ def basis_of(inputs: PlanInputs, current: ModelPlan | None, *, rebalance: bool) 
     """`current` is the plan in force of the same model, if there is one."""
     if current is None:
         return Basis(inputs=inputs, rebalance=rebalance)
-    chains = tuple(
-        tuple((stage.node, stage.start, stage.end) for stage in pipeline.stages)
-        for pipeline in current.pipelines
-    )
+    chains = tuple(pipeline.chain for pipeline in current.pipelines)
     spares = tuple(Spare(stage.node, stage.start, stage.end) for stage in current.spares)
     return Basis(inputs=inputs, previous=chains, spares=spares, rebalance=rebalance)
 

@@ -1,5 +1,7 @@
 """What a model's pipelines are expected to do, beside what they were measured to do."""
 
+import msgspec
+
 from pxd.cluster.plans import ModelPlan, PipelinePlan
 from pxd.cluster.records import StageReport
 from pxd.planning.auto.estimate import estimate
@@ -28,16 +30,8 @@ def _pipeline(pipeline: PipelinePlan, inputs: PlanInputs, members: Members) -> P
     report = stage_report(head.record, pipeline.id) if head is not None else None
     prompt = report.ttft_tokens if report and report.ttft_tokens else inputs.workload.prompt
     workload = Workload(prompt=prompt, output=inputs.workload.output)
-    problem = Problem(
-        PlanInputs(
-            model=inputs.model,
-            offers=inputs.offers,
-            settings=inputs.settings,
-            links=inputs.links,
-            workload=workload,
-        )
-    )
-    chain = tuple((stage.node, stage.start, stage.end) for stage in pipeline.stages)
+    problem = Problem(msgspec.structs.replace(inputs, workload=workload))
+    chain = pipeline.chain
     predicted = None
     if is_served(problem, chain):
         cut = as_cut(problem, chain)

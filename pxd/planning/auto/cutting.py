@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 
 from pxd.planning.auto.estimate import Score, loads, score
+from pxd.planning.auto.orders import Order
 from pxd.planning.auto.problem import Bools, Problem
 from pxd.planning.auto.work import Floats
 
-Order = tuple[int, ...]
 Load = tuple[int, int, int]
 
 _SLACK = 1 + 1e-9
@@ -34,6 +34,11 @@ class Cut(msgspec.Struct, frozen=True):
     order: Order
     ends: tuple[int, ...]
     score: Score
+
+    @property
+    def stages(self) -> Iterator[tuple[int, int, int]]:
+        """(node, from cut, to cut) of each stage."""
+        return zip(self.order, (0, *self.ends[:-1]), self.ends, strict=True)
 
     @property
     def value(self) -> float:

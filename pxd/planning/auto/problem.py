@@ -79,6 +79,16 @@ class Problem:
         return len(self.cuts) - 1
 
     @cached_property
+    def place_of(self) -> dict[str, int]:
+        """The index of each node in `nodes`."""
+        return {node: place for place, node in enumerate(self.nodes)}
+
+    @cached_property
+    def cut_at(self) -> dict[int, int]:
+        """The index in `cuts` of each layer before which the model may be cut."""
+        return {layer: place for place, layer in enumerate(self.sizes.cuts)}
+
+    @cached_property
     def request_bytes(self) -> Floats:
         """KV bytes of one request up to each cut."""
         return self._upto(self.work.request_bytes())
