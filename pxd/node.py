@@ -331,10 +331,10 @@ class Node:
             self.stages.publish_figures(self.heads.figures())
             own, now = self.gossip.record, trio.current_time()
             near = partners(self.plans.plan, own.id)
-            rtts = rtts_to_publish(own.rtts, self._rtts(), near, since=now - told_at)
-            if rtts is not own.rtts:
+            rtts = rtts_to_publish(own.links, self._rtts(), near, since=now - told_at)
+            if rtts is not own.links:
                 told_at = now
-                self.gossip.update(rtts=rtts)
+                self.gossip.update(links=rtts)
 
     def _rtts(self) -> dict[str, float]:
         """Round-trip times to all other nodes that are there, as far as they are measured."""

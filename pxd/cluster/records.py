@@ -10,7 +10,8 @@ from pxd.wire import Count, Identifier, Name, Reason
 Measure = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 Address = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 
-MAX_RTTS = 32
+MAX_LINKS = 16
+MAX_MODELS = 16
 
 StageState = Literal["loading", "ready", "restarting", "failed"]
 
@@ -54,11 +55,20 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: Measure = 0.0
 
 
-class Rtt(msgspec.Struct, frozen=True, array_like=True):
-    """Round trip time to `peer` in seconds, smoothed, as membership's probes measure it."""
+class PeerLink(msgspec.Struct, frozen=True, array_like=True):
+    """The way to `peer`: `rtt` in seconds, smoothed, as membership's probes measure it; `bandwidth`
+    in GB/s of payload on a data channel. 0 where it is not measured."""
 
     peer: Identifier
     rtt: Measure
+    bandwidth: Measure = 0.0
+
+
+class HeldModel(msgspec.Struct, frozen=True, array_like=True):
+    """A model whose files this node has; `fingerprint` tells revisions of one name apart."""
+
+    name: Name
+    fingerprint: Annotated[str, msgspec.Meta(max_length=128)] = ""
 
 
 class ModelChoice(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -78,7 +88,9 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     `incarnation` grows with every start and refutation and is persisted; `version` with every
     change of content. `memory` is what the node offers to models, in bytes. `seniority` is the
     place in join order, 0 until the node has settled; `leads` is the term it leads, 0 for none.
-    `rtts` are those to the peers that matter most to this node.
+    `links` are those to the peers that matter most to this node. `relay` says that it passes
+    traffic on for members that cannot reach each other. `leaving` says that it is about to go: it
+    is no candidate for leadership and takes no part in new plans.
     """
 
     id: Identifier
@@ -101,7 +113,10 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     waiting: Count = 0
     problem: Reason = ""
     started: Measure = 0.0
-    rtts: Annotated[tuple[Rtt, ...], msgspec.Meta(max_length=MAX_RTTS)] = ()
+    links: Annotated[tuple[PeerLink, ...], msgspec.Meta(max_length=MAX_LINKS)] = ()
+    models: Annotated[tuple[HeldModel, ...], msgspec.Meta(max_length=MAX_MODELS)] = ()
+    relay: bool = False
+    leaving: bool = False
 
     @property
     def order(self) -> tuple[int, int]:

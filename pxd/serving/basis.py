@@ -73,4 +73,7 @@ def _measured(record: NodeRecord, model: str) -> Measured | None:
 
 
 def _links(record: NodeRecord) -> Iterator[Link]:
-    return (Link(record.id, rtt.peer, max(LEAST_RTT_S, rtt.rtt - PROBE_S)) for rtt in record.rtts)
+    return (
+        Link(record.id, link.peer, max(LEAST_RTT_S, link.rtt - PROBE_S), link.bandwidth)
+        for link in record.links
+    )

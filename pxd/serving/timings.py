@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import msgspec
 
 from pxd.cluster.plans import Plan
-from pxd.cluster.records import MAX_RTTS, Rtt
+from pxd.cluster.records import MAX_LINKS, PeerLink
 from pxd.engine.scheduler import Generated
 from pxd.wire import Row
 
@@ -200,12 +200,12 @@ def partners(plan: Plan | None, node: str) -> frozenset[str]:
 
 
 def rtts_to_publish(
-    told: tuple[Rtt, ...],
+    told: tuple[PeerLink, ...],
     measured: Mapping[str, float],
     partners: Collection[str],
     *,
     since: float,
-) -> tuple[Rtt, ...]:
+) -> tuple[PeerLink, ...]:
     """Round trip times for this node's record; `told` itself while that is still good.
 
     `measured` holds those to all live peers and `since` is how long ago `told` was published. Where
@@ -219,7 +219,7 @@ def rtts_to_publish(
     def rank(peer: str) -> tuple[bool, float, str]:
         return peer not in partners, measured[peer] * (1 - RTTS_SHARE * (peer in before)), peer
 
-    chosen = sorted(sorted(measured, key=rank)[:MAX_RTTS])
+    chosen = sorted(sorted(measured, key=rank)[:MAX_LINKS])
     if chosen == sorted(before) and not any(
         # The daemons themselves take a millisecond or two, which is never twice the same.
         moved(before[peer], measured[peer], RTTS_SHARE)
@@ -227,4 +227,4 @@ def rtts_to_publish(
         for peer in chosen
     ):
         return told
-    return tuple(Rtt(peer, measured[peer]) for peer in chosen)
+    return tuple(PeerLink(peer, measured[peer]) for peer in chosen)

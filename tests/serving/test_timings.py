@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan
-from pxd.cluster.records import MAX_RTTS, NodeRecord, Rtt, StageReport
+from pxd.cluster.records import MAX_LINKS, NodeRecord, PeerLink, StageReport
 from pxd.engine.scheduler import Generated
 from pxd.serving.timings import (
     Figure,
@@ -217,7 +217,7 @@ def publish(
     since: float = math.inf,
 ) -> dict[str, float] | None:
     """The new figures, None if those told before stay."""
-    before = tuple(Rtt(peer, rtt) for peer, rtt in told.items())
+    before = tuple(PeerLink(peer, rtt) for peer, rtt in told.items())
     after = rtts_to_publish(before, measured, partners, since=since)
     return None if after is before else {item.peer: item.rtt for item in after}
 
@@ -244,7 +244,7 @@ def test_partners_come_first_then_the_nearest() -> None:
     near = {f"n{i:02}": 0.001 * (i + 1) for i in range(40)}
     told = publish({}, {**near, "z": 0.5}, partners="z")
     assert told is not None
-    assert set(told) == {"z", *sorted(near)[: MAX_RTTS - 1]}
+    assert set(told) == {"z", *sorted(near)[: MAX_LINKS - 1]}
 
 
 def test_equals_do_not_take_turns() -> None:
@@ -267,11 +267,11 @@ def test_what_is_told_fits_a_record_and_is_not_told_twice(
 ) -> None:
     told = rtts_to_publish((), earlier, near, since=math.inf)
     news = rtts_to_publish(told, measured, near, since=math.inf)
-    record = NodeRecord(id="a", name="a", rtts=news)
+    record = NodeRecord(id="a", name="a", links=news)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=NodeRecord) == record
     assert {item.peer for item in news} <= measured.keys()
-    assert len(news) == min(len(measured), MAX_RTTS)
-    if len(near & measured.keys()) <= MAX_RTTS:
+    assert len(news) == min(len(measured), MAX_LINKS)
+    if len(near & measured.keys()) <= MAX_LINKS:
         assert near & measured.keys() <= {item.peer for item in news}
     assert rtts_to_publish(news, measured, near, since=math.inf) is news
 
@@ -280,16 +280,16 @@ def test_records_of_nodes_that_measure_nothing_are_read() -> None:
     stage = {"model": "m", "pipeline": "p", "start": 0, "end": 1, "state": "ready"}
     old = msgspec.msgpack.encode({"id": "a", "name": "a", "stages": [stage]})
     record = msgspec.msgpack.decode(old, type=NodeRecord)
-    assert record.rtts == ()
+    assert record.links == ()
     assert record.stages == (
         StageReport(model="m", pipeline="p", start=0, end=1, state="ready", decode_s=0.0),
     )
 
 
 @pytest.mark.parametrize(
-    "rtts", [[["b", 0.1]] * (MAX_RTTS + 1), [["b", -1.0]], [["b", math.nan]], [["", 0.1]]]
+    "rtts", [[["b", 0.1]] * (MAX_LINKS + 1), [["b", -1.0]], [["b", math.nan]], [["", 0.1]]]
 )
 def test_records_that_claim_nonsense_are_refused(rtts: list[list[object]]) -> None:
-    data = msgspec.msgpack.encode({"id": "a", "name": "a", "rtts": rtts})
+    data = msgspec.msgpack.encode({"id": "a", "name": "a", "links": rtts})
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(data, type=NodeRecord)
