@@ -1,0 +1,225 @@
+"""Machines of their own on one host: network namespaces on a switch, and routers that do NAT.
+
+Needs root, iproute2 and nftables (`apt install iproute2 nftables`). Nothing of the host's own
+network is touched: the switch is a bridge in a namespace, too.
+"""
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pytest
+
+ResultT = TypeVar("ResultT")
+
+_NEWNET = 0x40000000
+_TABLE = "inet pxd_test"
+_counter = itertools.count()
+
+
+def _sh(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def why_not() -> str:
+    """Why there can be no namespaces here; empty if there can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for tool in ("ip", "nft"):
+        if shutil.which(tool) is None:
+            return f"`{tool}` is not installed"
+    probe = f"pxd-probe-{os.getpid()}"
+    done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    if done.returncode:
+        return f"`ip netns add` fails: {done.stderr.strip()}"
+    _sh("ip", "netns", "del", probe)
+    return ""
+
+
+needs_netns = pytest.mark.skipif(bool(why_not()), reason=why_not() or "available")
+
+
+class Namespace:
+    """One network stack. Commands and functions run inside it see nothing else."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.netns = f"pxd{os.getpid()}-{next(_counter)}-{name}"
+        self._inside = ThreadPoolExecutor(1, initializer=self._enter)
+        _sh("ip", "netns", "add", self.netns)
+        for setting in ("ipv6.conf.all.accept_dad=0", "ipv6.conf.default.accept_dad=0"):
+            self.sh("sysctl", "-qw", f"net.{setting}")
+        self.sh("ip", "link", "set", "lo", "up")
+
+    def command(self, *arguments: str) -> list[str]:
+        return ["ip", "netns", "exec", self.netns, *arguments]
+
+    def sh(self, *arguments: str) -> str:
+        return _sh(*self.command(*arguments))
+
+    def call(self, function: Callable[..., ResultT], *arguments: Any, **more: Any) -> ResultT:
+        """Run `function` in a thread whose sockets belong to this namespace."""
+        return self._inside.submit(function, *arguments, **more).result()
+
+    def close(self) -> None:
+        self._inside.shutdown()
+        subprocess.run(["ip", "netns", "del", self.netns], capture_output=True, check=False)
+
+    def address(self, interface: str, cidr: str) -> None:
+        self.sh("ip", "address", "add", cidr, "dev", interface)
+
+    def route(self, via: str) -> None:
+        self.sh("ip", "route", "replace", "default", "via", via)
+
+    def nft(self, *rules: str) -> None:
+        """Add rules such as "incoming ip saddr 10.0.0.2 drop"; there are the chains `incoming`,
+        `outgoing` and `passing`, all of which let through what no rule drops."""
+        self.sh("nft", "add", "table", *_TABLE.split())
+        for chain, hook in (("incoming", "input"), ("outgoing", "output"), ("passing", "forward")):
+            spec = f"add chain {_TABLE} {chain} {{ type filter hook {hook} priority 0; }}"
+            self.sh("nft", spec)
+        for rule in rules:
+            self.sh("nft", f"add rule {_TABLE} {rule}")
+
+    def block(self, *others: str) -> None:
+        """Hear nothing from these addresses and send them nothing."""
+        self.nft(
+            *(
+                rule
+                for o in others
+                for rule in (f"incoming ip saddr {o} drop", f"outgoing ip daddr {o} drop")
+            )
+        )
+
+    def lose(self, percent: int) -> None:
+        """Lose that share of all that arrives from others."""
+        self.nft(f'incoming iifname != "lo" numgen random mod 100 < {percent} drop')
+
+    def heal(self) -> None:
+        subprocess.run(
+            self.command("nft", "delete", "table", *_TABLE.split()),
+            capture_output=True,
+            check=False,
+        )
+
+    def _enter(self) -> None:
+        descriptor = os.open(f"/var/run/netns/{self.netns}", os.O_RDONLY)
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(descriptor, _NEWNET):
+                raise OSError(ctypes.get_errno(), "setns failed")
+        finally:
+            os.close(descriptor)
+
+
+class Machine(Namespace):
+    """A host with one interface, `eth0`, at `ip` on a switch."""
+
+    ip: str
+
+
+class Switch(Namespace):
+    """A bridge that machines plug into; `subnet` is the first three bytes of a /24."""
+
+    def __init__(self, name: str, subnet: str) -> None:
+        super().__init__(name)
+        self.subnet = subnet
+        self.sh("ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        self.sh("ip", "link", "set", "br0", "up")
+        self._ports = itertools.count()
+
+    def plug(self, other: Namespace, interface: str, host: int) -> str:
+        """Give `other` an interface here with the address `subnet`.`host`; returns the address."""
+        port = f"p{next(self._ports)}"
+        link(self, port, other, interface)
+        self.sh("ip", "link", "set", port, "master", "br0")
+        address = f"{self.subnet}.{host}"
+        other.address(interface, f"{address}/24")
+        return address
+
+
+class Network:
+    """Builds namespaces and takes them all down again."""
+
+    def __init__(self) -> None:
+        self._made: list[Namespace] = []
+
+    def switch(self, name: str, subnet: str) -> Switch:
+        switch = Switch(name, subnet)
+        self._made.append(switch)
+        return switch
+
+    def machine(self, name: str, switch: Switch, host: int, *, gateway: str = "") -> Machine:
+        machine = Machine(name)
+        self._made.append(machine)
+        machine.ip = switch.plug(machine, "eth0", host)
+        # mDNS wants a way for 224.0.0.0/4 even where there is no default route.
+        machine.sh("ip", "route", "add", "224.0.0.0/4", "dev", "eth0")
+        if gateway:
+            machine.route(gateway)
+        return machine
+
+    def router(self, name: str, inner: Switch, outer: Switch, outer_host: int) -> Namespace:
+        """Masquerades `inner` behind `outer`.`outer_host` and lets nothing in that was not asked
+        for, as a home router does; its inner address ends in .1."""
+        router = Namespace(name)
+        self._made.append(router)
+        inner.plug(router, "lan", 1)
+        outer.plug(router, "wan", outer_host)
+        router.sh("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        router.sh("nft", "add table ip nat")
+        router.sh("nft", "add chain ip nat post { type nat hook postrouting priority 100; }")
+        router.sh("nft", 'add rule ip nat post oifname "wan" masquerade')
+        router.nft(
+            'passing iifname "wan" ct state established,related accept',
+            'passing iifname "wan" drop',
+            'incoming iifname "wan" ct state established,related accept',
+            'incoming iifname "wan" drop',
+        )
+        return router
+
+    def close(self) -> None:
+        for namespace in reversed(self._made):
+            namespace.close()
+
+
+def link(one: Namespace, its: str, other: Namespace, theirs: str) -> None:
+    """Join two namespaces by a cable."""
+    _sh("ip", "link", "add", its, "netns", one.netns, "type", "veth",
+        "peer", "name", theirs, "netns", other.netns)  # fmt: skip
+    one.sh("ip", "link", "set", its, "up")
+    other.sh("ip", "link", "set", theirs, "up")
+
+
+@contextmanager
+def network() -> Iterator[Network]:
+    made = Network()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextmanager
+def lan(names: Sequence[str]) -> Iterator[list[Machine]]:
+    """Machines on one switch, at 10.77.0.2 and on."""
+    with network() as made:
+        switch = made.switch("sw", "10.77.0")
+        yield [made.machine(name, switch, host) for host, name in enumerate(names, 2)]
+
+
+def partition(*groups: Sequence[Machine]) -> None:
+    """Cut every group off from all others."""
+    for group in groups:
+        strangers = [machine.ip for other in groups if other is not group for machine in other]
+        for machine in group:
+            machine.block(*strangers)
