@@ -18,6 +18,7 @@ import psutil
 
 from pxd import __version__
 from pxd.identity import write_private
+from pxd.wire import DECODE_ERRORS
 
 log = logging.getLogger("pxd.hardware")
 
@@ -77,7 +78,7 @@ def load_cached(path: Path, key: str, kind: type[FiguresT]) -> FiguresT | None:
             return msgspec.json.decode(cached.figures, type=kind)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *DECODE_ERRORS) as error:
         log.warning("cannot read %s (%s); measuring this machine again", path, error)
     return None
 

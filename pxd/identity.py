@@ -13,7 +13,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from pxd.wire import Count
+from pxd.wire import DECODE_ERRORS, Count
 
 KEY_BYTES = 32
 TICKET_PREFIX = "pxd1"
@@ -45,7 +45,7 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
                 raise ValueError(f"it does not start with {TICKET_PREFIX}")
             raw = base64.b64decode(data + "=" * (-len(data) % 4), altchars=b"-_", validate=True)
             return msgspec.msgpack.decode(raw, type=cls)
-        except (ValueError, msgspec.DecodeError) as error:
+        except (ValueError, *DECODE_ERRORS) as error:
             raise IdentityError(
                 f"this is not a pxd ticket ({error}); "
                 "copy the whole line that `pxd ticket` prints on a member"
@@ -169,7 +169,7 @@ def read_state(path: Path) -> State:
         return msgspec.json.decode(path.read_bytes(), type=State)
     except FileNotFoundError:
         return State()
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise IdentityError(f"{path} is damaged ({error}); delete it to start afresh") from error
 
 

@@ -20,6 +20,10 @@ PREFIX_SIZE = _PREFIX.size
 Buffer = bytes | bytearray | memoryview
 HeaderT = TypeVar("HeaderT")
 
+DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""All that msgspec's decoders raise on bytes that are no message: `DecodeError` alone leaves out
+strings that are not UTF-8 and values nested too deeply."""
+
 
 class WireError(Exception):
     """Bytes that do not form a valid frame; the connection they came from is not usable again."""
@@ -207,7 +211,7 @@ def decode_header(
     """Decode and check a header; its `tensor`, where it has one, must describe the body exactly."""
     try:
         header = decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"bad header: {error}") from error
     tensor = getattr(header, "tensor", None)
     expected = tensor.nbytes if isinstance(tensor, Tensor) else 0

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from pxd.serving.status import ClusterStatus
+from pxd.wire import DECODE_ERRORS
 
 TIMEOUT_S = 10.0
 # A daemon that is busy with an answer sends something every ten seconds.
@@ -100,7 +101,7 @@ class Client:
     def _parse(self, raw: bytes, kind: type[AnswerT]) -> AnswerT:
         try:
             return msgspec.json.decode(raw, type=kind)
-        except msgspec.DecodeError as error:
+        except DECODE_ERRORS as error:
             raise Unreachable(
                 f"what answers at {self.url} is not a pxd daemon of this version ({error})"
             ) from error

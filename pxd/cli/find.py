@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from pxd.settings import DataFiles, default_data_dir
+from pxd.wire import DECODE_ERRORS
 
 
 class NoDaemon(Exception):
@@ -94,7 +95,7 @@ def read_daemon_file(data_dir: Path) -> Found:
         ) from None
     except OSError as error:
         raise NoDaemon(f"cannot read {path}: {error.strerror or error}") from error
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise NoDaemon(f"{path} is damaged; restart the daemon with `{start}`") from error
     if not is_running(content.pid):
         raise NotRunning(

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from pxd.models.errors import ModelError
-from pxd.wire import Count
+from pxd.wire import DECODE_ERRORS, Count
 
 MAX_HEADER_BYTES = 100 << 20
 _LENGTH_BYTES = 8
@@ -62,7 +62,7 @@ def _decode(path: Path, data: bytes) -> dict[str, TensorInfo]:
             for name, entry in entries.items()
             if name != "__metadata__"
         }
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise _damaged(path, f"its header is not readable: {error}") from error
 
 

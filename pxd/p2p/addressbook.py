@@ -11,6 +11,7 @@ import msgspec
 
 from pxd.identity import write_private
 from pxd.p2p.addresses import Address, parse_peer_addresses
+from pxd.wire import DECODE_ERRORS
 
 log = logging.getLogger("pxd.p2p")
 
@@ -58,7 +59,7 @@ class AddressBook:
             remembered = msgspec.json.decode(self._path.read_bytes(), type=_File)
         except FileNotFoundError:
             return
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *DECODE_ERRORS) as error:
             log.warning("cannot use the remembered peers in %s: %s", self._path, error)
             return
         for entry in remembered:

@@ -18,7 +18,7 @@ from pxd.p2p.casts import DroppingQueue
 from pxd.p2p.muxer import StreamClosed, YamuxStream
 from pxd.p2p.network import CallFailed, CallTimeout, PeerUnreachable
 from pxd.p2p.services import MESSAGE_LIMIT, Services
-from pxd.wire import Count, Identifier, Reason
+from pxd.wire import DECODE_ERRORS, Count, Identifier, Reason
 
 log = logging.getLogger("pxd.p2p")
 
@@ -87,7 +87,7 @@ async def read_message(
         raise StreamClosed(f"refusing a message of {size} bytes")
     try:
         return decoder.decode(await stream.read_exactly(size))
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise StreamClosed(f"a message that makes no sense: {error}") from error
 
 

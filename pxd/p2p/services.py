@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from pxd.p2p.network import CallFailed, Method, RequestT, ResponseT
+from pxd.wire import DECODE_ERRORS
 
 MESSAGE_LIMIT = 4 << 20
 """Upper bound in bytes for an encoded request or response."""
@@ -26,7 +27,7 @@ def decode_response(method: Method[Any, ResponseT], data: bytes) -> ResponseT:
     """Raises `CallFailed` ("bad-response") for bytes that are not of the method's type."""
     try:
         return method.response.decode(data)
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise CallFailed("bad-response", str(error)) from error
 
 
@@ -55,7 +56,7 @@ class Services:
         method, handler = self._handlers[name]
         try:
             request = method.request.decode(payload)
-        except msgspec.DecodeError as error:
+        except DECODE_ERRORS as error:
             raise CallFailed("bad-request", str(error)) from error
         try:
             return encode_message(await handler(peer, request))
