@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from pxd.serving.requests import Generation, InvalidRequest, Message
-from pxd.wire import DECODE_ERRORS, Name
+from pxd.wire import Name
 
 _SEED_BITS = 63
 _PLACE = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
@@ -181,7 +181,7 @@ def parse_chat_request(body: bytes) -> ChatCall:
         request = _decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _invalid(error) from error
-    except DECODE_ERRORS as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}") from error
     except RecursionError as error:
         raise InvalidRequest("The request body is nested too deeply") from error
