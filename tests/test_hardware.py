@@ -124,3 +124,9 @@ def test_an_old_cache_of_another_shape_is_measured_again(tmp_path: Path) -> None
     path = tmp_path / "hardware.json"
     hardware.store(path, "here", Older(tflops="fast"))
     assert hardware.load_cached(path, "here", Device) is None
+
+
+def test_a_machine_without_cgroups_has_all_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cgroup_memory", list)
+    assert hardware.memory_total() == psutil.virtual_memory().total
+    assert 0 < hardware.memory_available() <= hardware.memory_total()

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import httpx
 import psutil
 
+from tests.netns import Machine
+
 DEADLINE_S = 90.0
 Status = dict[str, Any]
 
@@ -35,15 +37,24 @@ class Daemon:
     _hardware: ClassVar[bytes] = b""
 
     def __init__(
-        self, root: Path, name: str, *options: str, join: str | None = None, slower: int = 1
+        self,
+        root: Path,
+        name: str,
+        *options: str,
+        join: str | None = None,
+        slower: int = 1,
+        machine: Machine | None = None,
     ) -> None:
-        """`slower` than the first one by that factor, as far as the planner knows."""
+        """`slower` than the first one by that factor, as far as the planner knows.
+
+        On a `machine` of its own it has the ports it likes best and mDNS, else neither.
+        """
         self.name = name
+        self.machine = machine
         self.data_dir = root / name
         self.log_path = root / f"{name}.log"
-        self._command = [sys.executable, "-m", "pxd", "start", "--name", name, "--no-mdns"]
-        self._command += ["--data-dir", str(self.data_dir)]
-        self._command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", *options]
+        shared = ("--no-mdns", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
+        self._command = self._pxd("start", "--name", name, *(() if machine else shared), *options)
         if join:
             self._command += ["--join", join]
         self.data_dir.mkdir(parents=True)
@@ -53,6 +64,14 @@ class Daemon:
                 measured["figures"][figure] /= slower
             (self.data_dir / "hardware.json").write_text(json.dumps(measured))
         self.start()
+
+    def _pxd(self, *arguments: str) -> list[str]:
+        command = [sys.executable, "-m", "pxd", *arguments, "--data-dir", str(self.data_dir)]
+        return self.machine.command(*command) if self.machine else command
+
+    def _http(self, function: Callable[..., httpx.Response], path: str, **more: Any) -> Any:
+        url = f"{self.url}{path}"
+        return self.machine.call(function, url, **more) if self.machine else function(url, **more)
 
     def start(self) -> None:
         with self.log_path.open("ab") as log:
@@ -79,7 +98,7 @@ class Daemon:
         return wait_for(read, f"{self.name} is up")
 
     def status(self) -> Status:
-        return httpx.get(f"{self.url}/cluster/status", timeout=10).raise_for_status().json()
+        return self._http(httpx.get, "/cluster/status", timeout=10).raise_for_status().json()
 
     @property
     def id(self) -> str:
@@ -101,7 +120,7 @@ class Daemon:
         return last
 
     def pxd(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "pxd", *arguments, "--data-dir", str(self.data_dir)]
+        command = self._pxd(*arguments)
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     def ticket(self) -> str:
@@ -112,7 +131,7 @@ class Daemon:
 
     def chat(self, text: str, **options: Any) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **options}
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+        return self._http(httpx.post, "/v1/chat/completions", json=body, timeout=120)
 
     def answer(self, text: str, **options: Any) -> str:
         response = self.chat(text, **options)
