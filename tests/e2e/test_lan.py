@@ -176,15 +176,18 @@ def test_both_sides_of_a_partition_answer_and_one_plan_is_left_after_it(
     five: list[Daemon],
 ) -> None:
     two, three = five[:2], five[2:]
-    partition([d.machine for d in two if d.machine], [d.machine for d in three if d.machine])
-    until = time.monotonic() + 20
     try:
-        for side in (two, three):
-            took(lambda side=side: agreed(side), f"{len(side)} agree", 30)  # type: ignore[misc]
         with clients(five) as failures:
-            while time.monotonic() < until:
-                assert agreed(two) or agreed(three)
+            began = time.monotonic()
+            partition(
+                [d.machine for d in two if d.machine], [d.machine for d in three if d.machine]
+            )
+            for side in (two, three):
+                took(lambda side=side: agreed(side), f"{len(side)} agree", 30)  # type: ignore[misc]
+            wait_for(lambda: time.monotonic() > began + 20, "20 s have passed")
         assert not failures
+        assert agreed(two)
+        assert agreed(three)
     finally:
         for daemon in five:
             assert daemon.machine
