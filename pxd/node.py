@@ -134,6 +134,7 @@ class Node:
             device=device,
             memory=_offer(settings, device),
             max_layers=settings.max_layers,
+            priority=settings.priority,
             term=state.term,
             choice=ModelChoice(*state.choice) if state.choice else None,
             started=time.time(),

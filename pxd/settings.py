@@ -34,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     listen: str | None = None
     memory: float | None = None
     max_layers: int | None = None
+    priority: int = 0
     mdns: bool = True
     log_format: Literal["text", "json"] = "text"
 

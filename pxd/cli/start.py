@@ -83,6 +83,15 @@ Name = Annotated[
 ]
 Memory = Annotated[float | None, _option("--memory", "GIB", "The most memory to offer, in GiB.")]
 MaxLayers = Annotated[int | None, _option("--max-layers", "N", "The most layers to hold.")]
+Priority = Annotated[
+    int,
+    _option(
+        "--priority",
+        "N",
+        "Lead the cluster rather than nodes with a smaller number, from -1000 to 1000; for a "
+        "machine that is always on. [dim]\\[default: 0][/dim]",
+    ),
+]
 NoMdns = Annotated[bool, typer.Option("--no-mdns", help="Do not look for nodes on the LAN.")]
 Format = Annotated[LogFormat, typer.Option("--log-format", help="How to log, to stderr.")]
 
@@ -140,6 +149,7 @@ def build_settings(
     name: str | None = None,
     memory: float | None = None,
     max_layers: int | None = None,
+    priority: int = 0,
     mdns: bool = True,
     log_format: LogFormat = LogFormat.text,
 ) -> Settings:
@@ -151,6 +161,8 @@ def build_settings(
         raise BadOption(f"--memory: {memory:g} GiB is nothing to offer; give a number above 0")
     if max_layers is not None and max_layers < 1:
         raise BadOption(f"--max-layers: {max_layers} is too few; give 1 or more")
+    if not -1000 <= priority <= 1000:
+        raise BadOption(f"--priority: {priority} is not between -1000 and 1000")
     return Settings(
         data_dir=(data_dir or data_dir_of_environment()).expanduser().absolute(),
         name=_node_name(name),
@@ -160,6 +172,7 @@ def build_settings(
         listen=listen,
         memory=memory,
         max_layers=max_layers,
+        priority=priority,
         mdns=mdns,
         log_format=log_format.value,
     )
@@ -174,6 +187,7 @@ def start(
     name: Name = None,
     memory: Memory = None,
     max_layers: MaxLayers = None,
+    priority: Priority = 0,
     no_mdns: NoMdns = False,
     log_format: Format = LogFormat.text,
 ) -> None:
@@ -187,6 +201,7 @@ def start(
             name=name,
             memory=memory,
             max_layers=max_layers,
+            priority=priority,
             mdns=not no_mdns,
             log_format=log_format,
         )

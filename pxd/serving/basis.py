@@ -48,8 +48,10 @@ def offers_key(inputs: PlanInputs) -> Key:
 
 def _present(members: Members) -> Iterator[NodeRecord]:
     for _, member in sorted(members.items()):
-        if member.state in ("alive", "suspect") and member.record.device is not None:
-            yield member.record
+        record = member.record
+        there = member.state in ("alive", "suspect")
+        if there and record.device is not None and not record.leaving:
+            yield record
 
 
 def _offer(record: NodeRecord, model: str) -> NodeOffer:

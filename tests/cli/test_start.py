@@ -68,7 +68,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
     result = pxd(
         *("start", "--model", str(tmp_path), "--join", TICKET, "--data-dir", str(tmp_path)),
         *("--http", "127.0.0.1:0", "--listen", "[::]:9000", "--name", "ben", "--memory", "7.5"),
-        *("--max-layers", "4", "--no-mdns", "--log-format", "json"),
+        *("--max-layers", "4", "--priority", "-5", "--no-mdns", "--log-format", "json"),
     )
     assert result.exit_code == 0, result.output
     assert node.settings == Settings(
@@ -80,6 +80,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         listen="[::]:9000",
         memory=7.5,
         max_layers=4,
+        priority=-5,
         mdns=False,
         log_format="json",
     )
@@ -142,6 +143,7 @@ def test_an_interrupt_before_the_daemon_is_up(node: FakeNode) -> None:
         ("--memory", "-1", "nothing to offer"),
         ("--memory", "nan", "nothing to offer"),
         ("--max-layers", "0", "give 1 or more"),
+        ("--priority", "1001", "not between -1000 and 1000"),
         ("--name", "", "1 to 64"),
         ("--name", "a\x1b[31m", "1 to 64"),
         ("--name", "x" * 65, "1 to 64"),
