@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import trio
 
+from pxd.cluster.adoption import Members, later_source, may_push
 from pxd.cluster.plans import Epoch, Plan, PlanStore
 from pxd.p2p.network import Method, Network, NetworkError
-from pxd.serving.readiness import Members
 
 log = logging.getLogger("pxd.serving.plansync")
 
@@ -48,7 +48,7 @@ class PlanSync:
         return True
 
     async def _serve_push(self, peer: str, plan: Plan) -> Epoch | None:
-        if plan.epoch.leader != peer or peer not in self._members():
+        if not may_push(peer, plan, self._members()):
             log.warning("refused plan %s from %s, which is not its author", plan.epoch, peer)
         else:
             self.offer(plan)
@@ -81,15 +81,7 @@ class PlanSync:
             self._behind.set()
 
     def _source(self) -> str | None:
-        held = self._store.epoch
-        later = [
-            (member.record.plan, peer != self._unreachable, peer)
-            for peer, member in self._members().items()
-            if member.state in ("alive", "suspect")
-            and member.record.plan is not None
-            and (held is None or member.record.plan > held)
-        ]
-        return max(later)[2] if later else None
+        return later_source(self._store.epoch, self._members(), self._unreachable)
 
     async def run(self) -> None:
         """Pull whenever a member's record shows a later plan than the one held."""

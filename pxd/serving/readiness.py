@@ -1,22 +1,10 @@
 """Whether a pipeline of the plan can take requests, from what its nodes say of themselves."""
 
-from collections.abc import Mapping
-from typing import Protocol
-
 import msgspec
 
+from pxd.cluster.adoption import Members as Members
 from pxd.cluster.plans import PipelinePlan, StagePlan
 from pxd.cluster.records import NodeRecord, StageReport
-
-
-class MemberLike(Protocol):
-    @property
-    def record(self) -> NodeRecord: ...
-    @property
-    def state(self) -> str: ...
-
-
-Members = Mapping[str, MemberLike]
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,38 @@
+"""Whose plan to take, and from whom: the decisions by which every node ends up with the latest."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from pxd.cluster.plans import Epoch, Plan
+from pxd.cluster.records import NodeRecord
+
+
+class MemberLike(Protocol):
+    @property
+    def record(self) -> NodeRecord: ...
+    @property
+    def state(self) -> str: ...
+
+
+Members = Mapping[str, MemberLike]
+
+
+def may_push(peer: str, plan: Plan, members: Members) -> bool:
+    """Whether `plan` counts when `peer` offers it unasked: only its author may, and as a member."""
+    return plan.epoch.leader == peer and peer in members
+
+
+def later_source(held: Epoch | None, members: Members, unreachable: str) -> str | None:
+    """The member to pull a plan from: of those that are there the one with the latest.
+
+    None when nobody's record shows a later plan than `held`. Of several that hold the same one,
+    `unreachable`, which did not answer the last time, is the last resort.
+    """
+    later = [
+        (member.record.plan, peer != unreachable, peer)
+        for peer, member in members.items()
+        if member.state in ("alive", "suspect")
+        and member.record.plan is not None
+        and (held is None or member.record.plan > held)
+    ]
+    return max(later)[2] if later else None
