@@ -22,17 +22,21 @@ def may_push(peer: str, plan: Plan, members: Members) -> bool:
     return plan.epoch.leader == peer and peer in members
 
 
-def later_source(held: Epoch | None, members: Members, unreachable: str) -> str | None:
+def later_source(
+    held: Epoch | None, members: Members, unreachable: str, refused: Epoch | None = None
+) -> str | None:
     """The member to pull a plan from: of those that are there the one with the latest.
 
     None when nobody's record shows a later plan than `held`. Of several that hold the same one,
-    `unreachable`, which did not answer the last time, is the last resort.
+    `unreachable`, which did not answer the last time, is the last resort. `refused` is a plan that
+    was looked at and makes no sense.
     """
     later = [
-        (member.record.plan, peer != unreachable, peer)
+        (plan, peer != unreachable, peer)
         for peer, member in members.items()
         if member.state in ("alive", "suspect")
-        and member.record.plan is not None
-        and (held is None or member.record.plan > held)
+        and (plan := member.record.plan) is not None
+        and plan != refused
+        and (held is None or plan > held)
     ]
     return max(later)[2] if later else None

@@ -7,6 +7,7 @@ import trio
 
 from pxd.cluster.adoption import Members, later_source, may_push
 from pxd.cluster.plans import Epoch, Plan, PlanStore
+from pxd.cluster.soundness import flaw
 from pxd.p2p.network import Method, Network, NetworkError
 
 log = logging.getLogger("pxd.serving.plansync")
@@ -33,6 +34,7 @@ class PlanSync:
         self._store = PlanStore()
         self._behind = trio.Event()
         self._unreachable = ""
+        self._refused: Epoch | None = None
         network.serve(PUSH, self._serve_push)
         network.serve(PULL, self._serve_pull)
 
@@ -51,8 +53,16 @@ class PlanSync:
         if not may_push(peer, plan, self._members()):
             log.warning("refused plan %s from %s, which is not its author", plan.epoch, peer)
         else:
-            self.offer(plan)
+            self._consider(peer, plan)
         return self._store.epoch
+
+    def _consider(self, peer: str, plan: Plan) -> None:
+        """Take a plan that somebody else has sent, if it makes sense."""
+        if found := flaw(plan):
+            log.warning("refused plan %s from %s: %s", plan.epoch, peer, found)
+            self._refused = plan.epoch
+        else:
+            self.offer(plan)
 
     async def _serve_pull(self, _peer: str, _request: None) -> Plan | None:
         return self._store.plan
@@ -81,7 +91,8 @@ class PlanSync:
             self._behind.set()
 
     def _source(self) -> str | None:
-        return later_source(self._store.epoch, self._members(), self._unreachable)
+        held, members = self._store.epoch, self._members()
+        return later_source(held, members, self._unreachable, self._refused)
 
     async def run(self) -> None:
         """Pull whenever a member's record shows a later plan than the one held."""
@@ -100,4 +111,4 @@ class PlanSync:
                 self._behind.set()
                 continue
             if plan is not None:
-                self.offer(plan)
+                self._consider(source, plan)

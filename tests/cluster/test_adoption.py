@@ -29,6 +29,7 @@ def test_the_latest_plan_is_pulled_and_nothing_that_is_no_later() -> None:
     assert later_source(None, members, "") == "b"
     assert later_source(old, members, "") == "b"
     assert later_source(new, members, "") is None
+    assert later_source(None, members, "", refused=new) == "a"
 
 
 def test_the_unreachable_and_the_gone_are_not_asked_first() -> None:
