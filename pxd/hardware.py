@@ -35,13 +35,13 @@ FiguresT = TypeVar("FiguresT")
 def memory_total() -> int:
     """Bytes of memory this process may use: the machine's, or the limit of its cgroup."""
     groups = [limit for limit, _ in cgroup_memory()]
-    return min(int(psutil.virtual_memory().total), *groups)
+    return min([int(psutil.virtual_memory().total), *groups])
 
 
 def memory_available() -> int:
     """Bytes that could be allocated now without swapping or breaking a cgroup's limit."""
     rooms = [limit - used for limit, used in cgroup_memory()]
-    return max(0, min(int(psutil.virtual_memory().available), *rooms))
+    return max(0, min([int(psutil.virtual_memory().available), *rooms]))
 
 
 def memory_offer(total: int, available: int, cap_gib: float | None = None) -> int:

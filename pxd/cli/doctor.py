@@ -24,7 +24,7 @@ HELP = with_examples(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def _without_daemon(data_dir: Path, first: "Finding") -> "Report":
+def _without_daemon(data_dir: Path, first: "Finding", *, silent: bool = False) -> "Report":
     import logging
     from functools import partial
 
@@ -36,7 +36,7 @@ def _without_daemon(data_dir: Path, first: "Finding") -> "Report":
     # What an executor says when it fails is in the findings.
     logging.getLogger("pxd").setLevel(logging.CRITICAL)
     settings = Settings(data_dir=data_dir, name=default_name())
-    return trio.run(partial(alone.examine, settings, first))
+    return trio.run(partial(alone.examine, settings, first, silent=silent))
 
 
 def examine(node: str | None, data_dir: Path | None) -> "Report":
@@ -75,7 +75,7 @@ def examine(node: str | None, data_dir: Path | None) -> "Report":
             "is it stopped or the machine overloaded? If this lasts, end the process and start "
             f"it again:\nkill {found.pid}\n{start_command(directory)}"
         )
-        return _without_daemon(directory, findings.problem("daemon", text, remedy))
+        return _without_daemon(directory, findings.problem("daemon", text, remedy), silent=True)
 
 
 def _has_unicode() -> bool:

@@ -22,10 +22,15 @@ _PIPE_WIDTH = 10_000
 def show(report: Report, *, unicode: bool = True) -> None:
     """Write it to standard output."""
     console = Console(highlight=False, emoji=False, markup=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
-    for part in (_heading(report), Text(), _table(report, unicode), Text(), _summary(report)):
-        console.print(part)
+    parts = Group(_heading(report), Text(), _table(report, unicode), Text(), _summary(report))
+    if console.is_terminal:
+        console.print(parts)
+        return
+    console.width = _PIPE_WIDTH
+    with console.capture() as captured:
+        console.print(parts)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 def _heading(report: Report) -> Text:
@@ -82,14 +87,12 @@ def _remedy(remedy: str, arrow: str, *, loud: bool) -> Table:
 
 def _summary(report: Report) -> Text:
     counts = Counter(finding.level for finding in report.findings)
-    words = []
-    for level, one, many in (
-        ("problem", "problem", "problems"),
-        ("warning", "warning", "warnings"),
-    ):
-        if count := counts[level]:
-            words.append(f"{count} {one if count == 1 else many}")
-    if not words:
-        return Text("no problems found", "bold green").append(f"  {report.seconds:g} s", "dim")
-    colour = "red" if counts["problem"] else "yellow"
-    return Text(", ".join(words), f"bold {colour}").append(f"  {report.seconds:g} s", "dim")
+    problems, warnings = counts["problem"], counts["warning"]
+    words = [
+        f"{count} {word}{'s' * (count > 1)}"
+        for count, word in ((problems, "problem"), (warnings, "warning"))
+        if count
+    ]
+    colour = "red" if problems else "yellow" if warnings else "green"
+    text = Text(", ".join(words) or "no problems found", f"bold {colour}")
+    return text.append(f"  {report.seconds:.1f} s", "bright_black")

@@ -17,8 +17,8 @@ DEADLINE_S = 30.0
 PORTS_CHECK = "ports"
 
 
-async def examine(settings: Settings, first: Finding) -> Report:
-    """`first` says why there is no daemon to ask."""
+async def examine(settings: Settings, first: Finding, *, silent: bool = False) -> Report:
+    """`first` says why there is no daemon to ask; `silent`: one runs and holds its ports."""
     began = time.monotonic()
     host, listen_port = parse_endpoint(settings.listen or DEFAULT_LISTEN)
     ports = firewall.ports_of(listen_port, listen_port + 1)
@@ -32,8 +32,8 @@ async def examine(settings: Settings, first: Finding) -> Report:
     await finish(walls, loop, free, device, room, within=DEADLINE_S)
     found = judged(
         ("daemon", lambda: [first]),
-        ("ports", lambda: free.value or ()),
-        ("firewall", lambda: opening.firewall(walls.value, None)),
+        ("ports", lambda: [] if silent else free.value or ()),
+        ("firewall", lambda: opening.firewall(walls.value, None, ports[0])),
         ("multicast", lambda: multicast.loopback(loop.value, walls.value)),
         ("neighbours", lambda: _heard(loop.value)),
         ("disk", lambda: machine.disk(room.value)),

@@ -157,7 +157,7 @@ class Doctor:
             ("daemon", lambda: daemon.daemon(facts)),
             ("model", lambda: daemon.model(facts)),
             ("reach", lambda: reach.reach(facts, asked.value, walls.value)),
-            ("firewall", lambda: opening.firewall(walls.value, reached)),
+            ("firewall", lambda: opening.firewall(walls.value, reached, ports[0])),
             ("multicast", lambda: multicast.multicast(facts, loop.value, walls.value)),
             ("cluster-key", lambda: door.door(facts)),
             ("version", lambda: versions.versions(facts)),

@@ -1,13 +1,19 @@
 """Who was refused lately, in either direction, and why: wrong key, other version, banned."""
 
+import re
+from shlex import quote
+
 from pxd.doctor import findings, words
 from pxd.doctor.facts import Facts
 from pxd.doctor.findings import Finding
 from pxd.p2p.refusals import Refusal
+from pxd.settings import default_data_dir
 
 RECENT_S = 600.0
 KEY, VERSION, BANNED = "wrong-key", "version", "banned"
 KEY_CHECK, VERSION_CHECK, BANNED_CHECK = "cluster-key", "protocol", "banned"
+
+_SPOKEN = re.compile(r"speaks version \d+ of pxd's protocol, this node \d+")
 
 
 def door(facts: Facts) -> list[Finding]:
@@ -50,29 +56,29 @@ def _wrong_key(facts: Facts, wrong: list[Refusal]) -> Finding:
     who = words.listed(_who(facts, each) for each in wrong)
     many = len(wrong) > 1
     text = (
-        f"{who} {'hold other keys' if many else 'holds another key'} than this node, so neither "
-        f"lets the other in (last {_ago(facts, max(wrong, key=lambda each: each.at))})"
-    )
-    forget = "stop it, delete cluster.key in its data directory"
-    there = (
-        f"to bring it into this cluster: run `pxd ticket` here; there, {forget}, and run "
-        "`pxd start --join TICKET`"
+        f"{who} {'hold other keys' if many else 'holds another key'} than this node, so they do "
+        f"not let each other in (last {_ago(facts, max(wrong, key=lambda each: each.at))})"
     )
     if facts.connected:
-        return findings.problem(KEY_CHECK, text, f"{there}. If it is not yours, ignore it")
-    here = (
-        "this node is alone. To bring it into that cluster: run `pxd ticket` there; here, stop "
-        f"the node, delete {facts.settings.files.cluster_key}, and run `pxd start --join TICKET`"
+        remedy = (
+            "nothing, if it is not yours. To bring it into this cluster, run `pxd ticket` here; "
+            "there, with pxd stopped:\nrm DATA-DIR/cluster.key\npxd start --join TICKET"
+        )
+        return findings.problem(KEY_CHECK, text, remedy)
+    directory = facts.settings.data_dir
+    option = "" if directory == default_data_dir() else f" --data-dir {quote(str(directory))}"
+    remedy = (
+        "this node is alone. To bring it into that cluster, run `pxd ticket` there; here:\n"
+        f"pxd stop{option}\nrm {quote(str(facts.settings.files.cluster_key))}\n"
+        f"pxd start{option} --join TICKET"
     )
-    return findings.problem(KEY_CHECK, text, f"{here}. Or {there}")
+    return findings.problem(KEY_CHECK, text, remedy)
 
 
 def _version(facts: Facts, each: Refusal) -> Finding:
-    said = f": {each.message}" if each.message else ""
-    text = (
-        f"{_who(facts, each)} speaks another version of pxd's protocol than this node "
-        f"(pxd {facts.status.version}), {_ago(facts, each)}{said}"
-    )
+    told = _SPOKEN.search(each.message)
+    speaks = told[0] if told else "speaks another version of pxd's protocol than this node"
+    text = f"{_who(facts, each)} {speaks} (pxd {facts.status.version}), {_ago(facts, each)}"
     remedy = "install the same release of pxd on both machines; `pxd version` shows it"
     return findings.problem(VERSION_CHECK, text, remedy)
 

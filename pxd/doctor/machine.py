@@ -77,7 +77,7 @@ def _own_memory() -> int:
 
 def disk(machine: Machine | None) -> list[Finding]:
     if machine is None:
-        return [findings.note(DISK, "the disk did not tell in time how much is free")]
+        return [findings.note(DISK, "disk and memory could not be looked at in time")]
     data, cache = machine.data_free, machine.cache_free
     if data is not None and data < DATA_NEEDED:
         text = f"only {words.gib(data)} free for keys and state in {machine.data_dir}"

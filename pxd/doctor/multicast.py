@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pxd.doctor import findings, words
-from pxd.doctor.facts import Discovered, Facts, HeardPeer, Peer
+from pxd.doctor.facts import Facts, HeardPeer, Peer
 from pxd.doctor.findings import Finding
 from pxd.doctor.firewall import MDNS
 from pxd.doctor.loops import Loop
@@ -49,27 +49,26 @@ def multicast(facts: Facts, loops: Loops, firewalls: Firewalls) -> list[Finding]
         return [findings.note(CHECK, text, "start without --no-mdns, or join by ticket")]
     found = loopback(loops, firewalls)
     discovered = facts.discovered
-    if discovered is None:
-        return found
-    if discovered.mdns:
+    if discovered is not None and discovered.mdns:
         text = f"mDNS does not run on this node: {discovered.mdns}"
         return [*found, findings.problem(CHECK, text, f"join by ticket instead: {JOIN}")]
-    return [*found, *_neighbours(facts, discovered, loops or ()), *_foreign(facts, discovered)]
+    return [*found, *_neighbours(facts, loops or (), firewalls), *_foreign(facts)]
 
 
-def _neighbours(facts: Facts, discovered: Discovered, loops: Sequence[Loop]) -> list[Finding]:
-    heard = {each.peer for each in discovered.heard}
+def _neighbours(facts: Facts, loops: Sequence[Loop], firewalls: Firewalls) -> list[Finding]:
+    heard = {each.peer for each in facts.discovered.heard} if facts.discovered else set()
     answered = {host for loop in loops for host in loop.answers}
     near = [peer for peer in facts.live if _is_near(facts, peer)]
-    deaf = [peer for peer in near if peer.id not in heard and not answered & set(peer.hosts)]
-    if facts.status.uptime < SETTLED_S:
-        deaf = []
-    if deaf:
-        return [_deaf(deaf, loops)]
+    silent = [peer for peer in near if not answered & set(peer.hosts)]
+    # A firewall here may keep out answers to the test's query, though not what mDNS itself hears.
+    if not firewalls_are_off(firewalls):
+        silent = [peer for peer in silent if facts.discovered and peer.id not in heard]
+    if silent and facts.status.uptime >= SETTLED_S:
+        return [_silent(silent, loops)]
     if near:
         names = words.listed(peer.name for peer in near)
         return [findings.ok(HEARD_CHECK, f"{names} on this network can be found by multicast")]
-    if not facts.live and not discovered.heard and not discovered.foreign and not answered:
+    if not facts.live and not heard and not answered and not _strangers(facts):
         text = "no other pxd is heard on this network"
         remedy = (
             "if there should be one: is `pxd start` running there, and is it in the same network "
@@ -77,6 +76,10 @@ def _neighbours(facts: Facts, discovered: Discovered, loops: Sequence[Loop]) -> 
         )
         return [findings.note(HEARD_CHECK, text, remedy)]
     return []
+
+
+def firewalls_are_off(firewalls: Firewalls) -> bool:
+    return firewalls is not None and all(each.state == "off" for each in firewalls)
 
 
 def _is_near(facts: Facts, peer: Peer) -> bool:
@@ -91,13 +94,13 @@ def _is_near(facts: Facts, peer: Peer) -> bool:
     )
 
 
-def _deaf(deaf: Sequence[Peer], loops: Sequence[Loop]) -> Finding:
-    names = words.listed(peer.name for peer in deaf)
-    they = "it is" if len(deaf) == 1 else "they are"
+def _silent(silent: Sequence[Peer], loops: Sequence[Loop]) -> Finding:
+    names = words.listed(peer.name for peer in silent)
+    they = "it is" if len(silent) == 1 else "they are"
     text = (
         f"multicast does not get through between {names} and this machine, though {they} in the "
         "same network and connected"
-        if all(peer.connected for peer in deaf)
+        if all(peer.connected for peer in silent)
         else f"{names} in the same network cannot be heard by multicast"
     )
     if any(loop.failure and not loop.interface.inner for loop in loops):
@@ -111,10 +114,14 @@ def _deaf(deaf: Sequence[Peer], loops: Sequence[Loop]) -> Finding:
     return findings.warning(HEARD_CHECK, text, remedy)
 
 
-def _foreign(facts: Facts, discovered: Discovered) -> list[Finding]:
-    if not discovered.foreign:
+def _strangers(facts: Facts) -> Sequence[HeardPeer]:
+    return facts.discovered.foreign if facts.discovered else ()
+
+
+def _foreign(facts: Facts) -> list[Finding]:
+    hosts = sorted({host for each in _strangers(facts) for host in _hosts(each)})
+    if not hosts:
         return []
-    hosts = sorted({host for each in discovered.foreign for host in _hosts(each)})
     text = f"another pxd cluster (with another key) is on this network, at {words.listed(hosts)}"
     remedy = f"to move this node there, use a ticket of that cluster: {JOIN}"
     if facts.live:

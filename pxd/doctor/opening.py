@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pxd.doctor import findings, words
 from pxd.doctor.findings import Finding
-from pxd.doctor.firewall import MAC_FILTER, MDNS, Firewall
+from pxd.doctor.firewall import MAC_FILTER, Firewall
 from pxd.doctor.packets import Port
 
 CHECK = "firewall"
@@ -61,12 +61,14 @@ def _nft(firewall: Firewall, port: Port) -> str:
 
 def how_to_open(firewalls: Firewalls, ports: Sequence[Port]) -> str:
     """What to do so that others get through to `ports`, given what was found."""
-    for verdict, reason in (("blocked", "keeps them out"), ("unknown", "may keep them out")):
-        for firewall in firewalls or ():
-            if shut := [port for port in ports if port in firewall.ports(verdict)]:
-                return f"{firewall.name} on this machine {reason}; open {listed(shut)}:\n" + (
-                    commands(firewall, shut)
-                )
+    for firewall in firewalls or ():
+        if shut := [port for port in ports if port in firewall.ports("blocked")]:
+            return f"open {listed(shut)} in {firewall.name} on this machine, see `{CHECK}`"
+    for firewall in firewalls or ():
+        if shut := [port for port in ports if port in firewall.ports("unknown")]:
+            return f"{firewall.name} on this machine may be why; open {listed(shut)}:\n" + (
+                commands(firewall, shut)
+            )
     if looks := [firewall.look for firewall in firewalls or () if firewall.state == "hidden"]:
         return f"see whether a firewall on this machine keeps {listed(ports)} shut:\n" + "\n".join(
             looks
@@ -80,23 +82,26 @@ def how_to_open(firewalls: Firewalls, ports: Sequence[Port]) -> str:
     )
 
 
-def firewall(firewalls: Firewalls, reached: bool | None) -> list[Finding]:
-    """`reached`: whether others got through to the listen port; None where nobody could try."""
+def firewall(firewalls: Firewalls, reached: bool | None, listen: Port) -> list[Finding]:
+    """`reached`: whether others got through to the port `listen`; None where nobody could try.
+
+    Where a firewall surely blocks a port, the commands that open it are here and nowhere else.
+    """
     if firewalls is None:
         return [findings.note(CHECK, "the firewall's rules could not be read in time")]
     active = [each for each in firewalls if each.state == "on"]
-    found = [_active(each, reached) for each in active]
+    found = [_active(each, reached, listen) for each in active]
     hidden = [each for each in firewalls if each.state == "hidden"]
     if hidden and not active:
         found.append(_hidden(hidden, reached))
     if not found:
         looked = words.listed(each.name for each in firewalls)
-        inside = f" ({looked} would tell)" if looked else ""
+        inside = f" ({looked} asked)" if looked else ""
         found.append(findings.ok(CHECK, f"no firewall is active on this machine{inside}"))
     return found
 
 
-def _active(each: Firewall, reached: bool | None) -> Finding:
+def _active(each: Firewall, reached: bool | None, listen: Port) -> Finding:
     blocked, unknown = each.ports("blocked"), each.ports("unknown")
     if blocked:
         why = {
@@ -105,10 +110,10 @@ def _active(each: Firewall, reached: bool | None) -> Finding:
             if port in blocked
         }
         text = f"{each.name} on this machine blocks {listed(blocked)} ({'; '.join(sorted(why))})"
-        remedy = "open them:\n" + commands(each, blocked)
-        if any(kind == "tcp" for kind, _ in blocked) and reached is False:
+        remedy = f"open {listed(blocked)}:\n" + commands(each, blocked)
+        if listen in blocked and reached is False:
             return findings.problem(CHECK, text, remedy)
-        if reached and blocked != [MDNS]:
+        if listen in blocked and reached:
             text += ", and yet others get through"
         return findings.warning(CHECK, text, remedy)
     if unknown and not reached:

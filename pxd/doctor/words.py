@@ -32,7 +32,9 @@ def gib(size: float) -> str:
 
 
 def seconds(span: float) -> str:
-    """Roughly how long: "0.4 s", "12 s", "3 min", "5 h", "2 days"."""
+    """Roughly how long: "3 ms", "0.4 s", "12 s", "3 min", "5 h", "2 days"."""
+    if span < 0.1:
+        return f"{span * 1000:.0f} ms"
     if span < 10:
         return f"{span:.1f} s"
     if span < 90:

@@ -34,7 +34,7 @@ class Offset(msgspec.Struct, frozen=True):
 
 
 class Clock:
-    """Serves `CLOCK` and asks others. `wall` in seconds since the epoch, `steady` since anything."""
+    """Serves `CLOCK` and asks others. `wall` in seconds since the epoch, `steady` of any start."""
 
     def __init__(
         self,
