@@ -4,6 +4,7 @@ Only commands that read. Most of them answer root alone; then the doctor says ho
 """
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from pxd.doctor.packets import (
     Chain,
     Judgement,
     Port,
+    Rule,
     iptables_chains,
     judge,
     nft_chains,
@@ -81,29 +83,35 @@ def read_ufw(text: str, ports: tuple[Port, ...]) -> Firewall:
     if "Status: active" not in lines:
         return Firewall(name="ufw", state="off")
     default = next((line for line in lines if line.startswith("Default:")), "")
-    drops = "allow (incoming)" not in default
-    rules = [line.split() for line in lines if " ALLOW" in line or " LIMIT" in line]
-    denied = [line.split() for line in lines if " DENY" in line or " REJECT" in line]
+    policy = Rule(
+        action="accept" if "allow (incoming)" in default else "drop",
+        text="it denies what no rule allows",
+    )
+    rules = [rule for line in lines if (rule := _ufw_rule(line)) is not None]
+    # It lets multicast DNS in by itself, see its before.rules.
+    multicast = Rule(action="accept", protocols=frozenset(("udp",)), ports=((MDNS[1], MDNS[1]),))
+    chain = Chain(name="", drops=policy.action == "drop", rules=(multicast, *rules, policy))
+    return _filter("ufw", (chain,), ports)
 
-    def covers(rule: list[str], port: Port) -> bool:
-        spec, _, protocol = rule[0].partition("/")
-        if protocol not in ("", port[0]) or "Anywhere" not in rule:
-            return rule[0] == "Anywhere" and "Anywhere" in rule[1:]
-        low, _, high = spec.partition(":")
-        return low.isdecimal() and int(low) <= port[1] <= int(high or low)
 
-    judgements = {}
-    for port in ports:
-        # ufw lets multicast DNS in by itself, see its before.rules.
-        if port == MDNS or any(covers(rule, port) for rule in rules):
-            judgements[port] = Judgement("open")
-        elif any(covers(rule, port) for rule in denied):
-            judgements[port] = Judgement("blocked", "", "one of its rules denies it")
-        elif drops:
-            judgements[port] = Judgement("blocked", "", "it denies what no rule allows")
-        else:
-            judgements[port] = Judgement("open")
-    return Firewall(name="ufw", state="on", judgements=judgements)
+def _ufw_rule(line: str) -> Rule | None:
+    """A line such as ``8471:8472/tcp   ALLOW IN   Anywhere``; None for any other."""
+    columns = re.split(r"\s{2,}", line)
+    if len(columns) < 3 or "(v6)" in line:
+        return None
+    to, action, source = columns[:3]
+    verdict = action.partition(" ")[0]
+    if verdict not in ("ALLOW", "LIMIT", "DENY", "REJECT") or "OUT" in action or "FWD" in action:
+        return None
+    known = re.fullmatch(r"(\d+)(?::(\d+))?(?:/(tcp|udp))?", to)
+    low, high, protocol = known.groups() if known else (None, None, None)
+    return Rule(
+        action="accept" if verdict in ("ALLOW", "LIMIT") else "drop",
+        text=f"its rule {to} {verdict} {source}",
+        protocols=frozenset((protocol,)) if protocol else None,
+        ports=((int(low), int(high or low)),) if low else None,
+        perhaps=source != "Anywhere" or (known is None and to != "Anywhere"),
+    )
 
 
 async def _firewalld(ports: tuple[Port, ...], run: Ask) -> Firewall | None:
