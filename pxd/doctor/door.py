@@ -1,4 +1,4 @@
-"""Who was refused lately, in either direction, and why: wrong key, other version, banned."""
+"""Who was refused lately, in either direction, and why: wrong key, other version, kicked out."""
 
 import re
 from shlex import quote
@@ -10,8 +10,14 @@ from pxd.p2p.refusals import Refusal
 from pxd.settings import default_data_dir
 
 RECENT_S = 600.0
-KEY, VERSION, BANNED = "wrong-key", "version", "banned"
-KEY_CHECK, VERSION_CHECK, BANNED_CHECK = "cluster-key", "protocol", "banned"
+KEY, OLD_KEY, VERSION, BANNED, HASTE = (
+    "wrong-key",
+    "old-key",
+    "version",
+    "banned",
+    "too-many-failures",
+)
+KEY_CHECK, VERSION_CHECK, DOOR_CHECK = "cluster-key", "protocol", "door"
 
 _SPOKEN = re.compile(r"speaks version \d+ of pxd's protocol, this node \d+")
 
@@ -22,10 +28,16 @@ def door(facts: Facts) -> list[Finding]:
     # Who is in by now is no longer shut out.
     recent = [each for each in recent if each.peer not in members]
     wrong = [each for each in recent if each.reason == KEY]
-    found = [_wrong_key(facts, _once(wrong))] if wrong else [_same_key(facts)]
-    found += [_version(facts, each) for each in _once(recent) if each.reason == VERSION]
-    found += [_banned(facts, each) for each in _once(recent) if each.reason == BANNED]
-    return found
+    same_key = not any(each.reason in (KEY, OLD_KEY) for each in recent)
+    found = [_wrong_key(facts, _once(wrong))] if wrong else []
+    found += [_same_key(facts)] if same_key else []
+    makers = {OLD_KEY: _old_key, VERSION: _version, BANNED: _banned, HASTE: _haste}
+    return found + [
+        make(facts, each)
+        for reason, make in makers.items()
+        for each in _once(recent)
+        if each.reason == reason
+    ]
 
 
 def _once(refusals: list[Refusal]) -> list[Refusal]:
@@ -83,8 +95,26 @@ def _version(facts: Facts, each: Refusal) -> Finding:
     return findings.problem(VERSION_CHECK, text, remedy)
 
 
+def _old_key(facts: Facts, each: Refusal) -> Finding:
+    text = f"the cluster's key was replaced, and {_who(facts, each)} and this node do not hold "
+    text += f"the same one ({_ago(facts, each)})"
+    remedy = "get a fresh ticket by `pxd ticket` on a member that is in; on the one that is not:\n"
+    return findings.problem(KEY_CHECK, text, f"{remedy}pxd start --join TICKET", _said(each))
+
+
 def _banned(facts: Facts, each: Refusal) -> Finding:
-    text = f"{_who(facts, each)} was refused {_ago(facts, each)}: banned from the cluster"
-    said = (each.message,) if each.message else ()
-    remedy = "nothing, if somebody kicked it on purpose; see `pxd kick --help` otherwise"
-    return findings.warning(BANNED_CHECK, text, remedy, said)
+    text = f"{_who(facts, each)} and this node were kept apart {_ago(facts, each)}: one of them "
+    text += "was kicked out of the cluster"
+    remedy = "nothing, if that was on purpose; else, on a member that is in, see `pxd kick --help`"
+    return findings.warning(DOOR_CHECK, text, remedy, _said(each))
+
+
+def _haste(facts: Facts, each: Refusal) -> Finding:
+    text = f"too many attempts from {each.address} to get in have failed; most of what comes from "
+    text += f"there is turned away for now ({_ago(facts, each)})"
+    remedy = "see what runs there: a node with an old ticket, or somebody who tries the door"
+    return findings.warning(DOOR_CHECK, text, remedy)
+
+
+def _said(each: Refusal) -> tuple[str, ...]:
+    return (each.message,) if each.message else ()

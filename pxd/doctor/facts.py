@@ -12,6 +12,7 @@ from pxd.cluster.records import NodeRecord
 from pxd.doctor.interfaces import Interface
 from pxd.p2p.addresses import parse_peer_addresses
 from pxd.p2p.network import Network
+from pxd.p2p.reach import direct
 from pxd.p2p.refusals import Refusal
 from pxd.p2p.secure import Identity
 from pxd.serving.status import ClusterStatus
@@ -67,9 +68,14 @@ class Measuring(Protocol):
 
 @runtime_checkable
 class Relaying(Protocol):
-    """A network that can reach peers through others."""
+    """A network that can reach peers through others; tells which it reaches only so."""
 
-    def relayed(self, peer: str) -> bool: ...
+    def relayed(self) -> frozenset[str]: ...
+
+
+def hosts_in(peer: str, addresses: tuple[str, ...]) -> tuple[str, ...]:
+    """The hosts at which `peer` itself can be found; a relay's is not one."""
+    return tuple(address.host for address in parse_peer_addresses(peer, direct(addresses)))
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -99,7 +105,7 @@ class Peer(msgspec.Struct, frozen=True):
     @property
     def hosts(self) -> tuple[str, ...]:
         """The hosts of the addresses in its record."""
-        return tuple(a.host for a in parse_peer_addresses(self.id, self.record.addresses))
+        return hosts_in(self.id, self.record.addresses)
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,7 +131,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def own_hosts(self) -> tuple[str, ...]:
-        return tuple(a.host for a in parse_peer_addresses(self.own.id, self.own.addresses))
+        return hosts_in(self.own.id, self.own.addresses)
 
     def name(self, peer: str) -> str:
         """A member by its name, a stranger by the end of its peer id."""
@@ -147,7 +153,8 @@ def gather(
     """`now` is Unix time, `clock` the time that members' `since` is told in."""
     own = members[network.peer_id].record
     names = Counter(member.record.name for member in members.values())
-    own_hosts = {address.host for address in parse_peer_addresses(own.id, network.addresses())}
+    own_hosts = set(hosts_in(own.id, network.addresses()))
+    relayed = network.relayed() if isinstance(network, Relaying) else frozenset[str]()
     peers = []
     for id_, member in members.items():
         if id_ == network.peer_id:
@@ -163,7 +170,7 @@ def gather(
                 host=host,
                 rtt=member.rtt,
                 bandwidth=network.bandwidth(id_) if isinstance(network, Measuring) else None,
-                relayed=isinstance(network, Relaying) and network.relayed(id_),
+                relayed=id_ in relayed,
                 here=host is not None and (host in own_hosts or host.startswith("127.")),
             )
         )

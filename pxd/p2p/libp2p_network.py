@@ -131,7 +131,7 @@ class Libp2pNetwork:
         return self._port, self._channels.port
 
     def host_of(self, peer: str) -> str | None:
-        """The IP address at the other end of the connection with `peer`, if there is one."""
+        """The IP address at the other end of the connection with `peer`, None without one."""
         session = self._sessions.get(peer)
         return session.connection.host if session and session.alive else None
 

@@ -107,7 +107,8 @@ class Reach:
 
     async def serve(self, peer: str, request: DialBack) -> DialBackAnswer:
         """Raises `CallFailed`: "too-often", "busy", or "no-address" where no record is known."""
-        addresses = parse_peer_addresses(peer, tuple(self._addresses_of(peer)))[:MAX_ADDRESSES]
+        told = direct(self._addresses_of(peer))
+        addresses = parse_peer_addresses(peer, told)[:MAX_ADDRESSES]
         if not addresses:
             raise CallFailed("no-address", "the record known here names no address")
         if self._running >= AT_ONCE:
@@ -158,6 +159,11 @@ class Reach:
             self._allowance.popitem(last=False)
         if not allowed:
             raise CallFailed("too-often", f"ask again in {(1 - left) * REFILL_SECONDS:.0f} s")
+
+
+def direct(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Without those that lead through a relay, which is another node's host and port."""
+    return tuple(address for address in addresses if "/p2p-circuit/" not in address)
 
 
 def may_dial(host: str, *, loopback: bool) -> bool:

@@ -118,9 +118,19 @@ def test_another_protocol() -> None:
     assert "speaks another version" in unsaid[1].text
 
 
-def test_banned() -> None:
-    found = door.door(facts(BEN, refusals=(refusal("banned"),)))
-    assert levels(found) == {"cluster-key": "ok", "banned": "warning"}
+def test_who_was_kicked_out_or_tries_too_often() -> None:
+    found = door.door(facts(BEN, refusals=(refusal("banned", message="it was kicked out"),)))
+    assert levels(found) == {"cluster-key": "ok", "door": "warning"}
+    assert found[1].details == ("it was kicked out",)
+    found = door.door(facts(BEN, refusals=(refusal("too-many-failures", peer=""),)))
+    assert levels(found) == {"cluster-key": "ok", "door": "warning"}
+    assert "from 10.0.0.9" in found[1].text
+
+
+def test_a_key_that_was_replaced() -> None:
+    found = only(door.door(facts(BEN, refusals=(refusal("old-key"),))))
+    assert found.level == "problem"
+    assert "pxd start --join TICKET" in found.remedy.splitlines()
 
 
 def test_versions() -> None:

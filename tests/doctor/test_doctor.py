@@ -199,8 +199,8 @@ async def test_what_the_network_knows_more_is_used(nodes: Nodes, tmp_path: Path)
         def bandwidth(self, peer: str) -> float | None:
             return 0.01 if peer == ben.network.peer_id else None
 
-        def relayed(self, peer: str) -> bool:
-            return peer == carl.network.peer_id
+        def relayed(self) -> frozenset[str]:
+            return frozenset({carl.network.peer_id})
 
     anna.doctor._network = Knowing()  # type: ignore[assignment]
     report = await anna.doctor.examine()

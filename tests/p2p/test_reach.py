@@ -70,8 +70,10 @@ async def test_only_addresses_of_the_asking_node_are_dialled(nodes: Nodes) -> No
     a = await nodes.start()
     b = await nodes.start(a)
     c = await nodes.start(a)
-    # What the record says of others, or nonsense, is no address of b.
-    serve(a, lambda peer: (*c.addresses(), "nonsense", *b.addresses()) if peer == b.peer_id else ())
+    # What the record says of others, of relays, or nonsense, is no address of b.
+    relayed = f"{c.addresses()[0]}/p2p-circuit/p2p/{b.peer_id}"
+    told = (*c.addresses(), relayed, "nonsense", *b.addresses())
+    serve(a, lambda peer: told if peer == b.peer_id else ())
     assert [found.address for found in await dialled(b, a, 0)] == list(b.addresses())
     with pytest.raises(CallFailed) as refused:
         await dialled(c, a, 0)
