@@ -80,13 +80,13 @@ def disk(machine: Machine | None) -> list[Finding]:
         return [findings.note(DISK, "disk and memory could not be looked at in time")]
     data, cache = machine.data_free, machine.cache_free
     if data is not None and data < DATA_NEEDED:
-        text = f"only {words.gib(data)} free for keys and state in {machine.data_dir}"
+        text = f"only {words.gib(data)} free for keys and state in {words.path(machine.data_dir)}"
         remedy = "free some space there, or start with another --data-dir"
         return [findings.problem(DISK, text, remedy)]
     if cache is None:
-        text = f"cannot tell how much is free in the model cache {machine.cache_dir}"
+        text = f"cannot tell how much is free in the model cache {words.path(machine.cache_dir)}"
         return [findings.note(DISK, text)]
-    text = f"{words.gib(cache)} free in the model cache {machine.cache_dir}"
+    text = f"{words.gib(cache)} free in the model cache {words.path(machine.cache_dir)}"
     if cache < CACHE_WANTED:
         remedy = "free some before you fetch a big model, or set HF_HOME to a larger disk"
         return [findings.note(DISK, text, remedy)]

@@ -102,7 +102,7 @@ def reach(facts: Facts, asked: Sequence[Asked] | None, firewalls: Firewalls) -> 
         return [_nobody_tried(asked)]
     able = [each for each in tried if _works(each)]
     if not able:
-        return [_unreachable(facts, tried, firewalls)]
+        return [_unreachable(facts, tried, asked, firewalls)]
     unable = [each for each in tried if each not in able]
     found = [_mixed(facts, able, unable, firewalls)] if unable else [_fine(facts, able)]
     return [*found, *_data_port(facts, able, firewalls)]
@@ -113,12 +113,13 @@ def _nobody_tried(asked: Sequence[Asked]) -> Finding:
         names = words.listed(each.peer.name for each in asked)
         text = f"{names} cannot be asked to connect to this node"
         return findings.note(CHECK, text, "run the same release of pxd on all machines")
-    details = tuple(
-        f"{each.peer.name}: {each.failure or 'it dials none of the addresses of this node'}"
-        for each in asked
-    )
+    details = tuple(f"{each.peer.name}: {_no_try(each)}" for each in asked)
     text = "no other node would try to connect to this one"
     return findings.note(CHECK, text, "ask again in half a minute", details)
+
+
+def _no_try(each: Asked) -> str:
+    return each.failure or "it dials none of the addresses of this node"
 
 
 def _where(facts: Facts, result: Dialled) -> str:
@@ -130,12 +131,17 @@ def _where(facts: Facts, result: Dialled) -> str:
 def _lines(facts: Facts, asked: Sequence[Asked]) -> tuple[str, ...]:
     return tuple(
         f"from {each.peer.name}: "
-        + ", ".join(f"{_where(facts, result)} {_WORDS[result.listen]}" for result in _results(each))
+        + (
+            ", ".join(f"{_where(facts, r)} {_WORDS[r.listen]}" for r in _results(each))
+            or _no_try(each)
+        )
         for each in asked
     )
 
 
-def _unreachable(facts: Facts, tried: Sequence[Asked], firewalls: Firewalls) -> Finding:
+def _unreachable(
+    facts: Facts, tried: Sequence[Asked], asked: Sequence[Asked], firewalls: Firewalls
+) -> Finding:
     listen = facts.ports[0]
     names = words.listed(each.peer.name for each in tried)
     outcomes = {result.listen for each in tried for result in _results(each)}
@@ -149,7 +155,7 @@ def _unreachable(facts: Facts, tried: Sequence[Asked], firewalls: Firewalls) -> 
     else:
         remedy = how_to_open(firewalls, _tcp(facts))
     text += "; it is in the cluster only through connections that it makes itself"
-    return findings.problem(CHECK, text, remedy, _lines(facts, tried))
+    return findings.problem(CHECK, text, remedy, _lines(facts, asked))
 
 
 def _mixed(

@@ -1,6 +1,7 @@
 """Puts names, lists and figures into sentences."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 SHOWN = 4
 
@@ -31,10 +32,18 @@ def gib(size: float) -> str:
     return f"{size / (1 << 30):.1f} GiB"
 
 
+def path(where: Path) -> str:
+    """With ~ for the home directory."""
+    try:
+        return str("~" / where.relative_to(Path.home()))
+    except (ValueError, RuntimeError):
+        return str(where)
+
+
 def seconds(span: float) -> str:
     """Roughly how long: "3 ms", "0.4 s", "12 s", "3 min", "5 h", "2 days"."""
     if span < 0.1:
-        return f"{span * 1000:.0f} ms"
+        return f"{max(1.0, span * 1000):.0f} ms"
     if span < 10:
         return f"{span:.1f} s"
     if span < 90:

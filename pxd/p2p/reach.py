@@ -7,6 +7,7 @@ time, and seldom.
 
 import ipaddress
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
@@ -24,7 +25,7 @@ log = logging.getLogger("pxd.p2p")
 MAX_ADDRESSES = 16
 PROBE_TIMEOUT = 3.0
 AT_ONCE = 4
-BURST = 3
+BURST = 5
 REFILL_SECONDS = 10.0
 REQUESTERS = 1024
 
@@ -158,7 +159,8 @@ class Reach:
         if len(self._allowance) > REQUESTERS:
             self._allowance.popitem(last=False)
         if not allowed:
-            raise CallFailed("too-often", f"ask again in {(1 - left) * REFILL_SECONDS:.0f} s")
+            wait = math.ceil((1 - left) * REFILL_SECONDS)
+            raise CallFailed("too-often", f"ask again in {wait} s")
 
 
 def direct(addresses: Sequence[str]) -> tuple[str, ...]:

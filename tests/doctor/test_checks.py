@@ -343,7 +343,10 @@ async def test_an_executor_that_cannot_be_measured(monkeypatch: pytest.MonkeyPat
     assert await engines.measured(1.0) == (None, "no MLX here")
 
 
-def test_words() -> None:
+def test_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    assert words.path(Path("/home/anna/a/b")) == "~/a/b"
+    assert words.path(Path("/srv/a")) == "/srv/a"
     assert words.listed([]) == ""
     assert words.listed("abcdef") == "a, b, c and 3 more"
     assert words.listed(["a", "b"]) == "a and b"

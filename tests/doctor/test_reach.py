@@ -60,6 +60,13 @@ def test_nobody_can_connect(outcome: Outcome, words: str) -> None:
     assert reached(asked) is False
 
 
+def test_who_gave_no_answer_is_told_beside_those_who_tried() -> None:
+    asked = [Asked(BEN, None, "no answer within 7 s"), tried(CARL, ("10.0.0.1", "timeout", "ok"))]
+    found = only(reach(facts(BEN, CARL), asked, ()))
+    assert found.text.startswith("carl cannot connect")
+    assert found.details[0] == "from ben: no answer within 7 s"
+
+
 def test_another_node_has_the_address() -> None:
     found = only(reach(facts(BEN), [tried(BEN, ("10.0.0.1", "other", "ok"))], ()))
     assert found.level == "problem"
