@@ -20,6 +20,8 @@ from pxd.api.server import serve as serve_http
 from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
+from pxd.doctor.doctor import Doctor
+from pxd.doctor.findings import Report
 from pxd.executors import describe_model, measure_device, open_executor
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.notify import notify
@@ -29,6 +31,7 @@ from pxd.planning.model import NodeOffer
 from pxd.serving.audit import Audit
 from pxd.serving.choice import choose, latest_choice
 from pxd.serving.head import HeadHost
+from pxd.serving.held import Held
 from pxd.serving.ingress import ChatIngress
 from pxd.serving.models import ModelSource
 from pxd.serving.planner import Office, Planner
@@ -121,6 +124,13 @@ class Node:
             lambda: self._choice().name,
         )
         self._audit = Audit(self.network.peer_id, self._own_offer, self._on_audit)
+        self._held = Held(
+            lambda: [stage.model for stage in self.gossip.record.stages if stage.state == "ready"],
+            lambda models: self.gossip.update(models=models),
+        )
+        self._doctor = Doctor(
+            self.network, self._members, self.status, lambda: [self._choice().name], settings
+        )
         self.network.on_frame(self._on_frame)
         self.network.on_peer(self._on_peer)
 
@@ -164,6 +174,7 @@ class Node:
             nursery.start_soon(self._audit.run)
             nursery.start_soon(self._report_load)
             nursery.start_soon(self._remember_choice)
+            nursery.start_soon(self._held.run, self.changed)
             with self._announced():
                 started(
                     Started(self.settings.name, self._http_url, self.ticket(), self.network.peer_id)
@@ -230,6 +241,9 @@ class Node:
             version=pxd.__version__,
             uptime=round(time.monotonic() - self._began, 1),
         )
+
+    async def doctor(self) -> Report:
+        return await self._doctor.examine()
 
     def planning(self) -> Planning | None:
         return planning(self.plans.plan, self._members())

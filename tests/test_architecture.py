@@ -27,6 +27,7 @@ FLOORS = {
     "models": 2,
     "p2p": 2,
     "serving": 3,
+    "doctor": 3,
     "node": 4,
     "api": 5,
     "cli": 5,

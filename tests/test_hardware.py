@@ -96,6 +96,12 @@ def test_without_cgroups_there_are_no_limits(tmp_path: Path) -> None:
     assert groups(tmp_path) == []
 
 
+def test_memory_where_no_cgroup_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a network namespace, which gets a /sys of its own."""
+    monkeypatch.setattr(hardware, "cgroup_memory", list)
+    assert 0 < hardware.memory_available() <= hardware.memory_total()
+
+
 def test_measured_figures_are_remembered_for_the_same_machine_only(tmp_path: Path) -> None:
     path = tmp_path / "hardware.json"
     assert hardware.load_cached(path, "here", Device) is None

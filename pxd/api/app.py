@@ -22,6 +22,7 @@ def create_app(daemon: Daemon) -> Starlette:
             Route("/readyz", cluster.readyz),
             Route("/cluster/status", cluster.status),
             Route("/cluster/planning", cluster.planning),
+            Route("/cluster/doctor", cluster.doctor),
             Route("/cluster/ticket", cluster.ticket),
             Route("/cluster/stop", cluster.stop, methods=["POST"]),
         ],

@@ -49,6 +49,11 @@ class Cluster:
             )
         return json_response(planning, headers={"cache-control": "no-store"})
 
+    async def doctor(self, request: Request) -> Response:
+        # It makes this node and others work, so it is not for everybody who may look.
+        require_control(request)
+        return json_response(await self._daemon.doctor(), headers={"cache-control": "no-store"})
+
     async def ticket(self, request: Request) -> Response:
         require_control(request)
         return json_response(

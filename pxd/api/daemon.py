@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from pxd.doctor.findings import Report
 from pxd.serving.requests import Ingress
 from pxd.serving.status import ClusterStatus
 from pxd.serving.view import Planning
@@ -12,6 +13,9 @@ class Daemon(Protocol):
     def ingress(self) -> Ingress: ...
 
     def status(self) -> ClusterStatus: ...
+
+    async def doctor(self) -> Report:
+        """Examine this node and its ways to others; takes up to ten seconds."""
 
     def planning(self) -> Planning | None:
         """What a plan would be made from now; None while no model is planned for."""

@@ -9,10 +9,13 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from pxd.doctor.findings import Report
 from pxd.serving.status import ClusterStatus
 from pxd.wire import DECODE_ERRORS
 
 TIMEOUT_S = 10.0
+# The daemon promises an answer in 10 s; two may ask at once.
+DOCTOR_TIMEOUT_S = 25.0
 # A daemon that is busy with an answer sends something every ten seconds.
 STREAM_TIMEOUT_S = 60.0
 MAX_RESPONSE = 64 << 20
@@ -83,8 +86,14 @@ class Client:
         finally:
             connection.close()
 
-    def _read(self, method: str, path: str, headers: dict[str, str] | None = None) -> bytes:
-        with self._response(method, path, headers=headers) as response:
+    def _read(
+        self,
+        method: str,
+        path: str,
+        headers: dict[str, str] | None = None,
+        timeout: float = TIMEOUT_S,
+    ) -> bytes:
+        with self._response(method, path, headers=headers, timeout=timeout) as response:
             return response.read(MAX_RESPONSE)
 
     def raw_status(self) -> bytes:
@@ -115,6 +124,10 @@ class Client:
             return str(json.loads(raw)["ticket"])
         except (ValueError, TypeError, KeyError) as error:
             raise Unreachable(f"what answers at {self.url} is not a pxd daemon") from error
+
+    def doctor(self) -> Report:
+        """Takes as long as the examination does."""
+        return self._parse(self._read("GET", "/cluster/doctor", _CONTROL, DOCTOR_TIMEOUT_S), Report)
 
     def stop(self) -> None:
         self._read("POST", "/cluster/stop", _CONTROL)

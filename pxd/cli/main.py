@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import pxd
-from pxd.cli import chat, plan, start, status, stop, ticket
+from pxd.cli import chat, doctor, plan, start, status, stop, ticket
 from pxd.cli.options import with_examples
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
         ("pxd start --join TICKET", "start a node in that cluster"),
         ("pxd status", "see the cluster from any of its nodes"),
         ("pxd chat", "talk to the model"),
+        ("pxd doctor", "find out what is wrong, and what to do"),
         ("pxd plan", "see how fast the cluster should be, and which machine would help"),
     ),
 )
@@ -52,6 +53,7 @@ app.command("start", help=start.HELP, short_help="Run a node here.")(start.start
 app.command("status", help=status.HELP, short_help="Show the cluster.")(status.status)
 app.command("plan", help=plan.HELP, short_help="Plan a model for machines.")(plan.plan)
 app.command("chat", help=chat.HELP, short_help="Talk to the model.")(chat.chat)
+app.command("doctor", help=doctor.HELP, short_help="Find out what is wrong.")(doctor.doctor)
 app.command("ticket", help=ticket.HELP, short_help="Print what others need to join.")(ticket.ticket)
 app.command("stop", help=stop.HELP, short_help="Stop the node on this machine.")(stop.stop)
 app.command("version", help=with_examples("Show the version.", ("pxd version", "")))(version)

@@ -65,6 +65,18 @@ def fetch_layers(name: str, start: int, end: int, progress: Progress = lambda _:
     return directory
 
 
+def cached_directory(name: str) -> Path | None:
+    """Where a model's files are on this machine, whole or in part; None for a hub id of which
+    nothing has been fetched. Asks no hub. Raises `ModelError` like `local_directory`."""
+    directory = local_directory(name)
+    if directory is not None:
+        return directory
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def local_directory(name: str) -> Path | None:
     """The directory of a model that needs no hub; None for a hub id. Raises `ModelError`."""
     if name == DEMO:

@@ -89,6 +89,11 @@ class DataChannels:
             finally:
                 self._nursery = None
 
+    @property
+    def port(self) -> int:
+        """Where direct channels are accepted; 0 for nowhere."""
+        return self._port
+
     async def send(self, session: Session, header: bytes, body: Buffer) -> None:
         if self._nursery is None:
             raise PeerUnreachable("this node is stopping")

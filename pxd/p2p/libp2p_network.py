@@ -64,6 +64,7 @@ class Libp2pNetwork:
         direct_channels: bool = True,
     ) -> None:
         identity = Identity(node_seed)
+        self.identity = identity
         self.peer_id = identity.peer_id
         self._cluster_key = cluster_key
         self._listen = listen
@@ -124,6 +125,15 @@ class Libp2pNetwork:
     def refusals(self) -> tuple[Refusal, ...]:
         """Why peers were not let in and why dials failed lately, oldest first; bounded."""
         return self._refusals.latest()
+
+    def ports(self) -> tuple[int, int]:
+        """The listen port and the data port; 0 before `run` listens."""
+        return self._port, self._channels.port
+
+    def host_of(self, peer: str) -> str | None:
+        """The IP address at the other end of the connection with `peer`, None without one."""
+        session = self._sessions.get(peer)
+        return session.connection.host if session and session.alive else None
 
     def learn(self, peer: str, addresses: tuple[str, ...]) -> None:
         if peer != self.peer_id:

@@ -14,12 +14,16 @@ log = logging.getLogger("pxd.p2p")
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """`at` is in seconds since the epoch; `address` or `peer` is empty where it is not known."""
+    """`at` is in seconds since the epoch; `address` or `peer` is empty where it is not known.
+
+    `message` is the whole sentence that was logged, where one was.
+    """
 
     address: str
     peer: str
     reason: str
     at: float
+    message: str = ""
 
 
 class Refusals:
@@ -34,9 +38,9 @@ class Refusals:
         """Oldest first."""
         return tuple(self._latest.values())
 
-    def note(self, address: str, peer: str, reason: str) -> None:
+    def note(self, address: str, peer: str, reason: str, message: str = "") -> None:
         self._latest.pop((address, peer), None)
-        self._latest[address, peer] = Refusal(address, peer, reason, self._clock())
+        self._latest[address, peer] = Refusal(address, peer, reason, self._clock(), message)
         if len(self._latest) > CAPACITY:
             self._latest.popitem(last=False)
 
@@ -47,7 +51,7 @@ class Refusals:
 
     def warn(self, address: str, peer: str, reason: str, message: str) -> None:
         """Note it, and log `message` unless the same was logged for `address` a short while ago."""
-        self.note(address, peer, reason)
+        self.note(address, peer, reason, message)
         key = (address, reason)
         now = self._clock()
         if now - self._warned.get(key, float("-inf")) < QUIET_SECONDS:

@@ -9,6 +9,7 @@ import trio
 
 from pxd.api.app import create_app
 from pxd.api.server import serve
+from pxd.doctor.findings import Finding, Report, note, ok
 from pxd.serving.requests import Delta, Generation, Message, UnknownModel
 from pxd.serving.status import (
     ClusterStatus,
@@ -150,10 +151,24 @@ def serving_status() -> ClusterStatus:
     )
 
 
+def report(*more: Finding) -> Report:
+    """A node in good order, but for `more`."""
+    found = (
+        ok("daemon", "the daemon is up for 3 min at http://127.0.0.1:8470, pxd 0.1.0"),
+        note("links", "ben over 5 ms away", "a cable helps most", ("ben: 7.10 ms",)),
+        *more,
+    )
+    healthy = all(finding.level != "problem" for finding in found)
+    return Report(
+        node="anna", version="0.1.0", daemon=True, healthy=healthy, seconds=1.25, findings=found
+    )
+
+
 class FakeDaemon:
     def __init__(self) -> None:
         self.ingress = FakeIngress()
         self.cluster = serving_status()
+        self.examined = report()
         self.plans: Planning | None = None
         self.stopped = threading.Event()
         self.ends_when_stopped = True
@@ -161,6 +176,10 @@ class FakeDaemon:
 
     def status(self) -> ClusterStatus:
         return self.cluster
+
+    async def doctor(self) -> Report:
+        await trio.lowlevel.checkpoint()
+        return self.examined
 
     def planning(self) -> Planning | None:
         return self.plans

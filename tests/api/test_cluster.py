@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from pxd.api.control import require_control
 from pxd.api.errors import ApiError
+from pxd.doctor.findings import Report
 from pxd.serving.status import ClusterStatus, ModelView
 
 from .fakes import TICKET, LiveServer
@@ -94,6 +95,12 @@ def test_ticket(server: LiveServer) -> None:
     assert response.headers["cache-control"] == "no-store"
 
 
+def test_doctor(server: LiveServer) -> None:
+    response = httpx.get(f"{server.url}/cluster/doctor", headers=CONTROL)
+    assert msgspec.json.decode(response.content, type=Report) == server.daemon.examined
+    assert response.headers["cache-control"] == "no-store"
+
+
 def test_stop(server: LiveServer) -> None:
     response = httpx.post(f"{server.url}/cluster/stop", headers=CONTROL)
     assert response.status_code == 202
@@ -111,7 +118,11 @@ def test_stop(server: LiveServer) -> None:
     ],
 )
 def test_control_is_refused(server: LiveServer, headers: dict[str, str]) -> None:
-    for method, path in (("GET", "/cluster/ticket"), ("POST", "/cluster/stop")):
+    for method, path in (
+        ("GET", "/cluster/ticket"),
+        ("GET", "/cluster/doctor"),
+        ("POST", "/cluster/stop"),
+    ):
         response = httpx.request(method, server.url + path, headers=headers)
         assert response.status_code == 403
         assert response.json()["error"]["code"] == "forbidden"

@@ -149,7 +149,7 @@ def test_version() -> None:
     assert pxd("--version").stdout == expected
 
 
-@pytest.mark.parametrize("name", ["start", "status", "chat", "ticket", "stop", "version"])
+@pytest.mark.parametrize("name", ["start", "status", "doctor", "chat", "ticket", "stop", "version"])
 def test_every_command_has_help_with_examples(name: str) -> None:
     assert name in pxd("--help").stdout
     result = pxd(name, "--help")
@@ -165,7 +165,9 @@ def test_no_command_is_a_question_for_help() -> None:
 HEAVY = {"libp2p", "mlx", "mlx_lm", "transformers", "trio", "starlette", "hypercorn", "numpy"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["status"], ["chat", "hi"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["start", "--help"], ["status"], ["doctor"], ["chat", "hi"]]
+)
 def test_commands_import_little(server: LiveServer, arguments: list[str]) -> None:
     script = (
         "import sys, runpy\n"

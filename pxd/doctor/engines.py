@@ -1,0 +1,52 @@
+"""Which executor works on this machine, and why others do not."""
+
+import importlib.util
+import shutil
+
+from pxd.cluster.records import Device
+from pxd.doctor import findings
+from pxd.doctor.findings import Finding
+from pxd.executors import measure_device
+from pxd.executors.backends import KINDS
+from pxd.executors.protocol import ExecutorDied, ExecutorError
+
+CHECK = "executor"
+KNOWN = {"mlx": "mlx", "torch": "torch", "sglang": "sglang"}
+"""Executors of the design, and the package that each needs."""
+
+GPU_ONLY = frozenset({"sglang"})
+
+
+async def measured(timeout: float) -> tuple[Device | None, str]:
+    """The device as the daemon would measure it; None and why not."""
+    try:
+        return await measure_device(timeout=timeout), ""
+    except (ExecutorError, ExecutorDied) as error:
+        return None, str(error)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _why_not(kind: str) -> str:
+    if kind not in KINDS:
+        return "not part of this release"
+    if not _installed(KNOWN[kind]):
+        return "not installed"
+    if kind in GPU_ONLY and shutil.which("nvidia-smi") is None:
+        return "no GPU that it could use"
+    return "installed, but it does not work here; the daemon's log says why"
+
+
+def executors(device: Device | None, failure: str = "") -> list[Finding]:
+    if device is None or not device.executors:
+        text = f"no executor works on this machine: {failure or 'it has not been measured'}"
+        remedy = "install pxd with its dependencies anew; `python -c 'import mlx.core'` tells more"
+        return [findings.problem(CHECK, text, remedy)]
+    others = [kind for kind in KNOWN if kind not in device.executors]
+    details = tuple(f"{kind}: {_why_not(kind)}" for kind in others)
+    where = f"{device.kind}: {device.name}" if device.name else device.kind
+    speed = f"{device.tflops:.3g} TFLOP/s, {device.bandwidth:.3g} GB/s"
+    text = f"{' and '.join(device.executors)} works on {where} ({speed})"
+    return [findings.Finding(check=CHECK, level="ok", text=text, details=details)]
