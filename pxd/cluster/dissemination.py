@@ -6,18 +6,17 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from pxd.cluster.messages import MAX_MESSAGE, Claim, News
-from pxd.cluster.records import NodeRecord
+from pxd.cluster.messages import MAX_MESSAGE, Claim, News, SignedRecord
 
 NEWS_BUDGET = MAX_MESSAGE - 512
 """Bytes of news in one message; the rest is for what a message carries besides."""
 
-ItemT = TypeVar("ItemT", NodeRecord, Claim)
+ItemT = TypeVar("ItemT", SignedRecord, Claim)
 
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encoded_size(item: NodeRecord | Claim) -> int:
+def encoded_size(item: SignedRecord | Claim) -> int:
     return len(_encoder.encode(item))
 
 
@@ -41,20 +40,20 @@ class BroadcastQueue:
 
     def __init__(self, factor: int) -> None:
         self._factor = factor
-        self._records: dict[str, _Item[NodeRecord]] = {}
+        self._records: dict[str, _Item[SignedRecord]] = {}
         self._claims: dict[str, _Item[Claim]] = {}
         self._stamp = 0
 
     def __bool__(self) -> bool:
         return bool(self._records or self._claims)
 
-    def push_record(self, record: NodeRecord, *known_to: str) -> None:
+    def push_record(self, record: SignedRecord, *known_to: str) -> None:
         """`known_to` are members that have it, such as the one it came from."""
         self._stamp += 1
-        self._records[record.id] = _Item(record, self._stamp, (record.id, *known_to))
-        claim = self._claims.get(record.id)
+        self._records[record.node] = _Item(record, self._stamp, (record.node, *known_to))
+        claim = self._claims.get(record.node)
         if claim is not None and claim.content.incarnation < record.incarnation:
-            del self._claims[record.id]
+            del self._claims[record.node]
 
     def push_claim(self, claim: Claim, *known_to: str) -> None:
         self._stamp += 1
@@ -69,7 +68,7 @@ class BroadcastQueue:
         self._claims.clear()
 
     def take(self, peer: str, others: Collection[str], budget: int = NEWS_BUDGET) -> News:
-        """News for one message to `peer` of at most `budget` bytes, or one larger record.
+        """News for one message to `peer` of at most `budget` bytes.
 
         `others` are all members that news should reach.
         """
@@ -86,8 +85,7 @@ class BroadcastQueue:
         used = 0
         by_need = sorted(items.items(), key=lambda entry: (entry[1].sent, -entry[1].stamp))
         for node, item in by_need:
-            fits = used + item.size <= room or (not used and item.size > NEWS_BUDGET)
-            if peer not in item.known_to and fits:
+            if peer not in item.known_to and used + item.size <= room:
                 used += item.size
                 item.sent += 1
                 item.known_to.add(peer)

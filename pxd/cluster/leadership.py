@@ -1,9 +1,9 @@
 """Who leads: derived from the membership view, never negotiated.
 
 Every node computes the same leader from the same view: the greatest priority, then the smallest
-seniority (the place in join order), then the smallest id, among live members that have settled. Two
-leaders for a moment are harmless: a plan carries its term, and only the derived leader goes on to
-take terms that are greater than all it has seen.
+seniority (the place in join order), then the smallest id, among live members that have settled and
+are not about to leave. Two leaders for a moment are harmless: a plan carries its term, and only the
+derived leader goes on to take terms that are greater than all it has seen.
 """
 
 import math
@@ -106,7 +106,7 @@ class Leadership:
         if leader == self.leader:
             return []
         before = members.get(self.leader) if self.leader is not None else None
-        handed_over = before is not None and before.state == "left"
+        handed_over = before is not None and (before.state == "left" or before.record.leaving)
         alone = not any(m.live for id_, m in members.items() if id_ != self._node)
         self._office_at = now if handed_over or alone else now + self._config.stable
         self.leader = leader
@@ -143,7 +143,7 @@ class Leadership:
             record = member.record
             own = record.id == self._node
             seniority = self.seniority if own else record.seniority
-            if member.live and seniority > 0:
+            if member.live and not record.leaving and seniority > 0:
                 candidates.append((-record.priority, seniority, record.id))
         return min(candidates)[2] if candidates else None
 

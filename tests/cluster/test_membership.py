@@ -22,6 +22,8 @@ from pxd.cluster.messages import (
     PingRequest,
 )
 from pxd.cluster.records import NodeRecord, StageReport
+from pxd.cluster.signing import goodbye
+from tests.signers import FakeSigner, signed
 
 CONFIG = MembershipConfig()
 
@@ -32,15 +34,23 @@ def record(node: str, incarnation: int = 1, version: int = 0, **more: object) ->
 
 def member(*others: NodeRecord, node: str = "me", **config: float) -> Membership:
     """A running membership that knows `others`, with nothing left to send or to tell."""
-    membership = Membership(
-        record(node), msgspec.structs.replace(CONFIG, **config) if config else CONFIG, seed=1
-    )
+    settings = msgspec.structs.replace(CONFIG, **config) if config else CONFIG
+    membership = Membership(record(node), settings, 1, FakeSigner(node))
     membership.start(0.0)
-    membership.receive(0.0, "teller", Delta(news=News(records=others)))
+    membership.receive(0.0, "teller", news(*others))
     membership.tick(0.0)
     membership.take_outbox()
     membership.take_events()
     return membership
+
+
+def news(*records: NodeRecord) -> Delta:
+    return Delta(news=News(records=tuple(signed(record) for record in records)))
+
+
+def left(node: str, incarnation: int = 1, by: str | None = None) -> Claim:
+    proof = goodbye(node, incarnation, FakeSigner(node))
+    return Claim(node, "left", incarnation, by or node, proof)
 
 
 def kinds(membership: Membership) -> list[tuple[str, str]]:
@@ -72,10 +82,10 @@ def test_what_the_protocol_sets_cannot_be_updated(field: str) -> None:
 
 def test_only_newer_records_replace_older_ones() -> None:
     membership = member(record("a", 2, 5, memory=1))
-    membership.receive(0.0, "a", Delta(news=News((record("a", 2, 4, memory=2),))))
-    membership.receive(0.0, "a", Delta(news=News((record("a", 1, 9, memory=3),))))
+    membership.receive(0.0, "a", news(record("a", 2, 4, memory=2)))
+    membership.receive(0.0, "a", news(record("a", 1, 9, memory=3)))
     assert membership.members["a"].record.memory == 1
-    membership.receive(0.0, "a", Delta(news=News((record("a", 2, 6, memory=4),))))
+    membership.receive(0.0, "a", news(record("a", 2, 6, memory=4)))
     assert membership.members["a"].record.memory == 4
     assert kinds(membership) == [("updated", "a")]
 
@@ -106,14 +116,14 @@ def test_suspicion_of_oneself_is_refuted_and_told() -> None:
 )
 def test_nobody_else_can_change_the_own_record(foreign: NodeRecord) -> None:
     membership = member()
-    membership.receive(0.0, "a", Delta(news=News((foreign,))))
+    membership.receive(0.0, "a", news(foreign))
     assert membership.record.incarnation == foreign.incarnation + 1
     assert membership.record.memory == 0
 
 
 def test_the_own_record_coming_back_is_no_contradiction() -> None:
     membership = member()
-    membership.receive(0.0, "a", Delta(news=News((membership.record,))))
+    membership.receive(0.0, "a", news(membership.record))
     assert membership.record.incarnation == 1
 
 
@@ -127,10 +137,10 @@ def test_a_digest_with_a_later_own_life_is_contradicted() -> None:
 def test_a_suspect_recovers_with_a_greater_incarnation_only() -> None:
     membership = member(record("a", 3))
     tell(membership, Claim("a", "suspect", 3, "b"))
-    membership.receive(0.0, "a", Delta(news=News((record("a", 3, 1, memory=9),))))
+    membership.receive(0.0, "a", news(record("a", 3, 1, memory=9)))
     assert membership.members["a"].state == "suspect"
     assert membership.members["a"].record.memory == 9
-    membership.receive(0.0, "a", Delta(news=News((record("a", 4),))))
+    membership.receive(0.0, "a", news(record("a", 4)))
     assert membership.members["a"].state == "alive"
     assert kinds(membership) == [("suspected", "a"), ("updated", "a"), ("recovered", "a")]
 
@@ -149,12 +159,12 @@ def test_claims_of_a_past_life_are_ignored() -> None:
 
 def test_a_goodbye_counts_at_once_and_a_return_needs_a_new_life() -> None:
     membership = member(record("a"))
-    tell(membership, Claim("a", "left", 1, "a"), now=3.0)
+    tell(membership, left("a"), now=3.0)
     assert membership.members["a"].state == "left"
     assert membership.members["a"].since == 3.0
-    membership.receive(4.0, "b", Delta(news=News((record("a", 1, 50),))))
+    membership.receive(4.0, "b", news(record("a", 1, 50)))
     assert membership.members["a"].state == "left"
-    membership.receive(5.0, "a", Delta(news=News((record("a", 2),))))
+    membership.receive(5.0, "a", news(record("a", 2)))
     assert membership.members["a"].state == "alive"
     assert kinds(membership) == [("left", "a"), ("joined", "a")]
 
@@ -167,27 +177,27 @@ def test_claims_about_strangers_mean_nothing() -> None:
 
 def test_a_dropped_node_stays_away_until_it_shows_a_new_life() -> None:
     membership = member(record("a"))
-    tell(membership, Claim("a", "left", 1, "a"))
+    tell(membership, left("a"))
     membership.tick(CONFIG.drop_after)
     assert "a" not in membership.members
     membership.take_outbox()
-    membership.receive(100.0, "late", Delta(news=News((record("a", 1, 3),))))
+    membership.receive(100.0, "late", news(record("a", 1, 3)))
     assert "a" not in membership.members
     ((peer, answer),) = membership.take_outbox()
     assert peer == "late"
     assert isinstance(answer, Delta)
     assert answer.news.claims == (Claim("a", "left", 1, "me"),)
-    membership.receive(101.0, "a", Delta(news=News((record("a", 2),))))
+    membership.receive(101.0, "a", news(record("a", 2)))
     assert membership.members["a"].state == "alive"
 
 
 def test_a_tombstone_is_forgotten_in_the_end() -> None:
     membership = member(record("a"), record("b"), tombstone_for=10.0)
-    tell(membership, Claim("a", "left", 1, "a"))
+    tell(membership, left("a"))
     membership.tick(CONFIG.drop_after)
-    tell(membership, Claim("b", "left", 1, "b"), now=70.0)
+    tell(membership, left("b"), now=70.0)
     membership.tick(70.0 + CONFIG.drop_after)
-    membership.receive(140.0, "late", Delta(news=News((record("a"), record("b")))))
+    membership.receive(140.0, "late", news(record("a"), record("b")))
     assert "a" in membership.members
     assert "b" not in membership.members
 
@@ -292,7 +302,7 @@ def test_after_a_freeze_of_its_own_a_node_gives_suspects_time_to_answer() -> Non
     tell(membership, Claim("a", "suspect", 1, "b"))
     membership.tick(500.0)
     assert membership.members["a"].state == "suspect"
-    membership.receive(500.1, "a", Delta(news=News((record("a", 2),))))
+    membership.receive(500.1, "a", news(record("a", 2)))
     assert membership.members["a"].state == "alive"
 
 
@@ -337,7 +347,7 @@ def test_a_connected_stranger_is_asked_again_until_it_answers() -> None:
     membership.take_outbox()
     membership.tick(1.0)
     assert digests_to(membership, "stranger") == 1
-    membership.receive(1.5, "stranger", Delta(news=News((record("stranger"),))))
+    membership.receive(1.5, "stranger", news(record("stranger")))
     membership.tick(2.0)
     assert digests_to(membership, "stranger") == 0
 

@@ -13,6 +13,7 @@ from pxd.cluster.messages import Delta, GossipMessage, News
 from pxd.cluster.records import NodeRecord
 from pxd.p2p.gossip import GOSSIP, Gossip, GossipEvent
 from tests.memory_network import MemoryHub, MemoryNetwork
+from tests.signers import FakeSigner, signed
 
 LIMIT = 30.0
 
@@ -29,6 +30,7 @@ class Node:
         self.gossip = Gossip(
             self.network,
             record,
+            signer=FakeSigner(name),
             seed=len(name),
             term=0,
             expects_peers=not alone,
@@ -258,7 +260,7 @@ async def test_whoever_has_left_hears_nothing_any_more(
     await settle(a, b)
     await a.gossip.leave(5)
     for _ in range(3):
-        b.network.cast("a", GOSSIP, Delta(news=News((b.gossip.record,))))
+        b.network.cast("a", GOSSIP, Delta(news=News((signed(b.gossip.record),))))
     await trio.sleep(10)
     assert a.states()["a"] == "left"
     assert b.states()["a"] == "left"
