@@ -5,7 +5,7 @@ import msgspec
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.members import MemberTable
 from pxd.cluster.membership import Membership
-from pxd.cluster.messages import Claim, Delta, GossipMessage, News
+from pxd.cluster.messages import Ack, Claim, Delta, GossipMessage, News, Ping
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import goodbye
 from tests.signers import FakeSigner, signed
@@ -69,4 +69,17 @@ def run(membership: Membership, until: float) -> list[tuple[float, str, GossipMe
         now = membership.next_wakeup
         membership.tick(now)
         said += [(now, peer, message) for peer, message in membership.take_outbox()]
+    return said
+
+
+def run_answered(membership: Membership, until: float) -> list[tuple[float, str, GossipMessage]]:
+    """As `run`, among members that answer every ping at once."""
+    said = []
+    while membership.next_wakeup <= until:
+        now = membership.next_wakeup
+        membership.tick(now)
+        for peer, message in membership.take_outbox():
+            said.append((now, peer, message))
+            if isinstance(message, Ping):
+                membership.receive(now, peer, Ack(seq=message.seq, news=News()))
     return said
