@@ -421,3 +421,16 @@ def test_one_exchange_of_digests_makes_two_views_equal(
         n: m.record for n, m in other.members.items()
     }
     assert one.synced
+
+
+def test_a_change_after_a_quiet_time_is_no_freeze() -> None:
+    """The tick that a change calls for comes as late as the change, and excuses nobody."""
+    membership = member(record("a"))
+    tell(membership, Claim("a", "suspect", 1, "b"))
+    for step in range(1, 15):
+        now = step * 0.3
+        while membership.next_wakeup <= now - 0.001:
+            membership.tick(membership.next_wakeup)
+        membership.update(memory=step)
+        membership.tick(now)
+    assert membership.members["a"].state == "dead"
