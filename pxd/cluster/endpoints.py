@@ -16,20 +16,22 @@ class Endpoints:
     def __init__(self) -> None:
         self._nodes: dict[str, set[str]] = {}
         self._listed: dict[str, frozenset[str]] = {}
+        self._addresses: dict[str, tuple[str, ...]] = {}
 
     def put(self, record: NodeRecord) -> None:
         """Take note of a new or changed record."""
-        listed = frozenset(_endpoints(record))
-        if listed == self._listed.get(record.id, frozenset()):
+        if record.addresses == self._addresses.get(record.id, ()):
             return
         self.remove(record.id)
-        self._listed[record.id] = listed
+        self._addresses[record.id] = record.addresses
+        listed = self._listed[record.id] = frozenset(_endpoints(record))
         for endpoint in listed:
             nodes = self._nodes.setdefault(endpoint, set())
             if len(nodes) < _CROWD:
                 nodes.add(record.id)
 
     def remove(self, node: str) -> None:
+        self._addresses.pop(node, None)
         for endpoint in self._listed.pop(node, ()):
             nodes = self._nodes.get(endpoint, set())
             nodes.discard(node)

@@ -285,10 +285,11 @@ class Membership:
     def _hear_record(self, now: float, peer: str, signed: SignedRecord) -> Claim | None:
         """Returns what to tell a peer that has missed the node's end."""
         table, node = self._table, signed.node
+        held = table.signed.get(node)
+        if held is not None and (signed.order < held.order or signed == held):
+            return None
         if node == self.id:
-            held = table.signed[node]
-            later = signed != held and signed.order >= held.order
-            if later and self._admission.is_genuine(now, peer, signed):
+            if self._admission.is_genuine(now, peer, signed):
                 # An earlier life went further than this node remembers.
                 self._voice.slandered(signed.incarnation)
                 self._refute(now)

@@ -111,3 +111,4 @@ def test_the_index_forgets_and_stays_small() -> None:
         endpoints.remove(f"n{index:03}")
     assert not endpoints._nodes
     assert not endpoints._listed
+    assert not endpoints._addresses
