@@ -33,16 +33,15 @@ class Difference(msgspec.Struct, frozen=True):
 def digests(table: MemberTable) -> list[Digest]:
     """All that is held, in parts that each fit a message."""
     nodes = sorted(table.members)
-    cuts: list[str | None] = [None, *nodes[ENTRIES - 1 : -1 : ENTRIES], None]
+    parts = [nodes[start : start + ENTRIES] for start in range(0, len(nodes), ENTRIES)]
+    cuts = [None, *(part[-1] for part in parts[:-1]), None]
     return [
         Digest(
             after=after,
             until=until,
-            entries=tuple(
-                _entry(table.members[node]) for node in nodes if _within(node, after, until)
-            ),
+            entries=tuple(_entry(table.members[node]) for node in part),
         )
-        for after, until in pairwise(cuts)
+        for part, (after, until) in zip(parts, pairwise(cuts), strict=True)
     ]
 
 

@@ -89,3 +89,26 @@ def test_a_dropped_node_is_no_news() -> None:
     queue.push_claim(Claim("a", "left", 1, "a"))
     queue.discard("a")
     assert not queue
+
+
+def test_however_much_waits_it_is_all_told_in_the_end() -> None:
+    queue = BroadcastQueue(4)
+    for index in range(3000):
+        queue.push_record(record(f"n{index}"), "source")
+    told: set[str] = set()
+    for step in range(3000):
+        news = queue.take(f"peer{step}", others(9999))
+        assert len(msgspec.msgpack.encode(news)) <= MAX_MESSAGE
+        told |= {r.node for r in news.records}
+        if not queue:
+            break
+    assert len(told) == 3000
+    assert not queue
+
+
+def test_news_that_all_have_is_none() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_record(record("a"), *others(3))
+    queue.push_claim(Claim("b", "suspect", 1, "x"), *others(3))
+    assert not queue.take("peer1", others(3)).records
+    assert not queue
