@@ -11,7 +11,7 @@ from pxd.cluster.leadership import (
     TookOffice,
 )
 from pxd.cluster.members import Member
-from pxd.cluster.messages import MemberState
+from pxd.cluster.messages import LAST_COUNT, MemberState
 from pxd.cluster.plans import Epoch
 from pxd.cluster.records import NodeRecord
 
@@ -244,3 +244,22 @@ def test_a_leader_that_restarts_is_believed_its_new_term() -> None:
     view.put("a", incarnation=2, seniority=1, leads=5, term=5)
     drive(machine, view, 61.0, since=60.0)
     assert (machine.leader, machine.term, machine.in_office) == ("a", 5, False)
+
+
+@pytest.mark.parametrize(
+    "absurd", [{"term": LAST_COUNT}, {"leads": LAST_COUNT}, {"plan": Epoch(LAST_COUNT, "z", 1)}]
+)
+def test_one_absurd_record_does_not_use_up_all_terms(absurd: dict[str, object]) -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    view.put("z", seniority=5, **absurd)  # type: ignore[arg-type]
+    machine.observe(3.0, view.members, synced=True)
+    assert 1 < machine.leads == machine.term < 1 << 21
+
+
+def test_at_the_end_of_all_terms_and_places_nothing_breaks() -> None:
+    machine, view = leadership(LAST_COUNT), View()
+    view.put("z", seniority=LAST_COUNT)
+    drive(machine, view, 10.0)
+    assert (machine.term, machine.seniority) == (LAST_COUNT, LAST_COUNT)
+    assert machine.leader == "me"
