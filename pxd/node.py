@@ -27,6 +27,7 @@ from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.notify import notify
 from pxd.p2p.gossip import Gossip, GossipEvent
 from pxd.p2p.libp2p_network import Libp2pNetwork
+from pxd.p2p.signatures import NodeSigner
 from pxd.planning.model import NodeOffer
 from pxd.serving.audit import Audit
 from pxd.serving.choice import choose, latest_choice
@@ -100,6 +101,7 @@ class Node:
         self.gossip = Gossip(
             self.network,
             self._first_record(device),
+            signer=NodeSigner(who.node_seed),
             term=who.state.term,
             seed=secrets.randbits(32),
             expects_peers=bool(who.join) or settings.files.peers.exists(),

@@ -11,11 +11,10 @@ import msgspec
 
 from pxd.cluster.dissemination import NEWS_BUDGET, encoded_size
 from pxd.cluster.members import Member, MemberTable, standing
-from pxd.cluster.messages import Claim, Delta, Digest, DigestEntry, News
-from pxd.cluster.records import NodeRecord
+from pxd.cluster.messages import Claim, Delta, Digest, DigestEntry, News, SignedRecord
 
-_ENTRIES = 200
-"""Digest entries, claims or wanted ids per message; none takes more than 300 bytes."""
+ENTRIES = 150
+"""Digest entries, claims or wanted ids per message; none takes more than 420 bytes."""
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -26,7 +25,7 @@ class Difference(msgspec.Struct, frozen=True):
     """
 
     heard: list[Claim]
-    records: list[NodeRecord]
+    records: list[SignedRecord]
     claims: list[Claim]
     wants: list[str]
 
@@ -34,16 +33,15 @@ class Difference(msgspec.Struct, frozen=True):
 def digests(table: MemberTable) -> list[Digest]:
     """All that is held, in parts that each fit a message."""
     nodes = sorted(table.members)
-    cuts: list[str | None] = [None, *nodes[_ENTRIES - 1 : -1 : _ENTRIES], None]
+    parts = [nodes[start : start + ENTRIES] for start in range(0, len(nodes), ENTRIES)]
+    cuts = [None, *(part[-1] for part in parts[:-1]), None]
     return [
         Digest(
             after=after,
             until=until,
-            entries=tuple(
-                _entry(table.members[node]) for node in nodes if _within(node, after, until)
-            ),
+            entries=tuple(_entry(table.members[node]) for node in part),
         )
-        for after, until in pairwise(cuts)
+        for part, (after, until) in zip(parts, pairwise(cuts), strict=True)
     ]
 
 
@@ -59,29 +57,29 @@ def compare(table: MemberTable, sender: str, digest: Digest) -> Difference:
             _compare_known(table, sender, member, entry, difference)
     for node, member in table.members.items():
         if node not in theirs and member.live and _within(node, digest.after, digest.until):
-            difference.records.append(member.record)
+            difference.records.append(table.signed[node])
             _append_claim(table, node, difference)
     return difference
 
 
 def deltas(
-    records: Iterable[NodeRecord], claims: Iterable[Claim], wants: Iterable[str]
+    records: Iterable[SignedRecord], claims: Iterable[Claim], wants: Iterable[str]
 ) -> Iterator[Delta]:
     """Messages that carry all this, each within the size limit; always at least one."""
     told = tuple(claims)
     # Claims about a node mean nothing to a receiver that does not have its record yet.
     news = [News(records=batch) for batch in _batches(records)]
-    news += [News(claims=told[i : i + _ENTRIES]) for i in range(0, len(told), _ENTRIES)]
+    news += [News(claims=told[i : i + ENTRIES]) for i in range(0, len(told), ENTRIES)]
     wanted = tuple(wants)
     parts = [Delta(news=part) for part in news]
     parts += [
-        Delta(news=News(), wants=wanted[i : i + _ENTRIES]) for i in range(0, len(wanted), _ENTRIES)
+        Delta(news=News(), wants=wanted[i : i + ENTRIES]) for i in range(0, len(wanted), ENTRIES)
     ]
     yield from parts or [Delta(news=News())]
 
 
-def _batches(records: Iterable[NodeRecord]) -> Iterator[tuple[NodeRecord, ...]]:
-    batch: list[NodeRecord] = []
+def _batches(records: Iterable[SignedRecord]) -> Iterator[tuple[SignedRecord, ...]]:
+    batch: list[SignedRecord] = []
     size = 0
     for record in records:
         more = encoded_size(record)
@@ -95,7 +93,8 @@ def _batches(records: Iterable[NodeRecord]) -> Iterator[tuple[NodeRecord, ...]]:
 
 
 def _entry(member: Member) -> DigestEntry:
-    return DigestEntry(member.record.id, member.record.order, member.state, member.incarnation)
+    record = member.record
+    return DigestEntry(record.id, record.order, member.state, member.incarnation, member.proof)
 
 
 def _within(node: str, after: str | None, until: str | None) -> bool:
@@ -107,7 +106,7 @@ def _compare_unknown(table: MemberTable, entry: DigestEntry, difference: Differe
         return
     if table.is_buried(entry.node, entry.record[0]):
         _append_claim(table, entry.node, difference)
-    else:
+    elif not table.is_full:
         difference.wants.append(entry.node)
 
 
@@ -115,17 +114,15 @@ def _compare_known(
     table: MemberTable, sender: str, member: Member, entry: DigestEntry, difference: Difference
 ) -> None:
     if entry.state != "alive":
-        difference.heard.append(Claim(entry.node, entry.state, entry.incarnation, sender))
+        claim = Claim(entry.node, entry.state, entry.incarnation, sender, entry.proof)
+        difference.heard.append(claim)
     if member.standing > standing(entry.state, entry.incarnation):
         _append_claim(table, entry.node, difference)
     if entry.record > member.record.order:
-        if entry.node == table.own_id:
-            # Somebody remembers a later life of this node than this one: contradict it.
-            difference.heard.append(Claim(entry.node, "suspect", entry.record[0], sender))
-        else:
-            difference.wants.append(entry.node)
+        # Of this node itself too: its own signature shows whether it has to contradict.
+        difference.wants.append(entry.node)
     elif entry.record < member.record.order:
-        difference.records.append(member.record)
+        difference.records.append(table.signed[entry.node])
 
 
 def _append_claim(table: MemberTable, node: str, difference: Difference) -> None:

@@ -1,9 +1,9 @@
 """Who leads: derived from the membership view, never negotiated.
 
 Every node computes the same leader from the same view: the greatest priority, then the smallest
-seniority (the place in join order), then the smallest id, among live members that have settled. Two
-leaders for a moment are harmless: a plan carries its term, and only the derived leader goes on to
-take terms that are greater than all it has seen.
+seniority (the place in join order), then the smallest id, among live members that have settled and
+are not about to leave. Two leaders for a moment are harmless: a plan carries its term, and only the
+derived leader goes on to take terms that are greater than all it has seen.
 """
 
 import math
@@ -12,6 +12,10 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from pxd.cluster.members import Member
+from pxd.cluster.messages import LAST_COUNT
+
+_FURTHEST_JUMP = 1 << 20
+"""By how much a term may grow at once: one absurd record must not use up all there are."""
 
 
 class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,11 +81,8 @@ class Leadership:
         self, now: float, members: Mapping[str, Member], *, synced: bool
     ) -> list[LeadershipEvent]:
         """Draw the conclusions from a view; `synced` as in `Membership`."""
-        for member in members.values():
-            record = member.record
-            self.term = max(self.term, record.term, record.leads)
-            if record.plan is not None:
-                self.term = max(self.term, record.plan.term)
+        seen = max(map(_greatest_term, members.values()), default=0)
+        self.term = max(self.term, min(seen, self.term + _FURTHEST_JUMP))
         self._settle(now, members, synced)
         events = self._follow(now, members)
         events += self._govern(now, members)
@@ -92,7 +93,8 @@ class Leadership:
         if synced and self._synced_at is None:
             self._synced_at = now
         if self.seniority == 0 and now >= self._settle_at:
-            self.seniority = 1 + max(member.record.seniority for member in members.values())
+            last = max(member.record.seniority for member in members.values())
+            self.seniority = min(1 + last, LAST_COUNT)
 
     @property
     def _settle_at(self) -> float:
@@ -106,7 +108,7 @@ class Leadership:
         if leader == self.leader:
             return []
         before = members.get(self.leader) if self.leader is not None else None
-        handed_over = before is not None and before.state == "left"
+        handed_over = before is not None and (before.state == "left" or before.record.leaving)
         alone = not any(m.live for id_, m in members.items() if id_ != self._node)
         self._office_at = now if handed_over or alone else now + self._config.stable
         self.leader = leader
@@ -120,7 +122,7 @@ class Leadership:
             return [LeftOffice(self.leader, self.term)]
         if now < self._office_at or (self.in_office and not self._is_contested(members)):
             return []
-        self.term += 1
+        self.term = min(self.term + 1, LAST_COUNT)
         self.leads = self.term
         # Should views differ for long, terms must not race each other.
         self._office_at = now + self._config.stable
@@ -143,7 +145,7 @@ class Leadership:
             record = member.record
             own = record.id == self._node
             seniority = self.seniority if own else record.seniority
-            if member.live and seniority > 0:
+            if member.live and not record.leaving and seniority > 0:
                 candidates.append((-record.priority, seniority, record.id))
         return min(candidates)[2] if candidates else None
 
@@ -152,3 +154,8 @@ class Leadership:
             return self._settle_at
         waits = self.leader == self._node and (not self.in_office or self._is_contested(members))
         return self._office_at if waits else math.inf
+
+
+def _greatest_term(member: Member) -> int:
+    record = member.record
+    return max(record.term, record.leads, record.plan.term if record.plan is not None else 0)

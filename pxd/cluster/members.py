@@ -11,8 +11,10 @@ from typing import Literal
 import msgspec
 
 from pxd.cluster.config import MembershipConfig
-from pxd.cluster.messages import Claim, MemberState
+from pxd.cluster.endpoints import Endpoints
+from pxd.cluster.messages import Claim, MemberState, SignedRecord
 from pxd.cluster.records import NodeRecord
+from pxd.cluster.signing import evidence
 
 EventKind = Literal[
     "joined", "updated", "suspected", "recovered", "died", "left", "dropped", "refuted"
@@ -37,8 +39,8 @@ class MemberEvent(msgspec.Struct, frozen=True):
 class Member(msgspec.Struct, frozen=True):
     """A node as this one sees it. `since` is the time of the last change of `state`.
 
-    `incarnation` is the life that `state` is about: the record's, or a greater one heard of. `rtt`
-    in seconds, smoothed; None until measured.
+    `incarnation` is the life that `state` is about: the record's, or a greater one that the node
+    said goodbye of. `rtt` in seconds, smoothed; None until measured. `proof` is the node's goodbye.
     """
 
     record: NodeRecord
@@ -46,6 +48,7 @@ class Member(msgspec.Struct, frozen=True):
     since: float
     incarnation: int
     rtt: float | None = None
+    proof: bytes = b""
 
     @property
     def live(self) -> bool:
@@ -64,24 +67,37 @@ def standing(state: MemberState, incarnation: int) -> tuple[int, int]:
 
 
 class Tombstone(msgspec.Struct, frozen=True):
-    """Remembers a dropped node, so that late gossip of its past life does not bring it back."""
+    """Remembers a dropped node, so that late gossip of its past life does not bring it back.
+
+    `proof` is the node's goodbye, or shows that it had the life that ended.
+    """
 
     state: Literal["dead", "left"]
     incarnation: int
     until: float
+    proof: bytes
 
 
 class MemberTable:
-    """All members, this node included, and what has happened to them since `take_events`."""
+    """All members, this node included, and what has happened to them since `take_events`.
 
-    def __init__(self, own: NodeRecord, config: MembershipConfig) -> None:
+    `signed` holds the members' records as they signed them, ready to be passed on.
+    """
+
+    def __init__(self, own: NodeRecord, signed: SignedRecord, config: MembershipConfig) -> None:
         self._config = config
         self._events: list[MemberEvent] = []
+        self._dropped: list[str] = []
         self.own_id = own.id
         self.members = {own.id: Member(own, "alive", 0.0, own.incarnation)}
+        self.signed = {own.id: signed}
         self.tombstones: dict[str, Tombstone] = {}
+        self._bytes = len(signed.content)
+        self._endpoints = Endpoints()
         self._live_others: list[str] = []
+        # In order of time, since everybody stays equally long.
         self._drop_times: dict[str, float] = {}
+        self._endpoints.put(own)
 
     @property
     def own(self) -> NodeRecord:
@@ -100,27 +116,52 @@ class MemberTable:
         """Members not known to be gone, without this node; not to be changed by the caller."""
         return self._live_others
 
-    def replace_own(self, record: NodeRecord, kind: EventKind) -> None:
+    def replace_own(self, record: NodeRecord, signed: SignedRecord, kind: EventKind) -> None:
         self._set(self.members[self.own_id], record=record, incarnation=record.incarnation)
+        self._keep(record, signed)
         self._events.append(MemberEvent(kind, record))
 
-    def learn(self, now: float, record: NodeRecord) -> bool:
-        """Merge another node's record; says whether it was news."""
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another node. The gone make way for new ones."""
+        return len(self.members) >= self._config.max_members and not self._drop_times
+
+    def has_room(self, signed: SignedRecord) -> bool:
+        """Whether the bounds allow for a record, be it of a new node or a known one.
+
+        A fair share of the budget is everybody's.
+        """
+        held = self.signed.get(signed.node)
+        if held is None and self.is_full:
+            return False
+        size, before = len(signed.content), len(held.content) if held is not None else 0
+        fair = self._config.record_budget // self._config.max_members
+        return size <= max(before, fair) or (
+            self._bytes - before + size <= self._config.record_budget
+        )
+
+    def learn(self, now: float, record: NodeRecord, signed: SignedRecord) -> bool:
+        """Merge another node's genuine record; says whether it was news."""
         member = self.members.get(record.id)
         if member is None:
             if self.is_buried(record.id, record.incarnation):
                 return False
             self.tombstones.pop(record.id, None)
+            if len(self.members) >= self._config.max_members and self._drop_times:
+                self._drop(now, next(iter(self._drop_times)))
             self._admit(Member(record, "alive", now, record.incarnation))
-            return True
-        if record.order <= member.record.order:
+        elif record.order <= member.record.order:
             return False
-        if record.incarnation > member.incarnation:
+        elif record.incarnation > member.incarnation:
             self._revive(now, member, record)
         else:
             self._set(member, record=record)
             if member.live:
                 self._events.append(MemberEvent("updated", record))
+        self._keep(record, signed)
+        if self.members[record.id].live:
+            for other in sorted(self._endpoints.sharing(record.id)):
+                self._drop_replaced(now, other)
         return True
 
     def is_buried(self, node: str, incarnation: int) -> bool:
@@ -137,18 +178,28 @@ class MemberTable:
         else:
             self._set(member, incarnation=incarnation)
 
-    def bury(self, now: float, node: str, state: Literal["dead", "left"], incarnation: int) -> None:
+    def bury(
+        self,
+        now: float,
+        node: str,
+        state: Literal["dead", "left"],
+        incarnation: int,
+        proof: bytes = b"",
+    ) -> None:
+        """`proof` is the goodbye of a node that left."""
         member = self.members[node]
         if not member.live:
             # Who died already and is now known to have left first is still gone only once.
-            self._set(member, state=state, incarnation=incarnation)
+            self._set(member, state=state, incarnation=incarnation, proof=proof)
             return
         kind: EventKind = "died" if state == "dead" else "left"
         self._events.append(MemberEvent(kind, member.record))
-        self._set(member, state=state, since=now, incarnation=incarnation)
+        self._set(member, state=state, since=now, incarnation=incarnation, proof=proof)
         if node != self.own_id:
             self._live_others = [other for other in self._live_others if other != node]
             self._drop_times[node] = now + self._config.drop_after
+            if any(self.members[other].live for other in self._endpoints.sharing(node)):
+                self._drop_replaced(now, node)
 
     def measure(self, node: str, seconds: float) -> None:
         """Follows a shorter time at once and a longer one slowly: delays only ever add to it."""
@@ -162,39 +213,64 @@ class MemberTable:
         if member is not None:
             if member.state == "alive":
                 return None
-            return Claim(node, member.state, member.incarnation, self.own_id)
+            return Claim(node, member.state, member.incarnation, self.own_id, member.proof)
         tombstone = self.tombstones.get(node)
         if tombstone is None:
             return None
-        return Claim(node, tombstone.state, tombstone.incarnation, self.own_id)
+        return Claim(node, tombstone.state, tombstone.incarnation, self.own_id, tombstone.proof)
 
-    def expire(self, now: float) -> list[str]:
-        """Drop those gone long enough and forget old tombstones; returns who was dropped."""
-        dropped = [node for node, when in self._drop_times.items() if when <= now]
-        for node in dropped:
-            del self._drop_times[node]
-            member = self.members.pop(node)
-            state: Literal["dead", "left"] = "left" if member.state == "left" else "dead"
-            until = now + self._config.tombstone_for
-            self.tombstones[node] = Tombstone(state, member.incarnation, until)
-            self._events.append(MemberEvent("dropped", member.record))
-        if dropped:
-            self._forget_tombstones(now)
-        return dropped
+    def expire(self, now: float) -> None:
+        """Drop those gone long enough."""
+        while self.next_expiry <= now:
+            self._drop(now, next(iter(self._drop_times)))
 
     @property
     def next_expiry(self) -> float:
-        return min(self._drop_times.values(), default=math.inf)
+        return next(iter(self._drop_times.values()), math.inf)
+
+    def take_dropped(self) -> list[str]:
+        """Who is no longer in the table, for those who keep something about members."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
 
     def take_events(self) -> list[MemberEvent]:
         events, self._events = self._events, []
         return events
 
+    def _drop_replaced(self, now: float, node: str) -> None:
+        """Another node has a dead one's address: that machine is back under a new identity."""
+        if self.members[node].state == "dead":
+            self._drop(now, node)
+
+    def _drop(self, now: float, node: str) -> None:
+        del self._drop_times[node]
+        member, signed = self.members.pop(node), self.signed.pop(node)
+        self._bytes -= len(signed.content)
+        self._endpoints.remove(node)
+        until = now + self._config.tombstone_for
+        if member.state == "left":
+            stone = Tombstone("left", member.incarnation, until, member.proof)
+        else:
+            stone = Tombstone("dead", member.incarnation, until, evidence(signed))
+        self.tombstones.pop(node, None)
+        self.tombstones[node] = stone
+        self._forget_tombstones(now)
+        self._dropped.append(node)
+        self._events.append(MemberEvent("dropped", member.record))
+
     def _forget_tombstones(self, now: float) -> None:
-        excess = len(self.tombstones) - self._config.max_tombstones
-        for index, (node, tombstone) in enumerate(list(self.tombstones.items())):
-            if index < excess or tombstone.until <= now:
-                del self.tombstones[node]
+        # In order of time, as they were put up.
+        while self.tombstones:
+            node, oldest = next(iter(self.tombstones.items()))
+            if oldest.until > now and len(self.tombstones) <= self._config.max_tombstones:
+                return
+            del self.tombstones[node]
+
+    def _keep(self, record: NodeRecord, signed: SignedRecord) -> None:
+        held = self.signed.get(record.id)
+        self._bytes += len(signed.content) - (len(held.content) if held is not None else 0)
+        self.signed[record.id] = signed
+        self._endpoints.put(record)
 
     def _revive(self, now: float, member: Member, record: NodeRecord) -> None:
         """A member shows a later life than the one this table judged."""

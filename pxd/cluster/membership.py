@@ -4,7 +4,8 @@ After "SWIM: Scalable Weakly-consistent Infection-style Process Group Membership
 Gupta, Motivala 2002) and HashiCorp's memberlist, with three differences. News travels on ordered
 streams and may be large. Full synchronisation exchanges digests first. A death is never hearsay:
 what another member calls dead this node only suspects, so that a healed partition does not bury
-members that merely have to speak up.
+members that merely have to speak up. Records and goodbyes are signed by the node that they are of,
+so that another member can lie about who answers it, and about nothing else.
 """
 
 import math
@@ -14,27 +15,33 @@ from typing import Any, Literal
 
 import msgspec
 
-from pxd.cluster.anti_entropy import compare, deltas, digests
+from pxd.cluster.admission import Admission, Refusal, RefusalReason
+from pxd.cluster.anti_entropy import ENTRIES, compare, deltas, digests
+from pxd.cluster.awareness import Awareness
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.dissemination import BroadcastQueue
-from pxd.cluster.members import EventKind, Member, MemberEvent, MemberTable
+from pxd.cluster.members import EventKind, Member, MemberEvent, MemberTable, standing
 from pxd.cluster.messages import (
+    LAST_COUNT,
     Ack,
     Claim,
     Delta,
     Digest,
     GossipMessage,
+    Nack,
     News,
     Ping,
     PingRequest,
+    SignedRecord,
 )
 from pxd.cluster.prng import SplitMix64
 from pxd.cluster.probing import Prober
 from pxd.cluster.records import NodeRecord
-from pxd.cluster.suspicion import Suspicion
+from pxd.cluster.signing import Signer, goodbye, seal
+from pxd.cluster.suspicion import Suspicions
+from pxd.cluster.voice import Voice
 
-_SYNC_SCALE = 32
-"""Members up to which full syncs keep their interval; beyond, it grows with the logarithm."""
+_MAX_ASKED = 4096
 
 
 class Membership:
@@ -46,22 +53,29 @@ class Membership:
     with all it knew.
     """
 
-    def __init__(self, record: NodeRecord, config: MembershipConfig, seed: int) -> None:
+    def __init__(
+        self, record: NodeRecord, config: MembershipConfig, seed: int, signer: Signer
+    ) -> None:
         """`record.incarnation` must be greater than that of every earlier life of this node."""
         self.id = record.id
         self.synced = False
         self._config = config
         self._random = SplitMix64(seed)
-        self._table = MemberTable(record, config)
+        self._signer = signer
+        self._table = MemberTable(record, seal(record, signer), config)
+        self._admission = Admission(self._table, signer, config)
         self._queue = BroadcastQueue(config.retransmissions)
-        self._prober = Prober(config, self._random)
-        self._suspicions: dict[str, Suspicion] = {}
+        self._awareness = Awareness(config.max_ill_health)
+        self._prober = Prober(config, self._random, self._awareness)
+        self._suspicions = Suspicions(config)
         self._connected: set[str] = set()
         self._parted: set[str] = set()
         self._asked: set[str] = set()
         self._outbox: list[tuple[str, GossipMessage]] = []
+        self._voice = Voice(config)
+        self._sought: dict[str, int] = {}
         self._running = False
-        self._called_at = 0.0
+        self._called_at = self._promised = 0.0
         self._probe_at = self._gossip_at = self._sync_at = self._reconnect_at = math.inf
 
     @property
@@ -73,6 +87,16 @@ class Membership:
         """This node's own record as it is gossiped now."""
         return self._table.own
 
+    @property
+    def health(self) -> int:
+        """How badly this node itself keeps up: 0 is healthy, `max_ill_health` the worst."""
+        return self._awareness.score
+
+    @property
+    def refused(self) -> Mapping[RefusalReason, int]:
+        """How much of what others sent was not let in, since the start."""
+        return MappingProxyType(self._admission.refused)
+
     def start(self, now: float) -> None:
         config = self._config
         self._running = True
@@ -82,10 +106,13 @@ class Membership:
         self._sync_at = now + config.sync_interval * self._random.fraction()
         self._reconnect_at = now + config.reconnect_interval
         self._gossip_at = now
+        self._promised = self.next_wakeup
 
     def join(self, peer: str) -> None:
         """Synchronise fully with a peer, whether it is known yet or not."""
         if self._running and peer != self.id:
+            if len(self._asked) >= _MAX_ASKED:
+                self._asked.pop()
             self._asked.add(peer)
             self._outbox.extend((peer, digest) for digest in digests(self._table))
 
@@ -102,17 +129,22 @@ class Membership:
     def disconnected(self, now: float, peer: str) -> None:
         """The transport lost a connection: ask at once whether the peer is still there."""
         self._connected.discard(peer)
-        self._parted.add(peer)
         member = self._table.members.get(peer)
-        if self._running and member is not None and member.state == "alive":
+        if member is None:
+            return
+        self._parted.add(peer)
+        if self._running and member.state == "alive":
             seq = self._prober.begin_urgent(now, peer)
-            self._ping(peer, seq)
-            self._ask_others(now)
+            if seq is not None:
+                self._ping(peer, seq)
+                self._ask_others(now)
+            self._promised = self.next_wakeup
 
     def update(self, **changes: Any) -> None:
         """Change this node's record; its version grows if anything really changed.
 
-        Raises ValueError for the fields that the protocol itself sets.
+        Others hear of many changes at once, and of mere load less often than of the rest. Raises
+        ValueError for the fields that the protocol itself sets.
         """
         fixed = {"id", "incarnation", "version"} & changes.keys()
         if fixed:
@@ -120,7 +152,9 @@ class Membership:
         old = self._table.own
         new = msgspec.structs.replace(old, **changes)
         if new != old:
-            self._publish(msgspec.structs.replace(new, version=old.version + 1), "updated")
+            version = min(old.version + 1, LAST_COUNT)
+            self._set_own(msgspec.structs.replace(new, version=version), "updated")
+            self._voice.changed(changes)
 
     def leave(self, now: float) -> None:
         """Say goodbye to the connected members and go silent. The outbox then holds goodbyes."""
@@ -128,12 +162,14 @@ class Membership:
             return
         self._running = False
         own = self._table.own
-        self._table.bury(now, self.id, "left", own.incarnation)
+        proof = goodbye(self.id, own.incarnation, self._signer)
+        self._table.bury(now, self.id, "left", own.incarnation, proof)
         others = self._table.live_others
         peers = [peer for peer in others if peer in self._connected]
         peers = peers or self._random.sample(others, self._config.gossip_fanout)
-        goodbye = Delta(news=News(claims=(Claim(self.id, "left", own.incarnation, self.id),)))
-        self._outbox = [(peer, goodbye) for peer in peers]
+        claim = self._table.claim_about(self.id)
+        assert claim is not None
+        self._outbox = [(peer, Delta(news=News(claims=(claim,)))) for peer in peers]
 
     def take_outbox(self) -> list[tuple[str, GossipMessage]]:
         """Messages to send, with their receivers; none of them may block the others."""
@@ -143,19 +179,23 @@ class Membership:
     def take_events(self) -> list[MemberEvent]:
         return self._table.take_events()
 
+    def take_refusals(self) -> list[Refusal]:
+        """What to tell people about news that was not let in."""
+        return self._admission.take_refusals()
+
     @property
     def next_wakeup(self) -> float:
         if not self._running:
             return math.inf
-        live = self._live()
         return min(
             self._probe_at,
             self._sync_at,
             self._reconnect_at,
             self._gossip_at if self._queue else math.inf,
+            self._voice.next_wakeup(self._table.own),
             self._prober.next_wakeup,
             self._table.next_expiry,
-            *(s.deadline(live, self._config) for s in self._suspicions.values()),
+            self._suspicions.next_deadline(self._live()),
         )
 
     def tick(self, now: float) -> None:
@@ -163,17 +203,18 @@ class Membership:
         if not self._running:
             return
         self._forgive_freeze(now)
+        self._refute(now)
+        for requester, seq in self._prober.due_nacks(now):
+            self._outbox.append((requester, Nack(seq=seq, news=self._news_for(requester))))
         self._ask_others(now)
         for target in self._prober.take_failed(now):
             self._accuse(now, target)
         self._bury_expired(now)
-        for node in self._table.expire(now):
-            self._queue.discard(node)
-            self._parted.discard(node)
+        self._table.expire(now)
         if now >= self._probe_at:
-            self._probe_at = now + self._config.probe_interval
             self._probe_next(now)
             self._greet_strangers()
+            self._probe_at = now + self._config.probe_interval * self._awareness.scale
         if now >= self._sync_at:
             self._sync_at = now + self._sync_interval()
             for peer in self._random.sample(self._table.live_others, 1):
@@ -181,9 +222,12 @@ class Membership:
         if now >= self._reconnect_at:
             self._reconnect_at = now + self._config.reconnect_interval
             self._seek_lost()
+        if self._voice.is_due(now, self._live()):
+            self._queue.push_record(self._table.signed[self.id])
         if self._queue and now >= self._gossip_at:
             self._gossip_at = now + self._config.gossip_interval
             self._gossip()
+        self._finish()
 
     def receive(self, now: float, peer: str, message: GossipMessage) -> None:
         """Handle a message; `peer` must come from the authenticated connection."""
@@ -195,89 +239,126 @@ class Membership:
         match message:
             case Ping():
                 self._outbox.append((peer, Ack(seq=message.seq, news=self._news_for(peer))))
-                if peer not in self._table.members:
+                if peer not in self._table.members and peer not in self._asked:
                     self.join(peer)
             case Ack():
                 self._acknowledged(now, peer, message.seq)
             case PingRequest():
                 self._ping_for(now, peer, message)
+            case Nack():
+                self._prober.deny(peer, message.seq)
             case Digest():
                 self._answer_digest(now, peer, message)
             case Delta():
-                self._answer_delta(peer, message)
+                self._answer_delta(now, peer, message)
+        self._finish()
+
+    def _finish(self) -> None:
+        for node in self._table.take_dropped():
+            self._queue.discard(node)
+            self._parted.discard(node)
+            self._sought.pop(node, None)
+            self._admission.forget(node)
+        self._promised = self.next_wakeup
 
     def _forgive_freeze(self, now: float) -> None:
         """After a time in which this node was frozen nobody is blamed for not having answered:
         the answers may be waiting unread."""
-        late = now - max(self._called_at, self.next_wakeup)
+        late = now - max(self._called_at, self._promised)
         self._called_at = now
         if late > self._config.lateness:
             grace = late + self._config.probe_timeout
             self._prober.postpone(grace)
-            for suspicion in self._suspicions.values():
-                suspicion.started += grace
+            self._suspicions.postpone(grace)
 
     # What is heard
 
     def _absorb(self, now: float, peer: str, news: News) -> None:
-        for record in news.records:
-            self._hear_record(now, peer, record)
-        for claim in news.claims:
-            self._hear_claim(now, claim)
+        """Take news in; tell the peer what it has missed, and ask it for what is missing here."""
+        heard = [self._hear_record(now, peer, record) for record in news.records]
+        corrections = {claim.node: claim for claim in heard if claim is not None}
+        unseen = [claim.node for claim in news.claims if self._hear_claim(now, peer, claim)]
+        if corrections or unseen:
+            told = list(corrections.values())[:ENTRIES]
+            self._outbox.extend((peer, delta) for delta in deltas((), told, unseen[:ENTRIES]))
 
-    def _hear_record(self, now: float, peer: str, record: NodeRecord) -> None:
-        if record.id == self.id:
-            own = self._table.own
-            if record.order > own.order or (record.order == own.order and record != own):
-                self._refute(record.incarnation)
-            return
-        known = record.id in self._table.members
-        if self._table.learn(now, record):
+    def _hear_record(self, now: float, peer: str, signed: SignedRecord) -> Claim | None:
+        """Returns what to tell a peer that has missed the node's end."""
+        table, node = self._table, signed.node
+        held = table.signed.get(node)
+        if held is not None and (signed.order < held.order or signed == held):
+            return None
+        if node == self.id:
+            if self._admission.is_genuine(now, peer, signed):
+                # An earlier life went further than this node remembers.
+                self._voice.slandered(signed.incarnation)
+                self._refute(now)
+            return None
+        if table.is_buried(node, signed.incarnation):
+            return table.claim_about(node) if peer != node else None
+        known = node in table.members
+        record = self._admission.open(now, peer, signed)
+        if record is not None and table.learn(now, record, signed):
             if not known:
-                self._prober.admit(record.id)
-            if self._table.members[record.id].state == "alive":
-                self._suspicions.pop(record.id, None)
-            self._queue.push_record(record, peer)
-        elif self._table.is_buried(record.id, record.incarnation) and peer != record.id:
-            self._tell(peer, record.id)
+                self._prober.admit(node)
+            if table.members[node].state == "alive":
+                self._suspicions.end(node)
+            self._queue.push_record(signed, peer)
+        return None
 
-    def _hear_claim(self, now: float, claim: Claim) -> None:
+    def _hear_claim(self, now: float, peer: str, claim: Claim) -> bool:
+        """Says whether the claim is about a life that the node has not shown here yet."""
         if claim.node == self.id:
-            if claim.incarnation >= self._table.own.incarnation:
-                self._refute(claim.incarnation)
-            return
+            self._hear_slander(now, peer, claim)
+            return False
         member = self._table.members.get(claim.node)
         if member is None or claim.incarnation < member.incarnation:
-            return
+            return False
         if claim.state == "left":
-            if member.state != "left":
+            later = standing("left", claim.incarnation) > member.standing
+            if later and self._admission.is_proven(now, peer, claim):
                 self._bury(now, claim)
                 self._queue.push_claim(claim, claim.by)
-        elif member.live:
+            return False
+        if claim.incarnation > member.record.incarnation:
+            # Once per life: what the peer sends then may be refused here.
+            seeks = claim.incarnation > self._sought.get(claim.node, 0)
+            self._sought[claim.node] = claim.incarnation
+            return seeks
+        if member.live:
             self._suspect(now, member, claim.incarnation, claim.by)
+        return False
 
-    def _refute(self, incarnation: int) -> None:
-        """Outbid what others say of this node."""
-        record = msgspec.structs.replace(self._table.own, incarnation=incarnation + 1)
-        self._publish(record, "refuted")
+    def _hear_slander(self, now: float, peer: str, claim: Claim) -> None:
+        own = self._table.own.incarnation
+        if claim.incarnation < own:
+            return
+        doubted = claim.incarnation == own and claim.state != "left"
+        if doubted or self._admission.is_proven(now, peer, claim):
+            self._voice.slandered(claim.incarnation)
+            self._refute(now)
 
-    def _publish(self, record: NodeRecord, kind: EventKind) -> None:
-        self._table.replace_own(record, kind)
-        self._queue.push_record(record)
+    def _refute(self, now: float) -> None:
+        record = self._voice.refutation(now, self._table.own)
+        if record is not None:
+            self._awareness.worsen()
+            self._set_own(record, "refuted")
+            self._queue.push_record(self._table.signed[self.id])
+
+    def _set_own(self, record: NodeRecord, kind: EventKind) -> None:
+        self._table.replace_own(record, seal(record, self._signer), kind)
 
     def _suspect(self, now: float, member: Member, incarnation: int, accuser: str) -> None:
         node = member.record.id
-        suspicion = self._suspicions.get(node)
-        if suspicion is None or incarnation > suspicion.incarnation:
-            suspicion = self._suspicions[node] = Suspicion(incarnation, now)
+        if self._suspicions.accuse(now, node, incarnation):
             self._table.suspect(now, node, incarnation)
-        if suspicion.confirm(accuser, self._config):
+        if self._suspicions.confirm(node, accuser):
             self._queue.push_claim(Claim(node, "suspect", incarnation, accuser), accuser)
 
     def _bury(self, now: float, claim: Claim) -> None:
         state: Literal["dead", "left"] = "left" if claim.state == "left" else "dead"
-        self._table.bury(now, claim.node, state, claim.incarnation)
-        self._suspicions.pop(claim.node, None)
+        self._table.bury(now, claim.node, state, claim.incarnation, claim.proof)
+        self._suspicions.end(claim.node)
         self._prober.forget(claim.node)
 
     # What is found out
@@ -288,22 +369,38 @@ class Membership:
             # The time to make a connection is no round trip time.
             seq = self._prober.begin(now, target, timed=target in self._connected)
             self._ping(target, seq)
+        elif not self._table.live_others:
+            self._awareness.improve()
 
     def _greet_strangers(self) -> None:
         """A connected peer that is no member either missed a digest or has to refute its death."""
-        for peer in sorted(self._connected):
-            member = self._table.members.get(peer)
-            if member is None or member.state == "dead":
-                self.join(peer)
+        members = self._table.members
+        strangers = [
+            peer
+            for peer in sorted(self._connected)
+            if peer not in members or members[peer].state == "dead"
+        ]
+        for peer in self._random.sample(strangers, self._config.gossip_fanout):
+            self.join(peer)
 
     def _ask_others(self, now: float) -> None:
         for seq, probe in self._prober.due_indirect(now):
-            others = [peer for peer in self._table.live_others if peer != probe.target]
-            helpers = self._random.sample(others, self._config.indirect_probes)
-            probe.helpers = frozenset(helpers)
+            helpers = self._choose_helpers(probe.target)
+            self._prober.ask(probe, helpers, self._connected)
             for peer in helpers:
                 request = PingRequest(seq=seq, target=probe.target, news=self._news_for(peer))
                 self._outbox.append((peer, request))
+
+    def _choose_helpers(self, target: str) -> list[str]:
+        """Rather those whom it takes no time to reach."""
+        others = [peer for peer in self._table.live_others if peer != target]
+        near = [peer for peer in others if peer in self._connected]
+        count = self._config.indirect_probes
+        helpers = self._random.sample(near, count)
+        if len(helpers) < count:
+            far = [peer for peer in others if peer not in self._connected]
+            helpers += self._random.sample(far, count - len(helpers))
+        return helpers
 
     def _ping_for(self, now: float, requester: str, request: PingRequest) -> None:
         if request.target == self.id:
@@ -329,10 +426,8 @@ class Membership:
             self._tell(target, target)
 
     def _bury_expired(self, now: float) -> None:
-        live = self._live()
-        for node, suspicion in list(self._suspicions.items()):
-            if suspicion.deadline(live, self._config) <= now:
-                self._bury(now, Claim(node, "dead", suspicion.incarnation, self.id))
+        for node, incarnation in self._suspicions.expired(now, self._live()):
+            self._bury(now, Claim(node, "dead", incarnation, self.id))
 
     # What is passed on
 
@@ -355,18 +450,19 @@ class Membership:
 
     def _answer_digest(self, now: float, peer: str, digest: Digest) -> None:
         difference = compare(self._table, peer, digest)
-        for claim in difference.heard:
-            self._hear_claim(now, claim)
-        answers = deltas(difference.records, difference.claims, difference.wants)
+        self._absorb(now, peer, News(claims=tuple(difference.heard)))
+        records = self._admission.answer(now, peer, difference.records)
+        answers = deltas(records, difference.claims, difference.wants)
         self._outbox.extend((peer, answer) for answer in answers)
 
-    def _answer_delta(self, peer: str, delta: Delta) -> None:
+    def _answer_delta(self, now: float, peer: str, delta: Delta) -> None:
         if peer in self._asked:
             self._asked.discard(peer)
             self.synced = True
-        wanted = [node for node in delta.wants if node in self._table.members]
+        wanted = dict.fromkeys(node for node in delta.wants if node in self._table.members)
         if wanted:
-            records = [self._table.members[node].record for node in wanted]
+            held = [self._table.signed[node] for node in wanted]
+            records = self._admission.answer(now, peer, held)
             claims = [claim for node in wanted if (claim := self._table.claim_about(node))]
             self._outbox.extend((peer, answer) for answer in deltas(records, claims, ()))
 
@@ -390,5 +486,7 @@ class Membership:
         return len(self._table.live_others) + 1
 
     def _sync_interval(self) -> float:
-        doublings = max(0, math.ceil(math.log2(self._live() / _SYNC_SCALE)))
+        """Grows with the logarithm of the members beyond the number for which it is meant."""
+        crowd = self._live() / self._config.flat_members
+        doublings = max(0, math.ceil(math.log2(crowd)))
         return self._config.sync_interval * (1 + doublings)

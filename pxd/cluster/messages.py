@@ -1,36 +1,62 @@
-"""What members say to each other. Every message fits `MAX_MESSAGE` unless one record alone is
-larger; a receiver trusts nothing but the peer id of the authenticated connection."""
+"""What members say to each other; every message fits `MAX_MESSAGE`. A receiver trusts the peer id
+of the authenticated connection, and signatures."""
 
 from typing import Annotated, Literal
 
 import msgspec
 
-from pxd.cluster.records import NodeRecord
 from pxd.wire import Count, Identifier
 
 MAX_MESSAGE = 64 << 10
-"""Bytes; senders split what would be larger."""
+"""Bytes; senders split what would be larger, receivers refuse it undecoded."""
+MAX_RECORD = 32 << 10
+"""Bytes of one encoded record."""
+LAST_COUNT = (1 << 48) - 1
+"""The greatest incarnation and version."""
 
 MemberState = Literal["alive", "suspect", "dead", "left"]
 ClaimState = Literal["suspect", "dead", "left"]
+
+Proof = Annotated[bytes, msgspec.Meta(max_length=128)]
+
+
+class SignedRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A node's record as the node itself encoded and signed it; see `pxd.cluster.signing`.
+
+    It is passed on as it came, fields that only later versions know included. The order stands
+    outside so that old news need not be decoded.
+    """
+
+    node: Identifier
+    incarnation: Count
+    version: Count
+    content: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD)]
+    signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.incarnation, self.version
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True):
     """`by` says that `node` is in `state` as of that incarnation.
 
-    Void as soon as the node shows a greater incarnation.
+    Void as soon as the node shows a greater incarnation, and before it has shown that one. `left`
+    counts only with a `proof` by the node itself; on a claim of death it shows the node that it
+    has had that life, should it have forgotten.
     """
 
     node: Identifier
     state: ClaimState
     incarnation: Count
     by: Identifier
+    proof: Proof = b""
 
 
 class News(msgspec.Struct, frozen=True, array_like=True):
     """Rumours: the records and claims that ride on every message."""
 
-    records: Annotated[tuple[NodeRecord, ...], msgspec.Meta(max_length=4096)] = ()
+    records: Annotated[tuple[SignedRecord, ...], msgspec.Meta(max_length=4096)] = ()
     claims: Annotated[tuple[Claim, ...], msgspec.Meta(max_length=4096)] = ()
 
 
@@ -54,13 +80,25 @@ class PingRequest(msgspec.Struct, frozen=True, tag="ping-request", kw_only=True)
     news: News
 
 
+class Nack(msgspec.Struct, frozen=True, tag="nack", kw_only=True):
+    """The target of ping request `seq` has not answered the helper in time: the helper is well,
+    and so is the way to it."""
+
+    seq: Count
+    news: News
+
+
 class DigestEntry(msgspec.Struct, frozen=True, array_like=True):
-    """What the sender holds of a node: the record's order, and its state as of `incarnation`."""
+    """What the sender holds of a node: the record's order, and its state as of `incarnation`.
+
+    `proof` as in `Claim`.
+    """
 
     node: Identifier
     record: tuple[Count, Count]
     state: MemberState
     incarnation: Count
+    proof: Proof = b""
 
 
 class Digest(msgspec.Struct, frozen=True, tag="digest", kw_only=True):
@@ -81,4 +119,4 @@ class Delta(msgspec.Struct, frozen=True, tag="delta", kw_only=True):
     wants: Annotated[tuple[Identifier, ...], msgspec.Meta(max_length=4096)] = ()
 
 
-GossipMessage = Ping | Ack | PingRequest | Digest | Delta
+GossipMessage = Ping | Ack | PingRequest | Nack | Digest | Delta

@@ -1,26 +1,50 @@
 """Who is probed when, and which probes are under way. Decides nothing about members."""
 
 import math
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 
+from pxd.cluster.awareness import Awareness
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.prng import SplitMix64
 
 _MAX_RELAYS = 1024
+_MAX_RELAYS_PER_PEER = 64
+_SLACK = 64
 
 
 class Probe:
-    """A question whether `target` is there. `indirect_at` is infinite once others were asked."""
+    """A question whether `target` is there. `indirect_at` is infinite once others were asked.
+
+    Of `helpers` those in `expected` can be reached, so that each should say at least that it has
+    heard nothing. An `urgent` probe asks whether a node is gone with its connection.
+    """
 
     def __init__(
-        self, target: str, sent: float, indirect_at: float, deadline: float, timed: bool
+        self,
+        target: str,
+        sent: float,
+        indirect_at: float,
+        deadline: float,
+        *,
+        timed: bool = False,
+        urgent: bool = False,
     ) -> None:
         self.target = target
         self.sent = sent
         self.indirect_at = indirect_at
         self.deadline = deadline
         self.timed = timed
+        self.urgent = urgent
         self.helpers: frozenset[str] = frozenset()
+        self.expected: set[str] = set()
+
+    @property
+    def blame(self) -> int:
+        """How far its failure is more likely this node's own fault than the target's."""
+        if self.urgent:
+            return 0
+        return len(self.expected) if self.helpers else 1
 
 
 class _Relay:
@@ -32,16 +56,23 @@ class _Relay:
 
 
 class Prober:
-    """Round robin over a shuffled list, so that every member is probed within a bounded time."""
+    """Round robin over a shuffled list, so that every member is probed within a bounded time.
 
-    def __init__(self, config: MembershipConfig, random: SplitMix64) -> None:
+    Times grow with `awareness`, which follows the outcome of the probes.
+    """
+
+    def __init__(self, config: MembershipConfig, random: SplitMix64, awareness: Awareness) -> None:
         self._config = config
         self._random = random
+        self._awareness = awareness
         self._order: list[str] = []
         self._position = 0
         self._seq = 0
         self._probes: dict[int, Probe] = {}
+        # Both in order of time, since all wait equally long.
         self._relays: dict[int, _Relay] = {}
+        self._nacks: dict[int, float] = {}
+        self._relayed_for: Counter[str] = Counter()
 
     def admit(self, node: str) -> None:
         """Give a new member a random place in the current round."""
@@ -55,31 +86,41 @@ class Prober:
             return None
         wanted = set(free)
         while True:
-            for position in range(self._position, len(self._order)):
-                if self._order[position] in wanted:
-                    self._position = position + 1
-                    return self._order[position]
+            # Members that come and go must not make a round longer and longer.
+            if len(self._order) <= 2 * len(candidates) + _SLACK:
+                for position in range(self._position, len(self._order)):
+                    if self._order[position] in wanted:
+                        self._position = position + 1
+                        return self._order[position]
             self._order = self._random.sample(sorted(candidates), len(candidates))
             self._position = 0
 
     def begin(self, now: float, target: str, *, timed: bool) -> int:
         """A regular probe; returns the sequence number for its ping."""
-        config = self._config
-        return self._add(
-            Probe(target, now, now + config.probe_timeout, now + config.probe_interval, timed)
-        )
+        config, scale = self._config, self._awareness.scale
+        indirect_at = now + config.probe_timeout * scale
+        deadline = now + config.probe_interval * scale
+        return self._add(Probe(target, now, indirect_at, deadline, timed=timed))
 
-    def begin_urgent(self, now: float, target: str) -> int:
-        """A probe of somebody whose connection is gone: others are to be asked at once."""
-        return self._add(Probe(target, now, now, now + self._config.lost_timeout, timed=False))
+    def begin_urgent(self, now: float, target: str) -> int | None:
+        """A probe of somebody whose connection is gone: others are to be asked at once.
+
+        None when one is under way already.
+        """
+        if any(probe.urgent and probe.target == target for probe in self._probes.values()):
+            return None
+        deadline = now + self._config.lost_timeout * self._awareness.scale
+        return self._add(Probe(target, now, now, deadline, urgent=True))
 
     def relay(self, now: float, target: str, requester: str, seq: int) -> int | None:
         """Remember whom an ack is for; None when there are too many such requests already."""
-        if len(self._relays) >= _MAX_RELAYS:
+        if len(self._relays) >= _MAX_RELAYS or self._relayed_for[requester] >= _MAX_RELAYS_PER_PEER:
             return None
         self._seq += 1
         deadline = now + self._config.probe_interval
         self._relays[self._seq] = _Relay(target, requester, seq, deadline)
+        self._nacks[self._seq] = now + self._config.nack_timeout
+        self._relayed_for[requester] += 1
         return self._seq
 
     def acknowledge(self, peer: str, seq: int) -> Probe | None:
@@ -88,15 +129,29 @@ class Prober:
         if probe is None or (peer != probe.target and peer not in probe.helpers):
             return None
         self.forget(probe.target)
+        self._awareness.improve()
         return probe
+
+    def deny(self, peer: str, seq: int) -> None:
+        """A helper says that it is there, though the target has not answered it."""
+        probe = self._probes.get(seq)
+        if probe is not None:
+            probe.expected.discard(peer)
 
     def relayed(self, peer: str, seq: int) -> tuple[str, int] | None:
         """For the ack of a relayed ping: who asked for it, and under which number."""
         relay = self._relays.get(seq)
         if relay is None or relay.target != peer:
             return None
-        del self._relays[seq]
+        self._end_relay(seq)
         return relay.requester, relay.seq
+
+    def due_nacks(self, now: float) -> list[tuple[str, int]]:
+        """Who is to be told that its target has not answered, and under which number."""
+        due = [seq for seq, when in self._nacks.items() if when <= now]
+        for seq in due:
+            del self._nacks[seq]
+        return [(self._relays[seq].requester, self._relays[seq].seq) for seq in due]
 
     def forget(self, target: str) -> None:
         for seq in [s for s, probe in self._probes.items() if probe.target == target]:
@@ -109,14 +164,20 @@ class Prober:
             probe.indirect_at = math.inf
         return due
 
+    def ask(self, probe: Probe, helpers: Iterable[str], reachable: Collection[str]) -> None:
+        """`helpers` are asked to probe too; only the reachable ones can be expected to answer."""
+        probe.helpers = frozenset(helpers)
+        probe.expected = {helper for helper in probe.helpers if helper in reachable}
+
     def take_failed(self, now: float) -> list[str]:
         """Targets whose probe ended without an ack. Forgets relays that came to nothing."""
         for seq in [s for s, relay in self._relays.items() if relay.deadline <= now]:
-            del self._relays[seq]
-        failed = {probe.target: None for probe in self._probes.values() if probe.deadline <= now}
-        for target in failed:
-            self.forget(target)
-        return list(failed)
+            self._end_relay(seq)
+        failed = [probe for probe in self._probes.values() if probe.deadline <= now]
+        for probe in failed:
+            self._awareness.worsen(probe.blame)
+            self.forget(probe.target)
+        return list(dict.fromkeys(probe.target for probe in failed))
 
     def postpone(self, seconds: float) -> None:
         """Push every deadline back, after a time in which this node could not hear answers."""
@@ -127,11 +188,19 @@ class Prober:
     @property
     def next_wakeup(self) -> float:
         return min(
-            (min(probe.indirect_at, probe.deadline) for probe in self._probes.values()),
-            default=math.inf,
+            next(iter(self._nacks.values()), math.inf),
+            *(min(probe.indirect_at, probe.deadline) for probe in self._probes.values()),
+            math.inf,
         )
 
     def _add(self, probe: Probe) -> int:
         self._seq += 1
         self._probes[self._seq] = probe
         return self._seq
+
+    def _end_relay(self, seq: int) -> None:
+        relay = self._relays.pop(seq)
+        self._nacks.pop(seq, None)
+        self._relayed_for[relay.requester] -= 1
+        if not self._relayed_for[relay.requester]:
+            del self._relayed_for[relay.requester]

@@ -37,3 +37,51 @@ class Suspicion:
         share = math.log(confirmed + 1) / math.log(config.confirmations + 1)
         longest = shortest * config.suspicion_spread
         return self.started + max(shortest, longest - share * (longest - shortest))
+
+
+class Suspicions:
+    """All that are running, at most one against each member."""
+
+    def __init__(self, config: MembershipConfig) -> None:
+        self._config = config
+        self._running: dict[str, Suspicion] = {}
+        self._earliest: tuple[int, float] | None = None
+
+    def accuse(self, now: float, node: str, incarnation: int) -> bool:
+        """Suspect a member; says whether that is new, or about a later life than before."""
+        running = self._running.get(node)
+        if running is not None and incarnation <= running.incarnation:
+            return False
+        self._running[node] = Suspicion(incarnation, now)
+        self._earliest = None
+        return True
+
+    def confirm(self, node: str, accuser: str) -> bool:
+        """As `Suspicion.confirm`."""
+        self._earliest = None
+        return self._running[node].confirm(accuser, self._config)
+
+    def end(self, node: str) -> None:
+        if self._running.pop(node, None) is not None:
+            self._earliest = None
+
+    def postpone(self, seconds: float) -> None:
+        for suspicion in self._running.values():
+            suspicion.started += seconds
+        self._earliest = None
+
+    def next_deadline(self, members: int) -> float:
+        if self._earliest is None or self._earliest[0] != members:
+            deadlines = (s.deadline(members, self._config) for s in self._running.values())
+            self._earliest = members, min(deadlines, default=math.inf)
+        return self._earliest[1]
+
+    def expired(self, now: float, members: int) -> list[tuple[str, int]]:
+        """Nodes whose time to speak up is over, and the lives they were suspected in."""
+        if self.next_deadline(members) > now:
+            return []
+        return [
+            (node, suspicion.incarnation)
+            for node, suspicion in self._running.items()
+            if suspicion.deadline(members, self._config) <= now
+        ]

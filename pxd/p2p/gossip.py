@@ -7,6 +7,7 @@ from typing import Any
 
 import trio
 
+from pxd.cluster.admission import Refusal
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.leadership import (
     LeaderChanged,
@@ -18,8 +19,9 @@ from pxd.cluster.leadership import (
 )
 from pxd.cluster.members import Member, MemberEvent
 from pxd.cluster.membership import Membership
-from pxd.cluster.messages import GossipMessage
+from pxd.cluster.messages import MAX_MESSAGE, GossipMessage
 from pxd.cluster.records import NodeRecord
+from pxd.cluster.signing import Signer
 from pxd.p2p.network import Method, Network, NetworkError
 
 log = logging.getLogger("pxd.p2p.gossip")
@@ -29,7 +31,16 @@ Persist = Callable[[int, int], Awaitable[None]]
 """Store (incarnation, term) durably. Called from a task of its own, one call at a time."""
 
 # A union of structs is what msgspec decodes, though no `type` in the eyes of a type checker.
-GOSSIP: Method[GossipMessage, None] = Method("gossip", GossipMessage, type(None))  # type: ignore[arg-type]
+GOSSIP: Method[GossipMessage, None] = Method(
+    "gossip",
+    GossipMessage,  # type: ignore[arg-type]
+    type(None),
+    limit=MAX_MESSAGE,
+)
+
+HAND_OVER_S = 1.0
+"""How long one that leads and leaves waits for its successor."""
+_SAY_FULL_EVERY_S = 60.0
 
 
 class Gossip:
@@ -44,6 +55,7 @@ class Gossip:
         network: Network,
         record: NodeRecord,
         *,
+        signer: Signer,
         seed: int,
         term: int,
         expects_peers: bool,
@@ -52,10 +64,11 @@ class Gossip:
         leadership: LeadershipConfig | None = None,
     ) -> None:
         """`record` carries this life's incarnation, persisted before and greater than every
-        earlier one; `term` is the greatest persisted term. `expects_peers` says that there is a
-        ticket or that peers are remembered, and so perhaps a cluster with a leader."""
+        earlier one; `signer` holds the key of `record.id`; `term` is the greatest persisted term.
+        `expects_peers` says that there is a ticket or that peers are remembered, and so perhaps a
+        cluster with a leader."""
         self._network = network
-        self._membership = Membership(record, membership or MembershipConfig(), seed)
+        self._membership = Membership(record, membership or MembershipConfig(), seed, signer)
         self._leadership = Leadership(
             record.id, leadership or LeadershipConfig(), term=term, expects_peers=expects_peers
         )
@@ -65,7 +78,7 @@ class Gossip:
         self._dispatching = False
         self._synced = False
         self._persisted_term = term
-        self._asleep_until = math.inf
+        self._said_full_at = -math.inf
         self._changed = trio.Event()
         self._wake = trio.Event()
         self._to_persist = trio.Event()
@@ -98,6 +111,14 @@ class Gossip:
         """
         leads = self._leadership.leads
         return leads if leads <= self._persisted_term else 0
+
+    @property
+    def health(self) -> int:
+        """How badly this node itself keeps up, as its probes of others show: 0 is healthy, 8 worst.
+
+        A node in ill health is slower to declare others dead.
+        """
+        return self._membership.health
 
     def on_event(self, handler: Callable[[GossipEvent], None]) -> None:
         """Call `handler` with every event, after it took effect. It must not block.
@@ -137,15 +158,30 @@ class Gossip:
     async def leave(self, timeout: float) -> None:
         """Say goodbye to all connected members; returns when they have heard it.
 
+        One that leads first waits for another one to take over, at most `HAND_OVER_S` seconds.
         Gives up after `timeout` seconds. This node takes part in nothing afterwards.
         """
+        deadline = trio.current_time() + timeout
+        with trio.move_on_at(min(deadline, trio.current_time() + HAND_OVER_S)):
+            await self._hand_over()
         self._membership.leave(trio.current_time())
         goodbyes = self._membership.take_outbox()
         self._dispatch()
-        with trio.move_on_after(timeout):
+        with trio.move_on_at(deadline):
             async with trio.open_nursery() as nursery:
                 for peer, message in goodbyes:
                     nursery.start_soon(self._say_goodbye, peer, message, timeout)
+
+    async def _hand_over(self) -> None:
+        """Return when another member is known to lead instead of this one, or none ever will."""
+        led = self._leadership.leads
+        if not led:
+            return
+        self.update(leaving=True)
+        while self._leadership.leader is not None and not any(
+            member.live and member.record.leads > led for member in self.members.values()
+        ):
+            await self.wait_changed()
 
     async def _say_goodbye(self, peer: str, message: GossipMessage, timeout: float) -> None:
         try:
@@ -157,6 +193,8 @@ class Gossip:
         if self._running:
             self._membership.receive(trio.current_time(), peer, message)
             self._dispatch()
+        # Others get their turn however much a peer has sent.
+        await trio.lowlevel.checkpoint()
 
     def _peer_changed(self, peer: str, up: bool) -> None:
         if not self._running:
@@ -170,7 +208,7 @@ class Gossip:
     async def _keep_time(self) -> None:
         while True:
             self._wake = trio.Event()
-            with trio.move_on_at(min(self._membership.next_wakeup, self._leadership.next_wakeup)):
+            with trio.move_on_at(self._next_wakeup):
                 await self._wake.wait()
             now = trio.current_time()
             if now >= self._membership.next_wakeup:
@@ -205,8 +243,7 @@ class Gossip:
                 pass
         finally:
             self._dispatching = False
-        if self._next_wakeup < self._asleep_until:
-            self._wake.set()
+        self._wake.set()
 
     @property
     def _next_wakeup(self) -> float:
@@ -222,6 +259,8 @@ class Gossip:
         for event in events:
             self._handle(event)
         membership.update(seniority=leadership.seniority, term=leadership.term, leads=self.leads)
+        for refusal in membership.take_refusals():
+            self._log_refusal(now, refusal)
         outbox = membership.take_outbox()
         for peer, message in outbox:
             self._network.cast(peer, GOSSIP, message)
@@ -241,6 +280,14 @@ class Gossip:
             self._to_persist.set()
         else:
             self._tell(event)
+
+    def _log_refusal(self, now: float, refusal: Refusal) -> None:
+        if refusal.reason == "full":
+            if now < self._said_full_at + _SAY_FULL_EVERY_S:
+                return
+            self._said_full_at = now
+        level = logging.DEBUG if refusal.reason == "flood" else logging.WARNING
+        log.log(level, _REFUSALS[refusal.reason], refusal.peer, refusal.node)
 
     def _tell(self, event: GossipEvent) -> None:
         _log_event(event)
@@ -264,6 +311,12 @@ def _log_event(event: GossipEvent) -> None:
         case LeftOffice():
             log.info("no longer leading the cluster")
 
+
+_REFUSALS = {
+    "forged": "%s passes on news of %s that this node has not signed; ignored, now and in future",
+    "full": "the cluster is at its greatest size; ignored what %s says of %s",
+    "flood": "%s sends more news than is taken, the latest of %s",
+}
 
 _DEEDS = {
     "joined": "joined the cluster",

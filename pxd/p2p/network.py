@@ -36,10 +36,21 @@ class CallFailed(NetworkError):
 
 
 class Method(Generic[RequestT, ResponseT]):
-    """A typed call: its name on the wire and the structs on both sides, at most 4 MiB each."""
+    """A typed call: its name on the wire and the structs on both sides, at most 4 MiB each.
 
-    def __init__(self, name: str, request: type[RequestT], response: type[ResponseT]) -> None:
+    Requests of more than `limit` bytes are refused undecoded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        request: type[RequestT],
+        response: type[ResponseT],
+        *,
+        limit: int | None = None,
+    ) -> None:
         self.name = name
+        self.limit = limit
         self.request: msgspec.msgpack.Decoder[RequestT] = msgspec.msgpack.Decoder(request)
         self.response: msgspec.msgpack.Decoder[ResponseT] = msgspec.msgpack.Decoder(response)
 

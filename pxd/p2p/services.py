@@ -54,6 +54,9 @@ class Services:
         if name not in self._handlers:
             raise CallFailed("unknown-method", name)
         method, handler = self._handlers[name]
+        if method.limit is not None and len(payload) > method.limit:
+            message = f"a request of {len(payload)} bytes, {method.limit} allowed"
+            raise CallFailed("too-large", message)
         try:
             request = method.request.decode(payload)
         except DECODE_ERRORS as error:

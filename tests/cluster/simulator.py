@@ -19,6 +19,7 @@ from pxd.cluster.members import MemberEvent
 from pxd.cluster.membership import Membership
 from pxd.cluster.messages import MAX_MESSAGE, GossipMessage
 from pxd.cluster.records import NodeRecord
+from tests.signers import FakeSigner
 
 DIAL = 0.25
 CLOSE_NOTICE = 0.05
@@ -50,7 +51,9 @@ class Process:
         disk = simulator.disks[name]
         disk.incarnation += 1
         record = NodeRecord(id=name, name=name, incarnation=disk.incarnation, started=simulator.now)
-        self.membership = Membership(record, simulator.config, simulator.random.getrandbits(64))
+        self.membership = Membership(
+            record, simulator.config, simulator.random.getrandbits(64), FakeSigner(name)
+        )
         self.leadership = Leadership(
             name, simulator.leadership, term=disk.term, expects_peers=bool(seeds)
         )

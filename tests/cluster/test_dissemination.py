@@ -3,16 +3,17 @@ import math
 import msgspec
 
 from pxd.cluster.dissemination import BroadcastQueue
-from pxd.cluster.messages import MAX_MESSAGE, Claim
+from pxd.cluster.messages import MAX_MESSAGE, Claim, SignedRecord
 from pxd.cluster.records import NodeRecord, StageReport
+from tests.signers import signed
 
 
-def record(node: str, version: int = 0, padding: int = 0) -> NodeRecord:
+def record(node: str, version: int = 0, padding: int = 0) -> SignedRecord:
     stages = tuple(
         StageReport(model="m", pipeline="p", start=0, end=1, state="failed", reason="x" * 1900)
         for _ in range(padding // 2000)
     )
-    return NodeRecord(id=node, name=node, incarnation=1, version=version, stages=stages)
+    return signed(NodeRecord(id=node, name=node, incarnation=1, version=version, stages=stages))
 
 
 def others(count: int) -> list[str]:
@@ -61,26 +62,25 @@ def test_a_new_life_makes_claims_about_the_old_one_void() -> None:
     assert not queue.take("peer0", others(9)).claims
 
 
-def test_what_does_not_fit_waits_and_what_never_fits_travels_alone() -> None:
+def test_what_does_not_fit_waits() -> None:
     queue = BroadcastQueue(4)
     for name in "abc":
         queue.push_record(record(name, padding=30_000))
-    queue.push_record(record("huge", padding=100_000))
     told: list[str] = []
-    for peer in others(4):
+    for peer in others(2):
         news = queue.take(peer, others(9))
-        size = len(msgspec.msgpack.encode(news))
-        assert size <= MAX_MESSAGE or [r.id for r in news.records] == ["huge"]
-        told += [r.id for r in news.records]
-    assert set(told) == {"a", "b", "c", "huge"}
+        assert len(msgspec.msgpack.encode(news)) <= MAX_MESSAGE
+        told += [r.node for r in news.records]
+    assert set(told) == {"a", "b", "c"}
 
 
 def test_the_least_told_comes_first() -> None:
     queue = BroadcastQueue(4)
-    queue.push_record(record("old", padding=40_000))
-    assert [r.id for r in queue.take("peer0", others(9)).records] == ["old"]
-    queue.push_record(record("new", padding=40_000))
-    assert [r.id for r in queue.take("peer1", others(9)).records] == ["new"]
+    queue.push_record(record("old", padding=30_000))
+    queue.push_record(record("older", padding=30_000))
+    assert [r.node for r in queue.take("peer0", others(9)).records] == ["older", "old"]
+    queue.push_record(record("new", padding=30_000))
+    assert [r.node for r in queue.take("peer1", others(9), 40_000).records] == ["new"]
 
 
 def test_a_dropped_node_is_no_news() -> None:
@@ -88,4 +88,27 @@ def test_a_dropped_node_is_no_news() -> None:
     queue.push_record(record("a"))
     queue.push_claim(Claim("a", "left", 1, "a"))
     queue.discard("a")
+    assert not queue
+
+
+def test_however_much_waits_it_is_all_told_in_the_end() -> None:
+    queue = BroadcastQueue(4)
+    for index in range(3000):
+        queue.push_record(record(f"n{index}"), "source")
+    told: set[str] = set()
+    for step in range(3000):
+        news = queue.take(f"peer{step}", others(9999))
+        assert len(msgspec.msgpack.encode(news)) <= MAX_MESSAGE
+        told |= {r.node for r in news.records}
+        if not queue:
+            break
+    assert len(told) == 3000
+    assert not queue
+
+
+def test_news_that_all_have_is_none() -> None:
+    queue = BroadcastQueue(4)
+    queue.push_record(record("a"), *others(3))
+    queue.push_claim(Claim("b", "suspect", 1, "x"), *others(3))
+    assert not queue.take("peer1", others(3)).records
     assert not queue

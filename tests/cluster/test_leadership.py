@@ -11,7 +11,7 @@ from pxd.cluster.leadership import (
     TookOffice,
 )
 from pxd.cluster.members import Member
-from pxd.cluster.messages import MemberState
+from pxd.cluster.messages import LAST_COUNT, MemberState
 from pxd.cluster.plans import Epoch
 from pxd.cluster.records import NodeRecord
 
@@ -185,3 +185,81 @@ def test_leaving_ends_the_office() -> None:
         LeaderChanged(None, 1),
         LeftOffice(None, 1),
     ]
+
+
+def test_one_that_is_about_to_leave_hands_over_at_once() -> None:
+    view = View()
+    machine = successor(view)
+    view.put("a", seniority=1, leads=4, term=4, leaving=True)
+    events = drive(machine, view, 30.0, since=10.0)
+    assert events == [(10.0, LeaderChanged("me", 4)), (10.0, TookOffice("me", 5))]
+
+
+def test_whoever_announces_to_leave_leads_no_longer() -> None:
+    machine, view = leadership(), View()
+    view.put("b", seniority=2)
+    drive(machine, view, 2.0)
+    machine.seniority = 1
+    drive(machine, view, 5.0, since=2.0)
+    assert machine.in_office
+    view.put("me", seniority=1, leads=machine.leads, term=machine.term, leaving=True)
+    events = drive(machine, view, 30.0, since=5.0)
+    assert events == [
+        (5.0, LeaderChanged("b", machine.term)),
+        (5.0, LeftOffice("b", machine.term)),
+    ]
+
+
+def test_when_all_are_leaving_nobody_leads() -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 1.0)
+    view.put("a", seniority=2, leaving=True)
+    view.put("me", seniority=1, leaving=True)
+    assert machine.observe(2.0, view.members, synced=True)[0] == LeaderChanged(None, 1)
+
+
+@pytest.mark.parametrize("raised", ["me", "b"])
+def test_a_change_of_priority_changes_the_leader_once(raised: str) -> None:
+    view = View()
+    machine = successor(view)
+    view.put(raised, seniority=2 if raised == "me" else 3, priority=1)
+    events = drive(machine, view, 30.0, since=10.0)
+    assert events[0] == (10.0, LeaderChanged(raised, 4))
+    assert events[1:] == ([(11.0, TookOffice("me", 5))] if raised == "me" else [])
+    # The one before steps down when it sees the same.
+    view.put("a", seniority=1, leads=0, term=machine.term)
+    assert drive(machine, view, 60.0, since=31.0) == []
+
+
+def test_a_leader_that_restarts_is_believed_its_new_term() -> None:
+    view = View()
+    machine = successor(view)
+    machine.seniority = 3
+    view.put("b", seniority=2)
+    view.put("a", incarnation=2, seniority=0, term=4)
+    assert drive(machine, view, 30.0, since=10.0) == [(10.0, LeaderChanged("b", 4))]
+    view.put("b", "dead", seniority=2)
+    view.put("a", incarnation=2, seniority=1, term=4)
+    assert drive(machine, view, 60.0, since=31.0) == [(31.0, LeaderChanged("a", 4))]
+    view.put("a", incarnation=2, seniority=1, leads=5, term=5)
+    drive(machine, view, 61.0, since=60.0)
+    assert (machine.leader, machine.term, machine.in_office) == ("a", 5, False)
+
+
+@pytest.mark.parametrize(
+    "absurd", [{"term": LAST_COUNT}, {"leads": LAST_COUNT}, {"plan": Epoch(LAST_COUNT, "z", 1)}]
+)
+def test_one_absurd_record_does_not_use_up_all_terms(absurd: dict[str, object]) -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    view.put("z", seniority=5, **absurd)  # type: ignore[arg-type]
+    machine.observe(3.0, view.members, synced=True)
+    assert 1 < machine.leads == machine.term < 1 << 21
+
+
+def test_at_the_end_of_all_terms_and_places_nothing_breaks() -> None:
+    machine, view = leadership(LAST_COUNT), View()
+    view.put("z", seniority=LAST_COUNT)
+    drive(machine, view, 10.0)
+    assert (machine.term, machine.seniority) == (LAST_COUNT, LAST_COUNT)
+    assert machine.leader == "me"

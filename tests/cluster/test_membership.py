@@ -6,8 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pxd.cluster.anti_entropy import compare, deltas, digests
-from pxd.cluster.config import MembershipConfig
-from pxd.cluster.members import MemberTable
 from pxd.cluster.membership import Membership
 from pxd.cluster.messages import (
     MAX_MESSAGE,
@@ -16,43 +14,24 @@ from pxd.cluster.messages import (
     Delta,
     Digest,
     DigestEntry,
-    GossipMessage,
     News,
     Ping,
     PingRequest,
 )
 from pxd.cluster.records import NodeRecord, StageReport
-
-CONFIG = MembershipConfig()
-
-
-def record(node: str, incarnation: int = 1, version: int = 0, **more: object) -> NodeRecord:
-    return NodeRecord(id=node, name=node, incarnation=incarnation, version=version, **more)  # type: ignore[arg-type]
-
-
-def member(*others: NodeRecord, node: str = "me", **config: float) -> Membership:
-    """A running membership that knows `others`, with nothing left to send or to tell."""
-    membership = Membership(
-        record(node), msgspec.structs.replace(CONFIG, **config) if config else CONFIG, seed=1
-    )
-    membership.start(0.0)
-    membership.receive(0.0, "teller", Delta(news=News(records=others)))
-    membership.tick(0.0)
-    membership.take_outbox()
-    membership.take_events()
-    return membership
-
-
-def kinds(membership: Membership) -> list[tuple[str, str]]:
-    return [(event.kind, event.record.id) for event in membership.take_events()]
-
-
-def sent(membership: Membership, kind: type[GossipMessage]) -> list[tuple[str, GossipMessage]]:
-    return [(peer, m) for peer, m in membership.take_outbox() if isinstance(m, kind)]
-
-
-def tell(membership: Membership, *claims: Claim, now: float = 0.0) -> None:
-    membership.receive(now, "teller", Delta(news=News(claims=claims)))
+from tests.cluster.single import (
+    CONFIG,
+    kinds,
+    left,
+    member,
+    membership_of,
+    news,
+    record,
+    sent,
+    table_of,
+    tell,
+)
+from tests.signers import signed
 
 
 def test_a_change_raises_the_version_and_no_change_does_not() -> None:
@@ -72,10 +51,10 @@ def test_what_the_protocol_sets_cannot_be_updated(field: str) -> None:
 
 def test_only_newer_records_replace_older_ones() -> None:
     membership = member(record("a", 2, 5, memory=1))
-    membership.receive(0.0, "a", Delta(news=News((record("a", 2, 4, memory=2),))))
-    membership.receive(0.0, "a", Delta(news=News((record("a", 1, 9, memory=3),))))
+    membership.receive(0.0, "a", news(record("a", 2, 4, memory=2)))
+    membership.receive(0.0, "a", news(record("a", 1, 9, memory=3)))
     assert membership.members["a"].record.memory == 1
-    membership.receive(0.0, "a", Delta(news=News((record("a", 2, 6, memory=4),))))
+    membership.receive(0.0, "a", news(record("a", 2, 6, memory=4)))
     assert membership.members["a"].record.memory == 4
     assert kinds(membership) == [("updated", "a")]
 
@@ -87,8 +66,8 @@ def test_suspicion_of_oneself_is_refuted_and_told() -> None:
     assert kinds(membership) == [("refuted", "me")]
     tell(membership, Claim("me", "dead", 1, "a"))
     assert membership.record.incarnation == 2, "that claim is about a life long refuted"
-    tell(membership, Claim("me", "left", 8, "a"))
-    assert membership.record.incarnation == 9
+    tell(membership, left("me", 8, "a"))
+    assert membership.record.incarnation == 9, "it has said that in a life that it has forgotten"
     membership.tick(1.0)
     gossiped = [
         told
@@ -96,7 +75,7 @@ def test_suspicion_of_oneself_is_refuted_and_told() -> None:
         if isinstance(message, Ping | Delta)
         for told in message.news.records
     ]
-    assert membership.record in gossiped
+    assert signed(membership.record) in gossiped
 
 
 @pytest.mark.parametrize(
@@ -106,14 +85,14 @@ def test_suspicion_of_oneself_is_refuted_and_told() -> None:
 )
 def test_nobody_else_can_change_the_own_record(foreign: NodeRecord) -> None:
     membership = member()
-    membership.receive(0.0, "a", Delta(news=News((foreign,))))
+    membership.receive(0.0, "a", news(foreign))
     assert membership.record.incarnation == foreign.incarnation + 1
     assert membership.record.memory == 0
 
 
 def test_the_own_record_coming_back_is_no_contradiction() -> None:
     membership = member()
-    membership.receive(0.0, "a", Delta(news=News((membership.record,))))
+    membership.receive(0.0, "a", news(membership.record))
     assert membership.record.incarnation == 1
 
 
@@ -121,16 +100,22 @@ def test_a_digest_with_a_later_own_life_is_contradicted() -> None:
     membership = member()
     entry = DigestEntry("me", (6, 0), "alive", 6)
     membership.receive(0.0, "a", Digest(after=None, until=None, entries=(entry,)))
+    assert membership.record.incarnation == 1, "anybody can say so"
+    ((peer, answer),) = membership.take_outbox()
+    assert peer == "a"
+    assert isinstance(answer, Delta)
+    assert answer.wants == ("me",)
+    membership.receive(0.1, "a", news(record("me", 6)))
     assert membership.record.incarnation == 7
 
 
 def test_a_suspect_recovers_with_a_greater_incarnation_only() -> None:
     membership = member(record("a", 3))
     tell(membership, Claim("a", "suspect", 3, "b"))
-    membership.receive(0.0, "a", Delta(news=News((record("a", 3, 1, memory=9),))))
+    membership.receive(0.0, "a", news(record("a", 3, 1, memory=9)))
     assert membership.members["a"].state == "suspect"
     assert membership.members["a"].record.memory == 9
-    membership.receive(0.0, "a", Delta(news=News((record("a", 4),))))
+    membership.receive(0.0, "a", news(record("a", 4)))
     assert membership.members["a"].state == "alive"
     assert kinds(membership) == [("suspected", "a"), ("updated", "a"), ("recovered", "a")]
 
@@ -149,12 +134,12 @@ def test_claims_of_a_past_life_are_ignored() -> None:
 
 def test_a_goodbye_counts_at_once_and_a_return_needs_a_new_life() -> None:
     membership = member(record("a"))
-    tell(membership, Claim("a", "left", 1, "a"), now=3.0)
+    tell(membership, left("a"), now=3.0)
     assert membership.members["a"].state == "left"
     assert membership.members["a"].since == 3.0
-    membership.receive(4.0, "b", Delta(news=News((record("a", 1, 50),))))
+    membership.receive(4.0, "b", news(record("a", 1, 50)))
     assert membership.members["a"].state == "left"
-    membership.receive(5.0, "a", Delta(news=News((record("a", 2),))))
+    membership.receive(5.0, "a", news(record("a", 2)))
     assert membership.members["a"].state == "alive"
     assert kinds(membership) == [("left", "a"), ("joined", "a")]
 
@@ -167,27 +152,27 @@ def test_claims_about_strangers_mean_nothing() -> None:
 
 def test_a_dropped_node_stays_away_until_it_shows_a_new_life() -> None:
     membership = member(record("a"))
-    tell(membership, Claim("a", "left", 1, "a"))
+    tell(membership, left("a"))
     membership.tick(CONFIG.drop_after)
     assert "a" not in membership.members
     membership.take_outbox()
-    membership.receive(100.0, "late", Delta(news=News((record("a", 1, 3),))))
+    membership.receive(100.0, "late", news(record("a", 1, 3)))
     assert "a" not in membership.members
     ((peer, answer),) = membership.take_outbox()
     assert peer == "late"
     assert isinstance(answer, Delta)
-    assert answer.news.claims == (Claim("a", "left", 1, "me"),)
-    membership.receive(101.0, "a", Delta(news=News((record("a", 2),))))
+    assert answer.news.claims == (left("a", by="me"),)
+    membership.receive(101.0, "a", news(record("a", 2)))
     assert membership.members["a"].state == "alive"
 
 
 def test_a_tombstone_is_forgotten_in_the_end() -> None:
     membership = member(record("a"), record("b"), tombstone_for=10.0)
-    tell(membership, Claim("a", "left", 1, "a"))
+    tell(membership, left("a"))
     membership.tick(CONFIG.drop_after)
-    tell(membership, Claim("b", "left", 1, "b"), now=70.0)
+    tell(membership, left("b"), now=70.0)
     membership.tick(70.0 + CONFIG.drop_after)
-    membership.receive(140.0, "late", Delta(news=News((record("a"), record("b")))))
+    membership.receive(140.0, "late", news(record("a"), record("b")))
     assert "a" in membership.members
     assert "b" not in membership.members
 
@@ -268,11 +253,11 @@ def test_leaving_says_goodbye_to_the_connected_and_goes_silent() -> None:
     assert {peer for peer, _ in goodbyes} == {"a", "b"}
     for _, message in goodbyes:
         assert isinstance(message, Delta)
-        assert message.news.claims == (Claim("me", "left", 1, "me"),)
+        assert message.news.claims == (left("me"),)
     assert membership.members["me"].state == "left"
     assert membership.next_wakeup == float("inf")
     membership.receive(2.0, "a", Ping(seq=1, news=News()))
-    tell(membership, Claim("me", "left", 1, "me"), now=2.0)
+    tell(membership, left("me"), now=2.0)
     membership.tick(3.0)
     assert not membership.take_outbox()
     assert membership.record.incarnation == 1
@@ -292,7 +277,7 @@ def test_after_a_freeze_of_its_own_a_node_gives_suspects_time_to_answer() -> Non
     tell(membership, Claim("a", "suspect", 1, "b"))
     membership.tick(500.0)
     assert membership.members["a"].state == "suspect"
-    membership.receive(500.1, "a", Delta(news=News((record("a", 2),))))
+    membership.receive(500.1, "a", news(record("a", 2)))
     assert membership.members["a"].state == "alive"
 
 
@@ -337,7 +322,7 @@ def test_a_connected_stranger_is_asked_again_until_it_answers() -> None:
     membership.take_outbox()
     membership.tick(1.0)
     assert digests_to(membership, "stranger") == 1
-    membership.receive(1.5, "stranger", Delta(news=News((record("stranger"),))))
+    membership.receive(1.5, "stranger", news(record("stranger")))
     membership.tick(2.0)
     assert digests_to(membership, "stranger") == 0
 
@@ -375,11 +360,12 @@ def test_large_views_travel_in_bounded_messages() -> None:
         for i in range(10)
     )
     names = [f"{i:05}{'x' * 120}" for i in range(500)]
-    table = MemberTable(record("me"), CONFIG)
+    table = table_of(record("me"))
     for name in names:
-        table.learn(0.0, record(name, stages=stages))
+        known = record(name, stages=stages)
+        table.learn(0.0, known, signed(known))
         table.suspect(0.0, name, 1)
-    empty = MemberTable(record("other"), CONFIG)
+    empty = table_of(record("other"))
     parts = digests(table)
     wants: list[str] = []
     for part in parts:
@@ -390,7 +376,7 @@ def test_large_views_travel_in_bounded_messages() -> None:
     difference = compare(table, "other", digest)
     answers = list(deltas(difference.records, difference.claims, wants))
     assert all(len(msgspec.msgpack.encode(answer)) <= MAX_MESSAGE for answer in answers)
-    assert {r.id for answer in answers for r in answer.news.records} == {"me", *names}
+    assert {r.node for answer in answers for r in answer.news.records} == {"me", *names}
     assert {c.node for answer in answers for c in answer.news.claims} == set(names)
     assert [node for answer in answers for node in answer.wants] == wants
 
@@ -403,9 +389,10 @@ def test_tables_that_heard_the_same_records_agree(
     heard: list[tuple[str, int, int]], shuffler: object
 ) -> None:
     def after(order: list[tuple[str, int, int]]) -> dict[str, tuple[NodeRecord, str, int]]:
-        table = MemberTable(record("me"), CONFIG)
+        table = table_of(record("me"))
         for node, incarnation, version in order:
-            table.learn(0.0, record(node, incarnation, version))
+            known = record(node, incarnation, version)
+            table.learn(0.0, known, signed(known))
         return {n: (m.record, m.state, m.incarnation) for n, m in table.members.items()}
 
     shuffled = list(heard)
@@ -418,13 +405,11 @@ def test_tables_that_heard_the_same_records_agree(
     st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, 3), st.integers(0, 2))),
 )
 def test_one_exchange_of_digests_makes_two_views_equal(
-    left: list[tuple[str, int, int]], right: list[tuple[str, int, int]]
+    mine: list[tuple[str, int, int]], theirs: list[tuple[str, int, int]]
 ) -> None:
-    one, other = Membership(record("x"), CONFIG, 1), Membership(record("y"), CONFIG, 2)
-    for membership, heard in ((one, left), (other, right)):
-        membership.start(0.0)
-        news = News(tuple(record(*life) for life in heard))
-        membership.receive(0.0, "teller", Delta(news=news))
+    one, other = membership_of(record("x")), membership_of(record("y"))
+    for membership, heard in ((one, mine), (other, theirs)):
+        membership.receive(0.0, "teller", news(*(record(*life) for life in heard)))
         membership.take_outbox()
     one.join("y")
     for _ in range(4):
@@ -436,3 +421,16 @@ def test_one_exchange_of_digests_makes_two_views_equal(
         n: m.record for n, m in other.members.items()
     }
     assert one.synced
+
+
+def test_a_change_after_a_quiet_time_is_no_freeze() -> None:
+    """The tick that a change calls for comes as late as the change, and excuses nobody."""
+    membership = member(record("a"))
+    tell(membership, Claim("a", "suspect", 1, "b"))
+    for step in range(1, 15):
+        now = step * 0.3
+        while membership.next_wakeup <= now - 0.001:
+            membership.tick(membership.next_wakeup)
+        membership.update(memory=step)
+        membership.tick(now)
+    assert membership.members["a"].state == "dead"

@@ -3,16 +3,22 @@
 import logging
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
-from pxd.cluster.leadership import TookOffice
+from pxd.cluster.config import MembershipConfig
+from pxd.cluster.leadership import LeaderChanged, TookOffice
 from pxd.cluster.members import MemberEvent
-from pxd.cluster.messages import Delta, GossipMessage, News
+from pxd.cluster.messages import MAX_RECORD, Delta, GossipMessage, News
 from pxd.cluster.records import NodeRecord
-from pxd.p2p.gossip import GOSSIP, Gossip, GossipEvent
+from pxd.cluster.signing import seal
+from pxd.p2p.gossip import GOSSIP, HAND_OVER_S, Gossip, GossipEvent
+from pxd.p2p.network import CallFailed
 from tests.memory_network import MemoryHub, MemoryNetwork
+from tests.signers import FakeSigner, signed
 
 LIMIT = 30.0
 
@@ -20,19 +26,32 @@ LIMIT = 30.0
 class Node:
     """A gossiping node on a hub, with what it persisted and what it told its listeners."""
 
-    def __init__(self, hub: MemoryHub, name: str, *, alone: bool = False) -> None:
+    def __init__(
+        self,
+        hub: MemoryHub,
+        name: str,
+        *,
+        alone: bool = False,
+        incarnation: int = 1,
+        term: int = 0,
+        membership: MembershipConfig | None = None,
+    ) -> None:
         self.network: MemoryNetwork = hub.network(name)
-        record = NodeRecord(id=name, name=name, incarnation=1, addresses=self.network.addresses())
+        record = NodeRecord(
+            id=name, name=name, incarnation=incarnation, addresses=self.network.addresses()
+        )
         self.persisted: list[tuple[int, int]] = []
         self.persist_delay = 0.0
         self.events: list[tuple[GossipEvent, int]] = []
         self.gossip = Gossip(
             self.network,
             record,
+            signer=FakeSigner(name),
             seed=len(name),
-            term=0,
+            term=term,
             expects_peers=not alone,
             persist=self.persist,
+            membership=membership,
         )
         self.gossip.on_event(lambda event: self.events.append((event, self.gossip.leads)))
         self.scope = trio.CancelScope()
@@ -258,7 +277,147 @@ async def test_whoever_has_left_hears_nothing_any_more(
     await settle(a, b)
     await a.gossip.leave(5)
     for _ in range(3):
-        b.network.cast("a", GOSSIP, Delta(news=News((b.gossip.record,))))
+        b.network.cast("a", GOSSIP, Delta(news=News((signed(b.gossip.record),))))
     await trio.sleep(10)
     assert a.states()["a"] == "left"
     assert b.states()["a"] == "left"
+
+
+def leaders(node: Node) -> list[str | None]:
+    return [event.leader for event, _ in node.events if isinstance(event, LeaderChanged)]
+
+
+async def test_the_lead_is_handed_over_before_the_goodbye(
+    autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub
+) -> None:
+    a, b, c = await start(nursery, hub, "a", "b", "c")
+    await settle(a, b, c)
+    second = min((b, c), key=lambda node: (node.gossip.record.seniority, node.gossip.record.id))
+    led_while_there: list[int] = []
+    second.gossip.on_event(
+        lambda event: (
+            led_while_there.append(len([s for s in second.states().values() if s == "alive"]))
+            if isinstance(event, TookOffice)
+            else None
+        )
+    )
+    before = trio.current_time()
+    await a.gossip.leave(5)
+    assert trio.current_time() - before < HAND_OVER_S
+    assert second.gossip.leads == 2
+    assert led_while_there == [3], "the one before was still there"
+    assert [node.states()["a"] for node in (b, c)] == ["left", "left"]
+    assert leaders(b)[-1] == leaders(c)[-1] == second.gossip.record.id
+
+
+async def test_a_successor_that_does_not_take_over_is_not_waited_for_long(
+    autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub
+) -> None:
+    a, b = await start(nursery, hub, "a", "b")
+    await settle(a, b)
+    b.persist_delay = 100.0
+    before = trio.current_time()
+    await a.gossip.leave(5)
+    assert trio.current_time() - before == pytest.approx(HAND_OVER_S)
+    assert b.states()["a"] == "left"
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b", "c")])
+async def test_nobody_waits_for_a_successor_that_is_not_needed(
+    autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub, names: tuple[str, ...]
+) -> None:
+    nodes = await start(nursery, hub, *names)
+    await settle(*nodes)
+    before = trio.current_time()
+    await nodes[-1].gossip.leave(5)
+    assert trio.current_time() - before < 0.1
+    assert nodes[-1].states()[names[-1]] == "left"
+
+
+async def test_a_change_of_priority_moves_the_lead_once(
+    autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub
+) -> None:
+    a, b, c = await start(nursery, hub, "a", "b", "c")
+    await settle(a, b, c)
+    for node in (a, b, c):
+        node.events.clear()
+    c.gossip.update(priority=5)
+    await c.until(lambda: c.gossip.leads == 2)
+    await trio.sleep(30)
+    assert [leaders(node) for node in (a, b, c)] == [["c"], ["c"], ["c"]]
+    assert [node.gossip.leads for node in (a, b, c)] == [0, 0, 2]
+    assert [node.gossip.term for node in (a, b, c)] == [2, 2, 2]
+    assert c.persisted[-1] == (1, 2)
+
+
+async def test_a_restarted_leader_is_believed_and_terms_go_on(
+    autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub
+) -> None:
+    a, b, c = await start(nursery, hub, "a", "b", "c")
+    await settle(a, b, c)
+    a.gossip.update(priority=5)
+    await b.until(lambda: b.gossip.members["a"].record.priority == 5)
+    a.scope.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    again = Node(hub, "a", incarnation=2, term=a.persisted[-1][1])
+    again.gossip.update(priority=5)
+    await nursery.start(again.run)
+    await again.until(lambda: again.gossip.leads > 0)
+    await b.until(lambda: b.gossip.members["a"].record.leads == again.gossip.leads)
+    for node in (again, b, c):
+        await node.until(lambda node=node: node.gossip.term == again.gossip.leads)  # type: ignore[misc]
+        assert node.gossip.leader == "a"
+    assert again.gossip.leads >= 2
+    assert b.states() == c.states() == {"a": "alive", "b": "alive", "c": "alive"}
+    assert b.gossip.members["a"].record.incarnation >= 2
+    assert b.kinds("a").count("died") == 0, "it is the same member"
+
+
+async def test_what_forgers_send_is_logged_once_and_ignored(
+    autojump_clock: MockClock,
+    nursery: trio.Nursery,
+    hub: MemoryHub,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    a, b, c = await start(nursery, hub, "a", "b", "c")
+    await settle(a, b, c)
+    record = msgspec.structs.replace(c.gossip.record, incarnation=9, memory=666)
+    forged = Delta(news=News((seal(record, FakeSigner("b")),)))
+    for _ in range(3):
+        b.network.cast("a", GOSSIP, forged)
+    await trio.sleep(1)
+    assert a.gossip.members["c"].record == c.gossip.record
+    (line,) = [r for r in caplog.records if "not signed" in r.message]
+    assert line.levelno == logging.WARNING
+    assert line.message.startswith("b passes on news of c")
+
+
+async def test_a_full_cluster_is_told_of_once_a_minute(
+    autojump_clock: MockClock,
+    nursery: trio.Nursery,
+    hub: MemoryHub,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    a = Node(hub, "a", alone=True, membership=MembershipConfig(max_members=2))
+    b = Node(hub, "b")
+    for node in (a, b):
+        await nursery.start(node.run)
+    await settle(a, b)
+    for second in range(90):
+        stranger = NodeRecord(id=f"x{second}", name="x", incarnation=1)
+        b.network.cast("a", GOSSIP, Delta(news=News((signed(stranger),))))
+        await trio.sleep(1)
+    assert set(a.states()) == {"a", "b"}
+    assert len([r for r in caplog.records if "greatest size" in r.message]) == 2
+
+
+async def test_messages_beyond_the_size_of_gossip_are_refused_undecoded(
+    autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub
+) -> None:
+    a, b = await start(nursery, hub, "a", "b")
+    await settle(a, b)
+    content = signed(NodeRecord(id="x", name="x", incarnation=1))
+    padded = msgspec.structs.replace(content, content=bytes(MAX_RECORD))
+    with pytest.raises(CallFailed) as failure:
+        await b.network.call("a", GOSSIP, Delta(news=News((padded,) * 3)), timeout=5)
+    assert failure.value.code == "too-large"
