@@ -1,9 +1,11 @@
 """Who leads: derived from the membership view, never negotiated.
 
-Every node computes the same leader from the same view: the greatest priority, then the smallest
-seniority (the place in join order), then the smallest id, among live members that have settled and
-are not about to leave. Two leaders for a moment are harmless: a plan carries its term, and only the
-derived leader goes on to take terms that are greater than all it has seen.
+Every node computes the same leader from the same view, among live members that have settled and
+are not about to leave: the greatest priority, then who is in office in the latest term, then the
+smallest seniority (the place in join order), then the smallest id. Whoever was away and has been
+followed does not take the lead back, so that leaders do not take turns. Two leaders for a moment
+are harmless: a plan carries its term, and only the derived leader goes on to take terms that are
+greater than all it has seen.
 """
 
 import math
@@ -68,6 +70,7 @@ class Leadership:
         self._started = 0.0
         self._synced_at: float | None = None
         self._office_at = math.inf
+        self._contested = False
 
     @property
     def in_office(self) -> bool:
@@ -120,10 +123,18 @@ class Leadership:
                 return []
             self.leads = 0
             return [LeftOffice(self.leader, self.term)]
-        if now < self._office_at or (self.in_office and not self._is_contested(members)):
+        if self.in_office:
+            contested = self._is_contested(members)
+            if contested and not self._contested:
+                # After a partition the later term is heard of before its holder is: give way to it.
+                self._office_at = max(self._office_at, now + self._config.stable)
+            self._contested = contested
+            if not contested:
+                return []
+        if now < self._office_at:
             return []
         self.term = min(self.term + 1, LAST_COUNT)
-        self.leads = self.term
+        self.leads, self._contested = self.term, False
         # Should views differ for long, terms must not race each other.
         self._office_at = now + self._config.stable
         return [TookOffice(self.leader, self.term)]
@@ -145,9 +156,11 @@ class Leadership:
             record = member.record
             own = record.id == self._node
             seniority = self.seniority if own else record.seniority
+            leads = self.leads if own else record.leads
             if member.live and not record.leaving and seniority > 0:
-                candidates.append((-record.priority, seniority, record.id))
-        return min(candidates)[2] if candidates else None
+                incumbency = leads if leads <= self.term else 0
+                candidates.append((-record.priority, -incumbency, seniority, record.id))
+        return min(candidates)[3] if candidates else None
 
     def _wakeup(self, members: Mapping[str, Member]) -> float:
         if self.seniority == 0:

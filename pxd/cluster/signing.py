@@ -12,6 +12,7 @@ import msgspec
 
 from pxd.cluster.messages import MAX_RECORD, Claim, SignedRecord
 from pxd.cluster.records import NodeRecord
+from pxd.wire import DECODE_ERRORS
 
 _RECORD = b"pxd record 1\n"
 _LEFT = b"pxd left 1\n"
@@ -51,7 +52,7 @@ def unseal(signed: SignedRecord) -> NodeRecord | None:
     """The record inside; None if it is none, or not the one that stands outside."""
     try:
         record = _decoder.decode(signed.content)
-    except msgspec.DecodeError:
+    except DECODE_ERRORS:
         return None
     return record if (record.id, record.order) == (signed.node, signed.order) else None
 

@@ -126,6 +126,24 @@ def test_a_leader_that_recovers_in_time_is_not_followed() -> None:
     assert events == [(10.9, LeaderChanged("a", 4))]
 
 
+def test_one_that_was_followed_while_away_does_not_take_the_lead_back() -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    view.put("z", seniority=5, leads=3, term=3)
+    events = drive(machine, view, 30.0, since=3.0)
+    assert events == [(3.0, LeaderChanged("z", 3)), (3.0, LeftOffice("z", 3))]
+    view.put("z", "dead", seniority=5, leads=3, term=3)
+    events = drive(machine, view, 60.0, since=40.0)
+    assert [event for _, event in events] == [LeaderChanged("me", 3), TookOffice("me", 4)]
+
+
+def test_a_greater_priority_takes_the_lead_from_whoever_holds_it() -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    view.put("z", seniority=5, priority=1)
+    assert drive(machine, view, 30.0, since=3.0)[0] == (3.0, LeaderChanged("z", 1))
+
+
 def test_after_a_partition_the_lesser_one_steps_down() -> None:
     machine, view = leadership(), View()
     drive(machine, view, 1.0)
@@ -138,13 +156,12 @@ def test_after_a_partition_the_lesser_one_steps_down() -> None:
 @pytest.mark.parametrize(
     "rival",
     [
-        {"leads": 3, "term": 3},
         {"leads": 1, "term": 1},
         {"term": 5},
         {"plan": Epoch(1, "z", 8)},
         {"plan": Epoch(9, "me", 8)},
     ],
-    ids=["greater term", "same term", "heard of a term", "plan of same term", "plan of past life"],
+    ids=["same term", "heard of a term", "plan of same term", "plan of past life"],
 )
 def test_the_remaining_leader_outbids_every_term(rival: dict[str, object]) -> None:
     machine, view = leadership(), View()
@@ -152,7 +169,7 @@ def test_the_remaining_leader_outbids_every_term(rival: dict[str, object]) -> No
     view.put("z", seniority=5, **rival)  # type: ignore[arg-type]
     events = drive(machine, view, 30.0, since=3.0)
     highest = max(1, *(plan_term(value) for value in rival.values()))
-    assert events == [(3.0, TookOffice("me", highest + 1))]
+    assert events == [(4.0, TookOffice("me", highest + 1))]
 
 
 def plan_term(value: object) -> int:
@@ -166,10 +183,10 @@ def test_terms_do_not_race() -> None:
     drive(machine, view, 2.0)
     taken = 0
     for step in range(100):
-        view.put("z", seniority=5, leads=machine.term + 1, term=machine.term + 1)
+        view.put("z", seniority=5, leads=machine.leads, term=machine.term)
         events = machine.observe(3.0 + step * 0.1, view.members, synced=True)
         taken += sum(isinstance(event, TookOffice) for event in events)
-    assert taken == 10
+    assert taken == 9
 
 
 def test_a_persisted_term_is_never_reused() -> None:
@@ -253,8 +270,8 @@ def test_one_absurd_record_does_not_use_up_all_terms(absurd: dict[str, object]) 
     machine, view = leadership(), View()
     drive(machine, view, 2.0)
     view.put("z", seniority=5, **absurd)  # type: ignore[arg-type]
-    machine.observe(3.0, view.members, synced=True)
-    assert 1 < machine.leads == machine.term < 1 << 21
+    drive(machine, view, 4.0, since=3.0)
+    assert 1 < machine.leads == machine.term < 1 << 22
 
 
 def test_at_the_end_of_all_terms_and_places_nothing_breaks() -> None:

@@ -103,9 +103,11 @@ def test_garbage_slow_loris_and_a_crowd(pair: list[Daemon]) -> None:
                 # One byte at a time of something that begins well.
                 with contextlib.suppress(OSError):
                     connection.send(b"\x0b"[:1])
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as garbage:
-                with contextlib.suppress(OSError):
-                    garbage.sendall(os.urandom(MIB))
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=5) as garbage,
+                contextlib.suppress(OSError),
+            ):
+                garbage.sendall(os.urandom(MIB))
 
 
 def test_a_member_that_floods_the_cluster_with_the_largest_records(
