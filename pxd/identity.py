@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import fcntl
+import hashlib
 import os
 import secrets
 import tempfile
@@ -17,6 +18,12 @@ from pxd.wire import DECODE_ERRORS, Count
 
 KEY_BYTES = 32
 TICKET_PREFIX = "pxd1"
+CLUSTER_BYTES = 8
+MAX_GENERATION_STEP = 1024
+"""By how much one message may raise the generation, so that nobody can use the numbers up."""
+
+Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+ClusterId = Annotated[bytes, msgspec.Meta(max_length=CLUSTER_BYTES)]
 
 
 class IdentityError(Exception):
@@ -24,12 +31,18 @@ class IdentityError(Exception):
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
-    """What another machine needs to join: the cluster key and multiaddrs of a member."""
+    """What another machine needs to join: the cluster key and multiaddrs of a member.
 
-    key: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+    `cluster` and `generation` are the keyring's, so that a member of old can tell that the key is a
+    later one of its own cluster; tickets of older releases lack them.
+    """
+
+    key: Key
     addresses: Annotated[
         tuple[Annotated[str, msgspec.Meta(max_length=512)], ...], msgspec.Meta(max_length=32)
     ]
+    cluster: ClusterId = b""
+    generation: Count = 0
 
     def __str__(self) -> str:
         data = base64.urlsafe_b64encode(msgspec.msgpack.encode(self)).rstrip(b"=")
@@ -50,6 +63,65 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
                 f"this is not a pxd ticket ({error}); "
                 "copy the whole line that `pxd ticket` prints on a member"
             ) from error
+
+
+class Keyring(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster key, and the one before it while that still opens the door.
+
+    Of two keyrings the one with the greater (`generation`, digest of the key) wins everywhere, so
+    that two rotations at once end with one key. `cluster` stays the same through all rotations.
+    `previous` counts until `previous_until`, in seconds since the epoch on this machine.
+    """
+
+    key: Key
+    generation: Count = 0
+    cluster: ClusterId = b""
+    previous: Key | None = None
+    previous_until: float = 0.0
+
+    @classmethod
+    def first(cls, key: bytes) -> "Keyring":
+        """That of a cluster whose key was never replaced."""
+        digest = hashlib.sha256(b"pxd cluster id 1" + key).digest()
+        return cls(key=key, cluster=digest[:CLUSTER_BYTES])
+
+    @property
+    def order(self) -> tuple[int, bytes]:
+        return self.generation, self.digest
+
+    @property
+    def digest(self) -> bytes:
+        """Tells keys apart without telling them."""
+        return hashlib.sha256(b"pxd cluster key digest 1" + self.key).digest()
+
+    def keys(self, now: float) -> tuple[bytes, ...]:
+        """Those that open the door, the current one first."""
+        if self.previous is not None and self.grace(now) > 0:
+            return self.key, self.previous
+        return (self.key,)
+
+    def retired(self, now: float) -> tuple[bytes, ...]:
+        """Those that opened it once, as far as they are remembered."""
+        return (self.previous,) if self.previous is not None and self.grace(now) <= 0 else ()
+
+    def grace(self, now: float) -> float:
+        """Seconds for which the previous key still counts."""
+        return max(0.0, self.previous_until - now) if self.previous is not None else 0.0
+
+    def rotated(self, key: bytes, until: float) -> "Keyring":
+        """The next keyring, with `key`; the present key counts up to the time `until`."""
+        return Keyring(
+            key=key,
+            generation=self.generation + 1,
+            cluster=self.cluster,
+            previous=self.key,
+            previous_until=until,
+        )
+
+    def accepts(self, other: "Keyring") -> bool:
+        """Whether `other`, as another member holds it, is to replace this one."""
+        is_near = other.generation <= self.generation + MAX_GENERATION_STEP
+        return is_near and other.order > self.order
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,10 +153,7 @@ def _read_key(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     if len(data) != KEY_BYTES:
-        raise IdentityError(
-            f"{path} is damaged ({len(data)} bytes instead of {KEY_BYTES}); "
-            "restore it from a backup, or delete it to make a new one"
-        )
+        raise _damaged(path, f"{len(data)} bytes instead of {KEY_BYTES}")
     if path.stat().st_mode & 0o077:
         path.chmod(0o600)
     return data
@@ -144,23 +213,63 @@ def node_key_pem(seed: bytes) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def cluster_key(path: Path, ticket: Ticket | None) -> bytes:
-    """The cluster's shared key, 32 bytes: the ticket's, else the remembered one, else a new one.
+def read_keyring(path: Path, ticket: Ticket | None) -> Keyring:
+    """The keys of the cluster: the ticket's, else the remembered ones, else a new one's.
 
-    Raises `IdentityError` when the ticket belongs to another cluster than the remembered key.
+    A ticket with a later key of the cluster that this node knows replaces the remembered key, one
+    with an earlier key does not. Raises `IdentityError` when it belongs to another cluster.
     """
+    known = _known_keyring(path)
     if ticket is None:
-        return _read_or_make_key(path)
-    known = _read_key(path)
-    if known is not None and known != ticket.key:
+        ring = known or Keyring.first(secrets.token_bytes(KEY_BYTES))
+    elif known is None:
+        ring = _keyring_of(ticket)
+    elif ticket.key in (known.key, known.previous):
+        ring = known
+    elif ticket.cluster and ticket.cluster == known.cluster:
+        ring = _keyring_of(ticket) if ticket.generation >= known.generation else known
+    else:
         raise IdentityError(
             f"this node already belongs to another cluster (its key is {path}); "
             "to move it to the ticket's cluster, delete that file, "
             "or use another --data-dir"
         )
-    if known is None:
-        write_private(path, ticket.key)
-    return ticket.key
+    if ring != known:
+        write_keyring(path, ring)
+    return ring
+
+
+def write_keyring(path: Path, ring: Keyring) -> None:
+    """A key that was never replaced is stored bare, as releases before keyrings did."""
+    bare = ring == Keyring.first(ring.key)
+    write_private(path, ring.key if bare else msgspec.json.format(msgspec.json.encode(ring)))
+
+
+def _keyring_of(ticket: Ticket) -> Keyring:
+    first = Keyring.first(ticket.key)
+    cluster = ticket.cluster or first.cluster
+    return msgspec.structs.replace(first, cluster=cluster, generation=ticket.generation)
+
+
+def _known_keyring(path: Path) -> Keyring | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+    if len(data) == KEY_BYTES:
+        return Keyring.first(data)
+    try:
+        return msgspec.json.decode(data, type=Keyring)
+    except msgspec.DecodeError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, what: str) -> IdentityError:
+    return IdentityError(
+        f"{path} is damaged ({what}); restore it from a backup, or delete it to make a new one"
+    )
 
 
 def read_state(path: Path) -> State:

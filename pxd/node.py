@@ -17,6 +17,7 @@ import pxd
 from pxd import hardware, identity
 from pxd.api.app import create_app
 from pxd.api.server import serve as serve_http
+from pxd.cluster.bans import BanTable
 from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
@@ -31,6 +32,7 @@ from pxd.p2p.signatures import NodeSigner
 from pxd.planning.model import NodeOffer
 from pxd.serving.audit import Audit
 from pxd.serving.choice import choose, latest_choice
+from pxd.serving.door import Door, read_bans
 from pxd.serving.head import HeadHost
 from pxd.serving.held import Held
 from pxd.serving.ingress import ChatIngress
@@ -70,7 +72,8 @@ class Identity(msgspec.Struct, frozen=True):
     """What makes this node itself across restarts."""
 
     node_seed: bytes
-    cluster_key: bytes
+    ring: identity.Keyring
+    bans: BanTable
     state: identity.State
     join: tuple[str, ...]
 
@@ -80,7 +83,7 @@ class Node:
 
     def __init__(self, settings: Settings, who: Identity, device: Device) -> None:
         self.settings = settings
-        self._cluster_key = who.cluster_key
+        self.control_token = secrets.token_urlsafe(32)
         self._state = who.state
         self._began = time.monotonic()
         self._http_url = ""
@@ -92,7 +95,7 @@ class Node:
         self.changed = Signal()
         self.network = Libp2pNetwork(
             node_seed=who.node_seed,
-            cluster_key=who.cluster_key,
+            cluster_key=who.ring.key,
             listen=_endpoint(settings.listen, DEFAULT_LISTEN),
             mdns=settings.mdns,
             peers_file=settings.files.peers,
@@ -109,6 +112,9 @@ class Node:
         )
         self.gossip.on_event(self._on_event)
         self.models = ModelSource(describe_model)
+        self.door = Door(
+            self.network, self._members, settings.files, who.ring, who.bans, self._on_door
+        )
         self.plans = PlanSync(self.network, self._members, self._on_plan)
         self.stages = StageHost(
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
@@ -157,6 +163,7 @@ class Node:
 
         Raises `StartupError` when a port cannot be had.
         """
+        await self._on_door(self.door.ring, self.door.bans.banned)
         async with trio.open_nursery() as nursery:
             try:
                 await nursery.start(self.network.run)
@@ -165,6 +172,7 @@ class Node:
                 self._http_url = await nursery.start(self._serve_http, server)
             except OSError as error:
                 raise StartupError(str(error)) from error
+            nursery.start_soon(self.door.run)
             await nursery.start(self.heads.run)
             await nursery.start(self._ingress.run)
             nursery.start_soon(self.stages.run)
@@ -202,6 +210,7 @@ class Node:
         """Other pxd commands find the daemon by this file while it exists."""
         path = self.settings.files.daemon
         content = {"pid": os.getpid(), "http": self._http_url, "started": time.time()}
+        content["token"] = self.control_token
         identity.write_private(path, msgspec.json.encode(content))
         try:
             yield
@@ -216,7 +225,10 @@ class Node:
         return self._ingress
 
     def ticket(self) -> str:
-        return str(identity.Ticket(self._cluster_key, self.network.addresses()))
+        ring = self.door.ring
+        return str(
+            identity.Ticket(ring.key, self.network.addresses(), ring.cluster, ring.generation)
+        )
 
     def status(self) -> ClusterStatus:
         peers = self.network.peers()
@@ -273,6 +285,7 @@ class Node:
                 self.heads.peer_gone(peer)
         self._lives = lives
         self.plans.follow()
+        self.door.follow()
         self.heads.follow(members)
         self._ingress.follow()
         self.changed.notify()
@@ -302,6 +315,12 @@ class Node:
                 except OSError as error:
                     log.error("cannot remember the chosen model: %s", error)
             await changed.wait()
+
+    async def _on_door(self, ring: identity.Keyring, banned: frozenset[str]) -> None:
+        self.network.set_keys(ring)
+        self.gossip.expel(banned)
+        await self.network.shut_out(banned)
+        self.gossip.update(door=self.door.digest, keys=ring.generation)
 
     def _on_plan(self, plan: Plan) -> None:
         self.stages.apply(plan)
@@ -400,12 +419,12 @@ def _offer(settings: Settings, device: Device) -> int:
 def _identify(settings: Settings) -> Identity:
     files = settings.files
     ticket = identity.Ticket.parse(settings.join) if settings.join else None
-    key = identity.cluster_key(files.cluster_key, ticket)
+    ring, bans = identity.read_keyring(files.cluster_key, ticket), read_bans(files.bans)
     state = identity.read_state(files.state)
     state = msgspec.structs.replace(state, incarnation=state.incarnation + 1)
     identity.write_state(files.state, state)
     addresses = ticket.addresses if ticket else ()
-    return Identity(identity.node_key(files.node_key), key, state, addresses)
+    return Identity(identity.node_key(files.node_key), ring, bans, state, addresses)
 
 
 async def _device(settings: Settings) -> Device:

@@ -50,6 +50,7 @@ class DataFiles:
         self.root = root
         self.node_key = root / "node.key"
         self.cluster_key = root / "cluster.key"
+        self.bans = root / "bans.json"
         self.state = root / "state.json"
         self.peers = root / "peers.json"
         self.hardware = root / "hardware.json"

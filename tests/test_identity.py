@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pxd import identity
-from pxd.identity import IdentityError, State, Ticket
+from pxd.identity import IdentityError, Keyring, State, Ticket
 from pxd.settings import DataFiles, parse_endpoint
 
 ADDRESS = "/ip4/192.168.1.5/tcp/8471/p2p/12D3KooWQYV9dGMFoRzNStwpXztXaBUjtPqi6aU76ZgUriHhKust"
@@ -22,12 +22,15 @@ def mode(path: Path) -> int:
 def test_keys_are_made_once_and_private(tmp_path: Path) -> None:
     files = DataFiles(tmp_path)
     os.umask(0o022)
-    seed, key = identity.node_key(files.node_key), identity.cluster_key(files.cluster_key, None)
+    seed, key = (
+        identity.node_key(files.node_key),
+        identity.read_keyring(files.cluster_key, None).key,
+    )
     assert len(seed) == len(key) == 32
     assert seed != key
     assert mode(files.node_key) == mode(files.cluster_key) == 0o600
     assert identity.node_key(files.node_key) == seed
-    assert identity.cluster_key(files.cluster_key, None) == key
+    assert identity.read_keyring(files.cluster_key, None) == Keyring.first(key)
 
 
 def test_a_key_that_others_can_read_is_made_private(tmp_path: Path) -> None:
@@ -65,11 +68,74 @@ def test_what_is_no_ticket_is_refused_in_words(text: str) -> None:
 def test_a_ticket_is_remembered_and_another_cluster_refused(tmp_path: Path) -> None:
     path = tmp_path / "cluster.key"
     first, second = Ticket(b"a" * 32, (ADDRESS,)), Ticket(b"b" * 32, ())
-    assert identity.cluster_key(path, first) == b"a" * 32
-    assert identity.cluster_key(path, first) == b"a" * 32
-    assert identity.cluster_key(path, None) == b"a" * 32
+    for ticket in (first, first, None):
+        assert identity.read_keyring(path, ticket) == Keyring.first(b"a" * 32)
+    # As every release before keyrings stored it.
+    assert path.read_bytes() == b"a" * 32
     with pytest.raises(IdentityError, match="another cluster"):
-        identity.cluster_key(path, second)
+        identity.read_keyring(path, second)
+
+
+def ticket_of(ring: Keyring) -> Ticket:
+    return Ticket(ring.key, (), ring.cluster, ring.generation)
+
+
+def test_a_later_ticket_of_the_same_cluster_replaces_the_key_and_an_older_one_does_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "cluster.key"
+    rings = [Keyring.first(b"a" * 32)]
+    for letter in (b"b", b"c", b"d"):
+        rings.append(rings[-1].rotated(letter * 32, 0.0))
+    assert identity.read_keyring(path, ticket_of(rings[0])) == rings[0]
+    later = identity.read_keyring(path, ticket_of(rings[2]))
+    assert (later.key, later.generation, later.cluster) == (b"c" * 32, 2, rings[0].cluster)
+    assert identity.read_keyring(path, None) == later
+    for ticket in (ticket_of(rings[0]), ticket_of(rings[1]), ticket_of(rings[2])):
+        assert identity.read_keyring(path, ticket) == later
+    assert identity.read_keyring(path, ticket_of(rings[3])).key == b"d" * 32
+    assert mode(path) == 0o600
+
+
+def test_keyrings_survive_a_restart_and_damage_is_not_guessed_around(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.key"
+    ring = Keyring.first(b"a" * 32).rotated(b"b" * 32, 1234.5)
+    identity.write_keyring(path, ring)
+    assert mode(path) == 0o600
+    path.chmod(0o640)
+    assert identity.read_keyring(path, None) == ring
+    assert mode(path) == 0o600
+    for damage in (b"", b"short", path.read_bytes()[:-9]):
+        path.write_bytes(damage)
+        with pytest.raises(IdentityError, match="damaged"):
+            identity.read_keyring(path, None)
+        assert path.read_bytes() == damage
+
+
+def test_the_previous_key_counts_until_its_time() -> None:
+    ring = Keyring.first(b"a" * 32).rotated(b"b" * 32, 100.0)
+    assert (ring.keys(99.9), ring.retired(99.9)) == ((b"b" * 32, b"a" * 32), ())
+    assert (ring.keys(100.0), ring.retired(100.0)) == ((b"b" * 32,), (b"a" * 32,))
+    assert ring.grace(40.0) == 60.0
+    assert Keyring.first(b"a" * 32).keys(0.0) == (b"a" * 32,)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.binary(min_size=32, max_size=32)), min_size=1))
+def test_keyrings_merge_to_the_same_in_any_order(rotations: list[tuple[int, bytes]]) -> None:
+    def merge(rings: list[Keyring]) -> Keyring:
+        held = rings[0]
+        for ring in rings:
+            held = ring if held.accepts(ring) else held
+        return held
+
+    rings = [Keyring(key=key, generation=number) for number, key in rotations]
+    assert merge(rings) == merge(rings[::-1]) == merge(sorted(rings, key=lambda r: r.key))
+
+
+def test_generations_cannot_be_used_up_at_one_stroke() -> None:
+    ring = Keyring.first(b"a" * 32)
+    assert ring.accepts(Keyring(key=b"b" * 32, generation=identity.MAX_GENERATION_STEP))
+    assert not ring.accepts(Keyring(key=b"b" * 32, generation=(1 << 48) - 1))
 
 
 def test_state_survives_and_damage_is_not_guessed_around(tmp_path: Path) -> None:

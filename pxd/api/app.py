@@ -7,12 +7,14 @@ from starlette.routing import Route
 from pxd.api.chat import ChatCompletions
 from pxd.api.cluster import Cluster
 from pxd.api.daemon import Daemon
+from pxd.api.door import DoorRoutes
 from pxd.api.errors import HANDLERS, Boundary
 from pxd.api.models import Models
 
 
 def create_app(daemon: Daemon) -> Starlette:
     chat, models, cluster = ChatCompletions(daemon), Models(daemon), Cluster(daemon)
+    door = DoorRoutes(daemon)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
@@ -25,6 +27,10 @@ def create_app(daemon: Daemon) -> Starlette:
             Route("/cluster/doctor", cluster.doctor),
             Route("/cluster/ticket", cluster.ticket),
             Route("/cluster/stop", cluster.stop, methods=["POST"]),
+            Route("/cluster/key/rotate", door.rotate, methods=["POST"]),
+            Route("/cluster/kick", door.kick, methods=["POST"]),
+            Route("/cluster/pardon", door.pardon, methods=["POST"]),
+            Route("/cluster/bans", door.bans),
         ],
         middleware=[Middleware(Boundary)],
         exception_handlers=HANDLERS,

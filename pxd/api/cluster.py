@@ -51,16 +51,16 @@ class Cluster:
 
     async def doctor(self, request: Request) -> Response:
         # It makes this node and others work, so it is not for everybody who may look.
-        require_control(request)
+        require_control(request, self._daemon.control_token)
         return json_response(await self._daemon.doctor(), headers={"cache-control": "no-store"})
 
     async def ticket(self, request: Request) -> Response:
-        require_control(request)
+        require_control(request, self._daemon.control_token)
         return json_response(
             {"ticket": self._daemon.ticket()}, headers={"cache-control": "no-store"}
         )
 
     async def stop(self, request: Request) -> Response:
-        require_control(request)
+        require_control(request, self._daemon.control_token)
         self._daemon.stop()
         return json_response({"status": "stopping"}, 202)

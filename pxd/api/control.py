@@ -1,10 +1,12 @@
-"""Who may stop the daemon or read its ticket: programs on the same machine, and no web page.
+"""Who may control the daemon: programs on its machine that can read its data directory.
 
-A page in the user's browser also sits on this machine. It cannot send the control header to another
-origin without being allowed to by CORS, which pxd never does; and a page whose own name was
-re-pointed at this machine (DNS rebinding) betrays itself by the Host header.
+They show the token of `daemon.json`, which is this daemon's user's alone and new with every start.
+A page in the user's browser also sits on this machine. It does not know the token, could not send
+the header to another origin without being allowed to by CORS, which pxd never does; and a page
+whose own name was re-pointed at this machine (DNS rebinding) betrays itself by the Host header.
 """
 
+import hmac
 import ipaddress
 
 from starlette.requests import Request
@@ -37,8 +39,12 @@ def _host_name(header: str) -> str:
     return header.partition(":")[0]
 
 
-def require_control(request: Request) -> None:
-    """Raises `ApiError` 403 unless the request may control this daemon."""
+def _is_token(shown: str, token: str) -> bool:
+    return hmac.compare_digest(shown.encode(), token.encode())
+
+
+def require_control(request: Request, token: str) -> None:
+    """Raises `ApiError` 403 unless the request may control the daemon with that token."""
     server = request.scope.get("server")
     listening = str(server[0]) if server else ""
     client = request.client.host if request.client else ""
@@ -46,8 +52,11 @@ def require_control(request: Request) -> None:
     forwarded = any(header in request.headers for header in _PROXY_HEADERS)
     if forwarded or not _is_here(client, listening):
         reason = "only programs on the daemon's own machine may do this"
-    elif request.headers.get(CONTROL_HEADER) != "1":
-        reason = f"the header `{CONTROL_HEADER}: 1` is missing"
+    elif not _is_token(request.headers.get(CONTROL_HEADER, ""), token):
+        reason = (
+            f"the header `{CONTROL_HEADER}` does not hold the token of daemon.json in the daemon's "
+            "data directory; use the pxd command, as the user that runs the daemon"
+        )
     elif name != "localhost" and not _is_here(name, listening):
         reason = "the Host header names neither this machine's loopback nor the listening address"
     else:

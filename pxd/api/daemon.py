@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from pxd.doctor.findings import Report
+from pxd.serving.door import Door
 from pxd.serving.requests import Ingress
 from pxd.serving.status import ClusterStatus
 from pxd.serving.view import Planning
@@ -11,6 +12,14 @@ from pxd.serving.view import Planning
 class Daemon(Protocol):
     @property
     def ingress(self) -> Ingress: ...
+
+    @property
+    def door(self) -> Door:
+        """The cluster's keys and bans."""
+
+    @property
+    def control_token(self) -> str:
+        """What a program must show to control this daemon. Never log it."""
 
     def status(self) -> ClusterStatus: ...
 

@@ -18,11 +18,11 @@ TIMEOUT_S = 10.0
 DOCTOR_TIMEOUT_S = 25.0
 # A daemon that is busy with an answer sends something every ten seconds.
 STREAM_TIMEOUT_S = 60.0
+# Telling every member takes up to five seconds, three times over where a key is replaced at once.
+CONTROL_TIMEOUT_S = 30.0
 MAX_RESPONSE = 64 << 20
 
 AnswerT = TypeVar("AnswerT")
-
-_CONTROL = {"X-Pxd-Control": "1"}
 
 
 class Unreachable(Exception):
@@ -57,8 +57,11 @@ def _refusal(response: http.client.HTTPResponse, url: str) -> Refused:
 
 
 class Client:
-    def __init__(self, url: str) -> None:
+    """`token` is needed for what controls the daemon; see `find_controlled`."""
+
+    def __init__(self, url: str, token: str = "") -> None:
         self.url = url
+        self._control = {"X-Pxd-Control": token}
 
     @contextlib.contextmanager
     def _response(
@@ -119,7 +122,7 @@ class Client:
         return self.parse_status(self.raw_status())
 
     def ticket(self) -> str:
-        raw = self._read("GET", "/cluster/ticket", _CONTROL)
+        raw = self._read("GET", "/cluster/ticket", self._control)
         try:
             return str(json.loads(raw)["ticket"])
         except (ValueError, TypeError, KeyError) as error:
@@ -127,10 +130,19 @@ class Client:
 
     def doctor(self) -> Report:
         """Takes as long as the examination does."""
-        return self._parse(self._read("GET", "/cluster/doctor", _CONTROL, DOCTOR_TIMEOUT_S), Report)
+        return self._parse(
+            self._read("GET", "/cluster/doctor", self._control, DOCTOR_TIMEOUT_S), Report
+        )
 
     def stop(self) -> None:
-        self._read("POST", "/cluster/stop", _CONTROL)
+        self._read("POST", "/cluster/stop", self._control)
+
+    def control(self, method: str, path: str, kind: type[AnswerT], body: object = None) -> AnswerT:
+        """What a control route answers, as `kind`. Waits while members are told."""
+        data = None if body is None else msgspec.json.encode(body)
+        headers = self._control | {"Content-Type": "application/json"}
+        with self._response(method, path, data, headers, CONTROL_TIMEOUT_S) as response:
+            return self._parse(response.read(MAX_RESPONSE), kind)
 
     def chat(self, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The chunks of a streamed chat completion. Closing the iterator cancels the answer.

@@ -46,14 +46,14 @@ def examine(node: str | None, data_dir: Path | None) -> "Report":
         NoDaemon,
         NotRunning,
         data_dir_of_environment,
-        find_daemon,
+        find_controlled,
         start_command,
     )
     from pxd.doctor import findings
 
     directory = data_dir or data_dir_of_environment()
     try:
-        found = find_daemon(node, data_dir)
+        found = find_controlled(node, data_dir)
     except NotRunning as error:
         text = str(error).partition(";")[0]
         remedy = f"start it:\n{start_command(error.data_dir)}"
@@ -61,7 +61,7 @@ def examine(node: str | None, data_dir: Path | None) -> "Report":
     except NoDaemon as error:
         fail(str(error))
     try:
-        return Client(found.url).doctor()
+        return Client(found.url, found.token).doctor()
     except Refused as error:
         if error.code == "unknown_url":
             fail(f"the daemon at {found.url} is of a release without a doctor; update pxd there")

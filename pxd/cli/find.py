@@ -28,13 +28,15 @@ class DaemonFile(msgspec.Struct, frozen=True):
     pid: int
     http: str
     started: float
+    token: str = ""
 
 
 class Found(msgspec.Struct, frozen=True):
-    """A daemon's URL; its process id if it is known to run on this machine."""
+    """A daemon's URL; its process id and control token if its data directory is known."""
 
     url: str
     pid: int | None = None
+    token: str = ""
 
 
 def is_running(pid: int) -> bool:
@@ -71,6 +73,32 @@ def find_daemon(node: str | None, data_dir: Path | None) -> Found:
     return read_daemon_file(data_dir or data_dir_of_environment())
 
 
+def find_controlled(node: str | None, data_dir: Path | None) -> Found:
+    """Like `find_daemon`, for what only the daemon's own user may do. Raises `NoDaemon`.
+
+    A daemon that is named by its URL must be that of the data directory.
+    """
+    found = find_daemon(node, data_dir)
+    if found.token:
+        return found
+    root = data_dir or data_dir_of_environment()
+    try:
+        known = read_daemon_file(root)
+    except NoDaemon as error:
+        raise NoDaemon(
+            f"the control token of {found.url} is not at hand ({error}); "
+            "run this on its machine, as the user that runs the daemon, with --data-dir DIR"
+        ) from error
+    if not known.token:
+        raise NoDaemon(f"the daemon of {root} is of an older release of pxd; restart it")
+    if known.url != found.url.replace("//localhost:", "//127.0.0.1:"):
+        raise NoDaemon(
+            f"{found.url} is not the daemon of {root}, whose control token could be read; "
+            "run this on its machine, as the user that runs the daemon, with --data-dir DIR"
+        )
+    return known
+
+
 def data_dir_of_environment() -> Path:
     named = os.environ.get("PXD_DATA_DIR")
     return Path(named) if named else default_data_dir()
@@ -94,7 +122,10 @@ def read_daemon_file(data_dir: Path) -> Found:
             data_dir,
         ) from None
     except OSError as error:
-        raise NoDaemon(f"cannot read {path}: {error.strerror or error}") from error
+        raise NoDaemon(
+            f"cannot read {path}: {error.strerror or error}; run this as the user that runs the "
+            "daemon, or name another one's directory with --data-dir"
+        ) from error
     except DECODE_ERRORS as error:
         raise NoDaemon(f"{path} is damaged; restart the daemon with `{start}`") from error
     if not is_running(content.pid):
@@ -103,4 +134,4 @@ def read_daemon_file(data_dir: Path) -> Found:
             f"start it again with `{start}`",
             data_dir,
         )
-    return Found(as_url(content.http), content.pid)
+    return Found(as_url(content.http), content.pid, content.token)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import pxd
-from pxd.cli import chat, doctor, plan, start, status, stop, ticket
+from pxd.cli import chat, doctor, key, kick, plan, start, status, stop, ticket
 from pxd.cli.options import with_examples
 
 app = typer.Typer(
@@ -55,6 +55,8 @@ app.command("plan", help=plan.HELP, short_help="Plan a model for machines.")(pla
 app.command("chat", help=chat.HELP, short_help="Talk to the model.")(chat.chat)
 app.command("doctor", help=doctor.HELP, short_help="Find out what is wrong.")(doctor.doctor)
 app.command("ticket", help=ticket.HELP, short_help="Print what others need to join.")(ticket.ticket)
+app.add_typer(key.app, name="key", help="The cluster's key.")
+app.command("kick", help=kick.HELP, short_help="Ban a node from the cluster.")(kick.kick)
 app.command("stop", help=stop.HELP, short_help="Stop the node on this machine.")(stop.stop)
 app.command("version", help=with_examples("Show the version.", ("pxd version", "")))(version)
 

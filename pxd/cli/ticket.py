@@ -1,6 +1,6 @@
 """`pxd ticket`: the one line that another machine needs to join."""
 
-from pxd.cli.find import NoDaemon, NotRunning, find_daemon, start_command
+from pxd.cli.find import NoDaemon, NotRunning, find_controlled, start_command
 from pxd.cli.options import DataDir, Node, fail, with_examples
 from pxd.settings import DataFiles
 
@@ -15,7 +15,8 @@ def ticket(node: Node = None, data_dir: DataDir = None) -> None:
     from pxd.cli.client import Client, Refused, Unreachable
 
     try:
-        print(Client(find_daemon(node, data_dir).url).ticket())
+        found = find_controlled(node, data_dir)
+        print(Client(found.url, found.token).ticket())
     except NotRunning as error:
         if not DataFiles(error.data_dir).cluster_key.exists():
             fail(str(error))

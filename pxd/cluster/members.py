@@ -201,6 +201,12 @@ class MemberTable:
             if any(self.members[other].live for other in self._endpoints.sharing(node)):
                 self._drop_replaced(now, node)
 
+    def expel(self, now: float, node: str) -> None:
+        """A member leaves and is dropped at once, and nothing is ever told of it."""
+        self.bury(now, node, "left", self.members[node].incarnation)
+        self._drop(now, node)
+        self.tombstones.pop(node, None)
+
     def measure(self, node: str, seconds: float) -> None:
         """Follows a shorter time at once and a longer one slowly: delays only ever add to it."""
         member = self.members[node]

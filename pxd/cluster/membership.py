@@ -71,6 +71,7 @@ class Membership:
         self._connected: set[str] = set()
         self._parted: set[str] = set()
         self._asked: set[str] = set()
+        self._expelled: frozenset[str] = frozenset()
         self._outbox: list[tuple[str, GossipMessage]] = []
         self._voice = Voice(config)
         self._sought: dict[str, int] = {}
@@ -110,7 +111,7 @@ class Membership:
 
     def join(self, peer: str) -> None:
         """Synchronise fully with a peer, whether it is known yet or not."""
-        if self._running and peer != self.id:
+        if self._running and peer != self.id and peer not in self._expelled:
             if len(self._asked) >= _MAX_ASKED:
                 self._asked.pop()
             self._asked.add(peer)
@@ -155,6 +156,18 @@ class Membership:
             version = min(old.version + 1, LAST_COUNT)
             self._set_own(msgspec.structs.replace(new, version=version), "updated")
             self._voice.changed(changes)
+
+    def expel(self, now: float, nodes: frozenset[str]) -> None:
+        """From now on exactly these nodes have no part in the cluster, as far as this one goes.
+
+        Those that are members leave at once, and nothing is heard from or about them.
+        """
+        self._expelled = nodes - {self.id}
+        for node in self._expelled & self._table.members.keys():
+            self._table.expel(now, node)
+            self._suspicions.end(node)
+            self._prober.forget(node)
+        self._finish()
 
     def leave(self, now: float) -> None:
         """Say goodbye to the connected members and go silent. The outbox then holds goodbyes."""
@@ -231,7 +244,7 @@ class Membership:
 
     def receive(self, now: float, peer: str, message: GossipMessage) -> None:
         """Handle a message; `peer` must come from the authenticated connection."""
-        if not self._running or peer == self.id:
+        if not self._running or peer == self.id or peer in self._expelled:
             return
         self._forgive_freeze(now)
         if not isinstance(message, Digest):
@@ -285,6 +298,8 @@ class Membership:
     def _hear_record(self, now: float, peer: str, signed: SignedRecord) -> Claim | None:
         """Returns what to tell a peer that has missed the node's end."""
         table, node = self._table, signed.node
+        if node in self._expelled:
+            return None
         held = table.signed.get(node)
         if held is not None and (signed.order < held.order or signed == held):
             return None
@@ -449,7 +464,8 @@ class Membership:
             self.join(self._random.sample(lost, 1)[0])
 
     def _answer_digest(self, now: float, peer: str, digest: Digest) -> None:
-        difference = compare(self._table, peer, digest)
+        heard = tuple(entry for entry in digest.entries if entry.node not in self._expelled)
+        difference = compare(self._table, peer, msgspec.structs.replace(digest, entries=heard))
         self._absorb(now, peer, News(claims=tuple(difference.heard)))
         records = self._admission.answer(now, peer, difference.records)
         answers = deltas(records, difference.claims, difference.wants)

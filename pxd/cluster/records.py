@@ -90,7 +90,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     place in join order, 0 until the node has settled; `leads` is the term it leads, 0 for none.
     `links` are those to the peers that matter most to this node. `relay` says that it passes
     traffic on for members that cannot reach each other. `leaving` says that it is about to go: it
-    is no candidate for leadership and takes no part in new plans.
+    is no candidate for leadership and takes no part in new plans. `door` is a digest of its keys
+    and bans: where two differ, one is behind. `keys` is the generation of its cluster key.
     """
 
     id: Identifier
@@ -117,6 +118,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     models: Annotated[tuple[HeldModel, ...], msgspec.Meta(max_length=MAX_MODELS)] = ()
     relay: bool = False
     leaving: bool = False
+    door: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    keys: Count = 0
 
     @property
     def order(self) -> tuple[int, int]:

@@ -19,7 +19,17 @@ STAGGER = 0.3
 
 FAILURE_CACHED = 1.0
 ATTEMPTS_KEPT = 1024
-REFUSED = ("wrong-key", "version")
+REFUSED = ("wrong-key", "old-key", "version", "banned")
+
+_FRESH_TICKET = (
+    "get a fresh ticket with `pxd ticket` there and start this node with `pxd start --join TICKET`"
+)
+_REMEDIES = {
+    "wrong-key": _FRESH_TICKET,
+    "old-key": _FRESH_TICKET,
+    "version": "run the same release of pxd on both machines",
+    "banned": "any member can let it back in with `pxd kick --undo`",
+}
 
 
 class _Attempt:
@@ -93,6 +103,8 @@ class Dialer:
                 self._attempts.pop(peer, None)
 
     async def _race(self, peer: str, addresses: Sequence[Address]) -> DialFailed | None:
+        if peer in self._host.banned:
+            return DialFailed("banned", "it was kicked out of the cluster")
         if not addresses:
             return DialFailed("unreachable", "no address of it is known")
         failures: list[DialFailed] = []
@@ -123,11 +135,7 @@ class Dialer:
     def _note(self, address: Address, failure: DialFailed) -> None:
         where = f"{address.host}:{address.port}"
         if failure.reason in REFUSED:
-            remedy = (
-                "get a fresh ticket with `pxd ticket` there"
-                if failure.reason == "wrong-key"
-                else "run the same release of pxd on both machines"
-            )
+            remedy = _REMEDIES[failure.reason]
             message = f"refused by {where} (peer {address.peer}): {failure}; {remedy}"
             self._refusals.warn(where, address.peer, failure.reason, message)
         else:

@@ -136,6 +136,11 @@ class Gossip:
         self._membership.update(**changes)
         self._dispatch()
 
+    def expel(self, nodes: frozenset[str]) -> None:
+        """From now on exactly these nodes have no part in the cluster."""
+        self._membership.expel(trio.current_time(), nodes)
+        self._dispatch()
+
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled. Cancelling it is no goodbye: call `leave` before."""
         now = trio.current_time()

@@ -17,6 +17,7 @@ from pxd.p2p import keyproof
 from pxd.p2p.addresses import Address
 from pxd.p2p.keyproof import KeyProof, ProofFailed
 from pxd.p2p.muxer import WINDOW, StreamClosed, Yamux, YamuxStream
+from pxd.p2p.penalties import Penalties
 from pxd.p2p.pending import PendingConnections
 from pxd.p2p.refusals import Refusals
 from pxd.p2p.secure import Identity, NoiseConnection, answer, select
@@ -28,6 +29,20 @@ STREAM_TIMEOUT = 5.0
 STREAMS_PER_MEMBER = 32
 CONNECTION_LIMIT = 1024
 DRAIN_TIMEOUT = 0.5
+
+
+REMEDIES = {
+    "wrong-key": "start it with a fresh ticket from `pxd ticket`",
+    "old-key": "start it with a fresh ticket from `pxd ticket`",
+    "version": "run the same release of pxd on both machines",
+    "banned": "let it back in with `pxd kick --undo`",
+}
+"""By the reason of a refusal, what to do where the refused one is wanted."""
+
+_HUNG_UP = (
+    "too many connections from {} failed to prove the cluster key; for now most of what comes from "
+    "there is closed at once. A node with an outdated ticket, or somebody trying the door"
+)
 
 
 class DialFailed(Exception):
@@ -46,6 +61,7 @@ class Connection:
 
     def __init__(self, secured: NoiseConnection, address: str, *, dialled: bool) -> None:
         self.peer = secured.peer
+        self.binding = secured.binding
         self.host, _, _ = address.rpartition(":")
         self.address = address
         self.dialled = dialled
@@ -90,10 +106,10 @@ class Connection:
         try:
             if self.dialled:
                 stream = await self.open_stream(keyproof.PROTOCOL)
-                return await proof.dial(stream, self.peer)
+                return await proof.dial(stream, self.peer, self.binding)
             await self._proof_offered.wait()
             assert self._proof_stream
-            return await proof.listen(self._proof_stream, self.peer)
+            return await proof.listen(self._proof_stream, self.peer, self.binding)
         except StreamClosed as error:
             raise ProofFailed("protocol", f"it did not prove the cluster key ({error})") from error
 
@@ -126,6 +142,7 @@ class Host:
         self._handlers = handlers
         self._attend = attend
         self._pending = PendingConnections()
+        self._penalties = Penalties()
         self._connections: set[Connection] = set()
         self._nursery: trio.Nursery | None = None
 
@@ -145,6 +162,11 @@ class Host:
                 self._nursery = None
                 with trio.CancelScope(shield=True):
                     await self._close_all()
+
+    @property
+    def banned(self) -> frozenset[str]:
+        """Peers that are neither dialled nor let in."""
+        return self._proof.banned
 
     async def dial(self, address: Address) -> Connection:
         """Return an admitted connection. Raises `DialFailed` within `ADMISSION_TIMEOUT`."""
@@ -191,6 +213,13 @@ class Host:
         connection = None
         try:
             host, port = stream.socket.getpeername()[:2]
+        except OSError:
+            # Gone before it was looked at.
+            return
+        if not self._penalties.allows(host, trio.current_time()):
+            self._refusals.warn(host, "", "too-many-failures", _HUNG_UP.format(host))
+            return
+        try:
             with self._pending.admit(host, within=ADMISSION_TIMEOUT):
                 secured = await self._identity.secure_inbound(stream)
                 connection = self._keep(secured, f"{host}:{port}", dialled=False)
@@ -198,12 +227,20 @@ class Host:
         except Exception:
             log.debug("an inbound handshake failed", exc_info=True)
         finally:
+            self._judge(host, connection)
             if connection and not connection.admitted.is_set():
                 connection.muxer.abort("no proof of the cluster key in time")
         if connection:
             # The caller closes the socket when this returns; `_close_all` ends the wait.
             with trio.CancelScope(shield=True):
                 await connection.muxer.closed.wait()
+
+    def _judge(self, host: str, connection: Connection | None) -> None:
+        """Whatever kept an inbound connection from being admitted, it has cost this node work."""
+        if connection and connection.admitted.is_set():
+            self._penalties.admitted(host, trio.current_time())
+        else:
+            self._penalties.failed(host, trio.current_time())
 
     def _keep(self, secured: NoiseConnection, address: str, *, dialled: bool) -> Connection:
         connection = Connection(secured, address, dialled=dialled)
@@ -258,7 +295,7 @@ class Host:
                     connection.peer,
                     error.reason,
                     f"refused {connection.address} (peer {connection.peer}): {error}; if it is "
-                    "meant to join, start it with a fresh ticket from `pxd ticket`",
+                    f"meant to join, {REMEDIES.get(error.reason, REMEDIES['wrong-key'])}",
                 )
             await connection.muxer.close(f"refused: {error}")
             return False

@@ -1,9 +1,11 @@
 """Both ends of a connection prove that they hold the cluster key, before anything else is said.
 
 The dialer opens a stream and sends a nonce; the listener answers with its own, which says nothing
-about the key; the dialer sends an HMAC-SHA256 over the whole exchange; only when that is right
-does the listener send its own. Bound to both peer ids as Noise authenticated them, so a proof
-cannot be passed on to a third party, and to the role, so it cannot be sent back.
+about the key; the dialer sends an HMAC-SHA256 over the whole exchange for each key that it holds;
+only when one of them is right does the listener send its own, made with that key. The MACs are
+bound to both peer ids as Noise authenticated them and to the Noise session itself, so a proof can
+neither be passed on to a third party nor be used in another connection; and to the role, so it
+cannot be sent back.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ from typing import Literal, NoReturn
 
 import trio
 
+from pxd.p2p.admission import Admission
 from pxd.p2p.muxer import StreamClosed, YamuxStream
 from pxd.wire import PROTOCOL_VERSION
 
@@ -20,18 +23,32 @@ PROTOCOL = "/pxd/proof/1"
 NONCE_BYTES = 32
 MAC_BYTES = 32
 INSTANCE_BYTES = 16
+KEYS_LIMIT = 2
 REFUSAL_GRACE = 1.0
 
 Role = Literal["dialer", "listener"]
 
-_DOMAIN = b"pxd cluster key proof 1"
+_DOMAIN = b"pxd cluster key proof 2"
 _HELLO_BYTES = NONCE_BYTES + INSTANCE_BYTES + 2
-_OK, _WRONG_KEY, _VERSION = b"ok......", b"wrongkey", b"version."
-_WORD_BYTES = 8
+_OK = b"ok......"
+_WORD_BYTES = len(_OK)
+_REFUSALS = {
+    "wrong-key": b"wrongkey",
+    "old-key": b"oldkey..",
+    "banned": b"banned..",
+    "version": b"version.",
+}
+_HEARD = {
+    b"wrongkey": "it says that this node holds another cluster's key",
+    b"oldkey..": "it says that the cluster's key was replaced while this node was away",
+    b"banned..": "it says that this node was kicked out of the cluster",
+}
+"""What the dialer makes of a refusal; "version" is told apart because both versions are known."""
 
 
 class ProofFailed(Exception):
-    """`reason` is one word: wrong-key, version, or protocol for a peer that does not play along."""
+    """`reason` is one word: wrong-key, old-key (the cluster's key was replaced), banned, version,
+    or protocol for a peer that does not play along."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -62,82 +79,130 @@ class Hello:
         )
 
 
-def proof(
-    key: bytes, role: Role, dialer: str, listener: str, dialer_says: bytes, listener_says: bytes
-) -> bytes:
-    """The MAC that `role` sends; the last two arguments are the encoded hellos."""
-    parts = (
-        _DOMAIN,
-        role.encode(),
-        dialer.encode(),
-        listener.encode(),
-        dialer_says,
-        listener_says,
-    )
-    # Each part is preceded by its length, so that no two different exchanges look alike.
-    transcript = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-    return hmac.digest(key, transcript, "sha256")
+class Exchange:
+    """What a proof is bound to. `session` is the hash of the Noise handshake; hellos encoded."""
 
+    def __init__(
+        self, session: bytes, dialer: str, listener: str, dialer_says: bytes, listener_says: bytes
+    ) -> None:
+        self._parts = (session, dialer.encode(), listener.encode(), dialer_says, listener_says)
 
-def is_proof(mac: bytes, expected: bytes) -> bool:
-    return hmac.compare_digest(mac, expected)
+    def mac(self, key: bytes, role: Role) -> bytes:
+        """The proof that `role` sends."""
+        # Each part is preceded by its length, so that no two different exchanges look alike.
+        parts = (_DOMAIN, role.encode(), *self._parts)
+        transcript = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+        return hmac.digest(key, transcript, "sha256")
+
+    def prover(self, macs: list[bytes], keys: tuple[bytes, ...], role: Role) -> bytes | None:
+        """The first of `keys` with which one of `macs` was made in `role`."""
+        found = None
+        for key in reversed(keys):
+            expected = self.mac(key, role)
+            if any(hmac.compare_digest(mac, expected) for mac in macs):
+                found = key
+        return found
 
 
 class KeyProof:
-    """Runs the exchange for one node. The caller sets the deadline."""
+    """Runs the exchange for one node. The caller sets the deadline.
 
-    def __init__(self, key: bytes, peer_id: str) -> None:
+    `session` is `NoiseConnection.binding` of the connection that carries the stream.
+    """
+
+    def __init__(self, admission: Admission, peer_id: str) -> None:
         self.instance = secrets.token_bytes(INSTANCE_BYTES)
-        self._key = key
+        self._admission = admission
         self._peer_id = peer_id
 
-    async def dial(self, stream: YamuxStream, peer: str) -> bytes:
+    @property
+    def banned(self) -> frozenset[str]:
+        return self._admission.banned
+
+    async def dial(self, stream: YamuxStream, peer: str, session: bytes) -> bytes:
         """Prove to `peer` and have it prove; returns its instance. Raises `ProofFailed`."""
+        if peer in self._admission.banned:
+            raise ProofFailed("banned", "it was kicked out of the cluster")
         mine = Hello.fresh(self.instance)
+        keys = self._admission.keys()[:KEYS_LIMIT]
         try:
             await stream.write(mine.encode())
             theirs = Hello.decode(bytes(await stream.read_exactly(_HELLO_BYTES)))
-            says = (mine.encode(), theirs.encode())
-            await stream.write(proof(self._key, "dialer", self._peer_id, peer, *says))
-            word = bytes(await stream.read_exactly(_WORD_BYTES))
-            if word == _VERSION:
+            if theirs.version != PROTOCOL_VERSION:
+                # An older listener looks at the version only after it has read a MAC.
+                await stream.write(bytes(MAC_BYTES))
                 _fail_version(theirs.version)
-            if word == _WRONG_KEY:
-                raise ProofFailed("wrong-key", "it says that this node holds another cluster's key")
-            if word != _OK:
-                raise ProofFailed("protocol", "its answer to the key proof makes no sense")
+            exchange = Exchange(session, self._peer_id, peer, mine.encode(), theirs.encode())
+            macs = b"".join(exchange.mac(key, "dialer") for key in keys)
+            await stream.write(bytes([len(keys)]) + macs)
+            word = bytes(await stream.read_exactly(_WORD_BYTES))
+            _check_word(word, theirs)
             mac = bytes(await stream.read_exactly(MAC_BYTES))
         except StreamClosed as error:
             raise ProofFailed("protocol", f"it broke off the key proof ({error})") from error
-        if not is_proof(mac, proof(self._key, "listener", self._peer_id, peer, *says)):
+        if exchange.prover([mac], keys, "listener") is None:
             raise ProofFailed("wrong-key", "it does not hold this cluster's key")
         return theirs.instance
 
-    async def listen(self, stream: YamuxStream, peer: str) -> bytes:
+    async def listen(self, stream: YamuxStream, peer: str, session: bytes) -> bytes:
         """The other side of `dial`."""
         mine = Hello.fresh(self.instance)
         try:
             theirs = Hello.decode(bytes(await stream.read_exactly(_HELLO_BYTES)))
             await stream.write(mine.encode())
-            says = (theirs.encode(), mine.encode())
-            mac = bytes(await stream.read_exactly(MAC_BYTES))
             if theirs.version != PROTOCOL_VERSION:
-                await _refuse(stream, _VERSION)
+                await _refuse(stream, "version")
                 _fail_version(theirs.version)
-            if not is_proof(mac, proof(self._key, "dialer", peer, self._peer_id, *says)):
-                await _refuse(stream, _WRONG_KEY)
-                raise ProofFailed("wrong-key", "it does not hold this cluster's key")
-            await stream.write(_OK + proof(self._key, "listener", peer, self._peer_id, *says))
+            macs = await _read_macs(stream)
+            exchange = Exchange(session, peer, self._peer_id, theirs.encode(), mine.encode())
+            key = exchange.prover(macs, self._admission.keys(), "dialer")
+            if key is None or peer in self._admission.banned:
+                failure = self._judge(exchange, macs, peer, has_key=key is not None)
+                await _refuse(stream, failure.reason)
+                raise failure
+            await stream.write(_OK + exchange.mac(key, "listener"))
         except StreamClosed as error:
             raise ProofFailed("protocol", f"it broke off the key proof ({error})") from error
         return theirs.instance
 
+    def _judge(
+        self, exchange: Exchange, macs: list[bytes], peer: str, *, has_key: bool
+    ) -> ProofFailed:
+        """Only who holds a key of this cluster, be it an old one, is told more than "wrong"."""
+        had_key = exchange.prover(macs, self._admission.retired(), "dialer") is not None
+        if peer in self._admission.banned and (has_key or had_key):
+            return ProofFailed("banned", "it was kicked out of the cluster")
+        if had_key:
+            return ProofFailed("old-key", "it holds a key that was replaced")
+        return ProofFailed("wrong-key", "it does not hold this cluster's key")
 
-async def _refuse(stream: YamuxStream, word: bytes) -> None:
+
+async def _read_macs(stream: YamuxStream) -> list[bytes]:
+    [count] = await stream.read_exactly(1)
+    if not 0 < count <= KEYS_LIMIT:
+        raise StreamClosed(f"{count} proofs where 1 to {KEYS_LIMIT} are allowed")
+    data = bytes(await stream.read_exactly(count * MAC_BYTES))
+    return [data[i : i + MAC_BYTES] for i in range(0, len(data), MAC_BYTES)]
+
+
+def _check_word(word: bytes, theirs: Hello) -> None:
+    """Raises `ProofFailed` unless the listener accepted the proof."""
+    if word == _OK:
+        return
+    if word == _REFUSALS["version"]:
+        _fail_version(theirs.version)
+    for reason, known in _REFUSALS.items():
+        if word == known:
+            raise ProofFailed(reason, _HEARD[word])
+    raise ProofFailed("protocol", "its answer to the key proof makes no sense")
+
+
+async def _refuse(stream: YamuxStream, reason: str) -> None:
     """Send the word and let the peer close first: closing under unread data would destroy it."""
-    await stream.write(word)
     with trio.move_on_after(REFUSAL_GRACE), contextlib.suppress(StreamClosed):
-        await stream.read_some(1)
+        await stream.write(_REFUSALS[reason])
+        while await stream.read_some(MAC_BYTES):
+            pass
 
 
 def _fail_version(version: int) -> NoReturn:

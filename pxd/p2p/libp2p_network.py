@@ -7,9 +7,11 @@ from pathlib import Path
 import trio
 
 from pxd import wire
+from pxd.identity import Keyring
 from pxd.p2p import channels, rpc
 from pxd.p2p.addressbook import AddressBook
 from pxd.p2p.addresses import Address, parse_address, parse_peer_addresses
+from pxd.p2p.admission import Admission
 from pxd.p2p.casts import DroppingQueue
 from pxd.p2p.channels import DataChannels
 from pxd.p2p.dialer import Dialer
@@ -41,6 +43,7 @@ log = logging.getLogger("pxd.p2p")
 CAST_PATIENCE = 3.0
 """Seconds for which a cast waits for a connection."""
 
+HANG_UP_TIMEOUT = 3.0
 SAVE_INTERVAL = 5.0
 INTERFACE_INTERVAL = 15.0
 
@@ -66,7 +69,7 @@ class Libp2pNetwork:
         identity = Identity(node_seed)
         self.identity = identity
         self.peer_id = identity.peer_id
-        self._cluster_key = cluster_key
+        self._admission = Admission(Keyring.first(cluster_key))
         self._listen = listen
         self._mdns = mdns
         self._join = _by_peer(join, self.peer_id)
@@ -80,7 +83,7 @@ class Libp2pNetwork:
         )
         self._services.add(channels.OFFER, self._channels.on_offer)
         handlers = {rpc.PROTOCOL: self._serve_calls, channels.PROTOCOL: self._channels.on_stream}
-        proof = KeyProof(cluster_key, self.peer_id)
+        proof = KeyProof(self._admission, self.peer_id)
         self._host = Host(identity, proof, self._refusals, handlers, self._attend)
         self._bound: list[str] = []
         self._port = 0
@@ -134,6 +137,25 @@ class Libp2pNetwork:
         """The IP address at the other end of the connection with `peer`, None without one."""
         session = self._sessions.get(peer)
         return session.connection.host if session and session.alive else None
+
+    def set_keys(self, ring: Keyring) -> None:
+        """From now on these keys open the door. Connections that are made stay as they are."""
+        self._admission.ring = ring
+
+    async def shut_out(self, banned: frozenset[str]) -> None:
+        """From now on exactly these peers are kept out; returns when none is connected any more."""
+        self._admission.banned = banned
+        async with trio.open_nursery() as nursery:
+            for peer in banned & self._sessions.peers():
+                nursery.start_soon(self._hang_up, peer)
+
+    async def _hang_up(self, peer: str) -> None:
+        session = self._sessions.get(peer)
+        with trio.move_on_after(HANG_UP_TIMEOUT):
+            for connection in session.connections if session else ():
+                await connection.muxer.close("it was kicked out of the cluster")
+            if session:
+                await session.ended.wait()
 
     def learn(self, peer: str, addresses: tuple[str, ...]) -> None:
         if peer != self.peer_id:
@@ -202,6 +224,11 @@ class Libp2pNetwork:
     async def _attend(
         self, connection: Connection, *, task_status: "trio.TaskStatus[None]"
     ) -> None:
+        if connection.peer in self._admission.banned:
+            # Since it proved the key, a moment ago.
+            connection.muxer.abort("it was kicked out of the cluster")
+            task_status.started()
+            return
         client = rpc.RpcClient(connection.peer, connection.open_stream)
         connection.drain = client.flush
         session = self._sessions.add(connection, client)
@@ -251,12 +278,12 @@ class Libp2pNetwork:
             discovery.seek(peer)
 
         while True:
-            hosts = self._hosts()
+            hosts, [key, *_] = self._hosts(), self._admission.keys()
             async with trio.open_nursery() as nursery:
-                mdns = Mdns(self.peer_id, self._cluster_key, self._port, hosts)
+                mdns = Mdns(self.peer_id, self._admission.keys, self._port, hosts)
                 nursery.start_soon(mdns.run, found)
-                # A machine that changes networks is to be found in the new one.
-                while set(self._hosts()) == set(hosts):
+                # A machine that changes networks, or keys, is to be found under the new ones.
+                while set(self._hosts()) == set(hosts) and self._admission.keys()[0] == key:
                     await trio.sleep(INTERFACE_INTERVAL)
                 nursery.cancel_scope.cancel()
 

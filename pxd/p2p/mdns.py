@@ -34,11 +34,20 @@ Found = Callable[[str, tuple[Address, ...]], None]
 
 
 class Mdns:
-    """Runs the zeroconf library, which has threads of its own. `hosts` are IP addresses."""
+    """Runs the zeroconf library, which has threads of its own. `hosts` are IP addresses.
 
-    def __init__(self, peer_id: str, cluster_key: bytes, port: int, hosts: Sequence[str]) -> None:
+    `keys` returns the cluster keys that count, the one to announce with first; any thread asks it.
+    """
+
+    def __init__(
+        self,
+        peer_id: str,
+        keys: Callable[[], tuple[bytes, ...]],
+        port: int,
+        hosts: Sequence[str],
+    ) -> None:
         self._peer_id = peer_id
-        self._key = cluster_key
+        self._keys = keys
         self._port = port
         self._hosts = hosts
 
@@ -109,7 +118,7 @@ class Mdns:
             f"{self._peer_id}.{SERVICE}",
             port=self._port,
             parsed_addresses=list(self._hosts)[:ADDRESSES_PER_PEER],
-            properties={"id": self._peer_id, "badge": badge(self._key, self._peer_id)},
+            properties={"id": self._peer_id, "badge": badge(self._keys()[0], self._peer_id)},
             server=f"pxd-{self._peer_id[-16:]}.local.",
         )
 
@@ -119,7 +128,7 @@ class Mdns:
             return
         try:
             info = service.get_service_info(SERVICE, name, timeout=LOOKUP_TIMEOUT_MS)
-            member = read_announcement(info, self._key) if info else None
+            member = read_announcement(info, *self._keys()) if info else None
         except Exception:
             log.debug("could not look up %s", name, exc_info=True)
             return
@@ -127,14 +136,14 @@ class Mdns:
             hand_over(*member)
 
 
-def read_announcement(info: ServiceInfo, key: bytes) -> tuple[str, tuple[Address, ...]] | None:
-    """Peer id and addresses, if `info` was announced by a member of the cluster with `key`.
+def read_announcement(info: ServiceInfo, *keys: bytes) -> tuple[str, tuple[Address, ...]] | None:
+    """Peer id and addresses, if `info` was announced by a holder of one of `keys`.
 
     Raises ValueError for an announcement that makes no sense.
     """
     peer = (info.properties.get(b"id") or b"").decode("ascii")
     shown = info.properties.get(b"badge") or b""
-    if not hmac.compare_digest(shown, badge(key, peer).encode()):
+    if not any(hmac.compare_digest(shown, badge(key, peer).encode()) for key in keys):
         return None
     hosts = info.parsed_addresses(IPVersion.All)[:ADDRESSES_PER_PEER]
     addresses = (str(Address(host, info.port or 0, peer)) for host in hosts)

@@ -28,6 +28,7 @@ from pxd.p2p.muxer import StreamClosed
 YAMUX = "/yamux/1.0.0"
 NEGOTIATION_LIMIT = 1024
 READ_AHEAD = 64 * 1024
+HANDSHAKE_HASH_BYTES = 32
 
 # Every refused or broken connection makes libp2p log tracebacks; the reasons are logged here.
 if "LIBP2P_DEBUG" not in os.environ:
@@ -107,10 +108,14 @@ class BoundedCommunicator:
 
 
 class NoiseConnection:
-    """A connection after the Noise handshake, as `Yamux` wants it. `peer` is authenticated."""
+    """A connection after the Noise handshake, as `Yamux` wants it. `peer` is authenticated.
+
+    `binding` is the hash of the whole handshake: both ends have the same, no other session has it.
+    """
 
     def __init__(self, session: Any, stream: TcpStream) -> None:
         self.peer = str(session.get_remote_peer())
+        self.binding = handshake_hash(session)
         self._session = session
         self._stream = stream
 
@@ -152,6 +157,17 @@ class Identity:
         session = await self._noise.secure_inbound(raw)
         await answer([YAMUX], session)
         return NoiseConnection(session, stream)
+
+
+def handshake_hash(session: Any) -> bytes:
+    """What Noise calls h, 32 bytes: it covers the fresh keys of both ends and all that was said.
+
+    Raises rather than return anything else, so that no proof is ever bound to nothing.
+    """
+    found = session.conn.noise_state.get_handshake_hash()
+    if not isinstance(found, bytes) or len(found) != HANDSHAKE_HASH_BYTES:
+        raise TypeError("libp2p's Noise session has no handshake hash")
+    return found
 
 
 async def select(protocols: list[str], stream: Any) -> None:

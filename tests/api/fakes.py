@@ -9,7 +9,10 @@ import trio
 
 from pxd.api.app import create_app
 from pxd.api.server import serve
+from pxd.cluster.bans import Ban
 from pxd.doctor.findings import Finding, Report, note, ok
+from pxd.serving.door import MAX_GRACE_S, DoorError
+from pxd.serving.doorview import Kick, NodeRef, Rotation, Told
 from pxd.serving.requests import Delta, Generation, Message, UnknownModel
 from pxd.serving.status import (
     ClusterStatus,
@@ -22,6 +25,7 @@ from pxd.serving.view import Planning
 
 DEADLINE_S = 20.0
 TICKET = "pxd1-a-ticket-for-tests"
+TOKEN = "a-control-token-for-tests"
 
 PEERS = {name: f"12D3KooW{name.capitalize() * 8}" for name in ("anna", "ben", "carl", "dora")}
 
@@ -164,8 +168,50 @@ def report(*more: Finding) -> Report:
     )
 
 
+class FakeDoor:
+    """Remembers what it was asked to do; knows ben, and refuses what the real one would."""
+
+    def __init__(self) -> None:
+        self.grace: float | None = None
+        self.bans: list[Ban] = []
+        self.told = Told(
+            confirmed=[NodeRef(id=PEERS["ben"], name="ben")],
+            unconfirmed=[NodeRef(id=PEERS["carl"], name="carl")],
+        )
+
+    async def rotate(self, grace: float) -> Rotation:
+        if grace > MAX_GRACE_S:
+            raise DoorError("bad_grace", "a grace period is between 0 and 30 days")
+        self.grace = grace
+        return Rotation(generation=1, grace=grace, told=self.told)
+
+    async def kick(self, wanted: str, *, rotate: bool = False) -> Kick:
+        if wanted == "anna":
+            raise DoorError("own_node", "a node cannot kick itself; `pxd stop` makes it leave")
+        node = resolve_fake(wanted)
+        self.bans.append(Ban(node.id, 1, True, PEERS["anna"], node.name))
+        rotation = await self.rotate(0.0) if rotate else None
+        return Kick(node=node, banned=True, told=self.told, rotation=rotation)
+
+    async def pardon(self, wanted: str) -> Kick:
+        node = resolve_fake(wanted)
+        self.bans.clear()
+        return Kick(node=node, banned=False, told=self.told)
+
+    def banned(self) -> list[Ban]:
+        return self.bans
+
+
+def resolve_fake(wanted: str) -> NodeRef:
+    if wanted != "ben":
+        raise DoorError("unknown_node", f"there is no such node: {wanted!r}")
+    return NodeRef(id=PEERS["ben"], name="ben")
+
+
 class FakeDaemon:
     def __init__(self) -> None:
+        self.door = FakeDoor()
+        self.control_token = TOKEN
         self.ingress = FakeIngress()
         self.cluster = serving_status()
         self.examined = report()

@@ -6,14 +6,15 @@ import openai
 import pytest
 from starlette.requests import Request
 
+from pxd.api.app import create_app
 from pxd.api.control import require_control
 from pxd.api.errors import ApiError
 from pxd.doctor.findings import Report
 from pxd.serving.status import ClusterStatus, ModelView
 
-from .fakes import TICKET, LiveServer
+from .fakes import TICKET, TOKEN, FakeDaemon, LiveServer
 
-CONTROL = {"X-Pxd-Control": "1"}
+CONTROL = {"X-Pxd-Control": TOKEN}
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -108,30 +109,47 @@ def test_stop(server: LiveServer) -> None:
     server.join()
 
 
+CONTROL_ROUTES = [
+    ("GET", "/cluster/ticket"),
+    ("GET", "/cluster/doctor"),
+    ("POST", "/cluster/stop"),
+    ("POST", "/cluster/key/rotate"),
+    ("POST", "/cluster/kick"),
+    ("POST", "/cluster/pardon"),
+    ("GET", "/cluster/bans"),
+]
+
+
+def test_every_route_that_is_not_for_everybody_is_listed_here() -> None:
+    public = {"/v1", "/healthz", "/readyz", "/cluster/status", "/cluster/planning"}
+    paths = {route.path for route in create_app(FakeDaemon()).routes}
+    control = {path for path in paths if not any(path.startswith(begin) for begin in public)}
+    assert control == {path for _, path in CONTROL_ROUTES}
+
+
 @pytest.mark.parametrize(
     "headers",
     [
         {},
-        {"X-Pxd-Control": "yes"},
+        {"X-Pxd-Control": "1"},
+        {"X-Pxd-Control": TOKEN[:-1]},
+        {"X-Pxd-Control": "t\u00f6ken".encode("latin-1")},
         CONTROL | {"Host": "rebound.example:8470"},
         CONTROL | {"X-Forwarded-For": "203.0.113.5"},
     ],
 )
-def test_control_is_refused(server: LiveServer, headers: dict[str, str]) -> None:
-    for method, path in (
-        ("GET", "/cluster/ticket"),
-        ("GET", "/cluster/doctor"),
-        ("POST", "/cluster/stop"),
-    ):
+def test_control_is_refused(server: LiveServer, headers: dict[str, str | bytes]) -> None:
+    for method, path in CONTROL_ROUTES:
         response = httpx.request(method, server.url + path, headers=headers)
         assert response.status_code == 403
         assert response.json()["error"]["code"] == "forbidden"
         assert TICKET not in response.text
     assert not server.daemon.stopped.is_set()
+    assert (server.daemon.door.grace, server.daemon.door.bans) == (None, [])
 
 
 def allowed(client: str, server: str, host: str | None, **headers: str) -> bool:
-    fields = {"x-pxd-control": "1"} | ({"host": host} if host is not None else {}) | headers
+    fields = {"x-pxd-control": TOKEN} | ({"host": host} if host is not None else {}) | headers
     scope = {
         "type": "http",
         "client": (client, 50000),
@@ -139,7 +157,7 @@ def allowed(client: str, server: str, host: str | None, **headers: str) -> bool:
         "headers": [(name.encode(), value.encode()) for name, value in fields.items()],
     }
     try:
-        require_control(Request(scope))
+        require_control(Request(scope), TOKEN)
     except ApiError:
         return False
     return True

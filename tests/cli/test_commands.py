@@ -92,9 +92,42 @@ def test_watch_goes_on_without_the_daemon_and_ends_by_ctrl_c() -> None:
             process.communicate()
 
 
-def test_ticket(server: LiveServer) -> None:
-    result = pxd("ticket", "--node", server.url)
-    assert (result.exit_code, result.stdout) == (0, f"{TICKET}\n")
+def test_ticket(server: LiveServer, default_instance: Path) -> None:
+    write_daemon_file(default_instance, server.url)
+    for options in ([], ["--node", server.url], ["--node", f"localhost:{server.port}"]):
+        result = pxd("ticket", *options)
+        assert (result.exit_code, result.stdout) == (0, f"{TICKET}\n"), result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["ticket"], ["stop"], ["key", "rotate"], ["kick", "ben"]])
+def test_control_needs_the_token_of_that_daemon(
+    server: LiveServer, default_instance: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    result = pxd(*arguments, "--node", server.url)
+    assert result.exit_code == 1
+    assert "as the user that runs the daemon, with --data-dir" in result.stderr
+    write_daemon_file(default_instance, "http://127.0.0.1:1")
+    result = pxd(*arguments, "--node", server.url)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{server.url} is not the daemon of {default_instance}" in result.stderr
+    write_daemon_file(default_instance, server.url, token="of another life")
+    result = pxd(*arguments)
+    assert result.exit_code == 1
+    assert "does not hold the token" in result.stderr
+    assert not server.daemon.stopped.is_set()
+
+
+def test_a_daemon_file_of_somebody_else(
+    default_instance: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    write_daemon_file(default_instance, "http://127.0.0.1:1")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    result = pxd("ticket")
+    assert result.exit_code == 1
+    assert "Permission denied; run this as the user that runs the daemon" in result.stderr
 
 
 def test_ticket_without_a_daemon(default_instance: Path) -> None:
@@ -106,7 +139,10 @@ def test_ticket_without_a_daemon(default_instance: Path) -> None:
     assert f"pxd start --data-dir {default_instance}" in result.stderr
 
 
-def test_stop_waits_for_the_process(server: LiveServer, default_instance: Path) -> None:
+@pytest.mark.parametrize("by_url", [False, True])
+def test_stop_waits_for_the_process(
+    server: LiveServer, default_instance: Path, by_url: bool
+) -> None:
     daemon = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     write_daemon_file(default_instance, server.url, daemon.pid)
 
@@ -116,7 +152,7 @@ def test_stop_waits_for_the_process(server: LiveServer, default_instance: Path) 
 
     ending = threading.Thread(target=end_when_stopped)
     ending.start()
-    result = pxd("stop")
+    result = pxd("stop", *(("--node", server.url) if by_url else ()))
     ending.join()
     # Not reaped yet: a process that has ended counts as gone whoever its parent is.
     assert result.exit_code == 0, result.output
@@ -125,16 +161,13 @@ def test_stop_waits_for_the_process(server: LiveServer, default_instance: Path) 
     assert daemon.returncode == -signal.SIGKILL
 
 
-def test_stop_of_a_daemon_known_by_its_url(server: LiveServer) -> None:
-    result = pxd("stop", "--node", server.url)
-    assert result.exit_code == 0
-    server.join()
-
-
-def test_stop_does_not_wait_forever(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_does_not_wait_forever(
+    server: LiveServer, default_instance: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_daemon_file(default_instance, server.url)
     monkeypatch.setattr(stop_module, "DEADLINE_S", 0.2)
     server.daemon.ends_when_stopped = False
-    result = pxd("stop", "--node", server.url)
+    result = pxd("stop")
     assert result.exit_code == 1
     assert "still leaving" in result.stderr
 
@@ -149,7 +182,9 @@ def test_version() -> None:
     assert pxd("--version").stdout == expected
 
 
-@pytest.mark.parametrize("name", ["start", "status", "doctor", "chat", "ticket", "stop", "version"])
+@pytest.mark.parametrize(
+    "name", ["start", "status", "doctor", "chat", "ticket", "kick", "stop", "version"]
+)
 def test_every_command_has_help_with_examples(name: str) -> None:
     assert name in pxd("--help").stdout
     result = pxd(name, "--help")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from pxd.cli.main import app
-from tests.api.fakes import DEADLINE_S
+from tests.api.fakes import DEADLINE_S, TOKEN
 
 
 def pxd(*arguments: str, stdin: str | None = None) -> Result:
@@ -32,9 +32,9 @@ def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str
     )
 
 
-def write_daemon_file(root: Path, url: str, pid: int | None = None) -> None:
+def write_daemon_file(root: Path, url: str, pid: int | None = None, token: str = TOKEN) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    content = {"pid": pid or os.getpid(), "http": url, "started": time.time()}
+    content = {"pid": pid or os.getpid(), "http": url, "started": time.time(), "token": token}
     (root / "daemon.json").write_text(json.dumps(content))
 
 

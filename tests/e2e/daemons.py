@@ -79,6 +79,13 @@ class Daemon:
                 self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
 
+    def join(self, ticket: str) -> None:
+        """Start again with another ticket than before."""
+        if "--join" in self._command:
+            del self._command[self._command.index("--join") :]
+        self._command += ["--join", ticket]
+        self.start()
+
     @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")

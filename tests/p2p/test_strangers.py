@@ -20,7 +20,7 @@ from pxd.p2p.host import DialFailed
 from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.muxer import StreamClosed, Yamux, YamuxStream
 from pxd.p2p.pending import PER_ADDRESS
-from pxd.p2p.secure import Identity, select
+from pxd.p2p.secure import Identity, handshake_hash, select
 from tests.p2p.nodes import ECHO, Nodes, Text, connected, eventually
 
 
@@ -132,8 +132,7 @@ async def test_the_wire_is_libp2p_s_and_its_own_host_gets_as_far_as_the_proof(
 ) -> None:
     a = await nodes.start()
     other = stock_host(tmp_path)
-    proof = keyproof.KeyProof(b"k" * 32, str(other.get_id()))  # type: ignore[attr-defined]
-    hello = keyproof.Hello.fresh(proof.instance).encode()
+    hello = keyproof.Hello.fresh(bytes(16)).encode()
     listen = [Multiaddr("/ip4/127.0.0.1/tcp/0")]
     async with other.run(listen_addrs=listen):  # type: ignore[attr-defined]
         with trio.fail_after(20):
@@ -142,9 +141,10 @@ async def test_the_wire_is_libp2p_s_and_its_own_host_gets_as_far_as_the_proof(
             stream = await other.new_stream(target, [keyproof.PROTOCOL])  # type: ignore[attr-defined]
             await stream.write(hello)
             theirs = await stream.read(len(hello))
-            says = (hello, theirs)
             me = str(other.get_id())  # type: ignore[attr-defined]
-            await stream.write(keyproof.proof(b"k" * 32, "dialer", me, a.peer_id, *says))
+            session = handshake_hash(stream.swarm_conn.muxed_conn.secured_conn)
+            exchange = keyproof.Exchange(session, me, a.peer_id, hello, theirs)
+            await stream.write(b"\x01" + exchange.mac(b"k" * 32, "dialer"))
             assert await stream.read(8) == b"ok......"
             await eventually(lambda: a.peers() == {me})
         await other.close()  # type: ignore[attr-defined]
