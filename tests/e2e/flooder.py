@@ -10,16 +10,16 @@ from pathlib import Path
 
 import msgspec
 import trio
-from pxd.cluster.signing import seal
-from pxd.p2p.signatures import NodeSigner
 
 from pxd.cluster.messages import MAX_RECORD, Delta, News
 from pxd.cluster.records import NodeRecord
+from pxd.cluster.signing import seal
 from pxd.identity import Ticket
 from pxd.p2p import rpc
 from pxd.p2p.gossip import GOSSIP
 from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.muxer import StreamClosed
+from pxd.p2p.signatures import NodeSigner
 
 BATCH = 20
 
