@@ -44,7 +44,7 @@ CAST_PATIENCE = 3.0
 """Seconds for which a cast waits for a connection."""
 
 HANG_UP_TIMEOUT = 3.0
-SAVE_INTERVAL = 5.0
+SAVE_INTERVAL = 1.0
 INTERFACE_INTERVAL = 15.0
 
 
