@@ -63,7 +63,7 @@ class AddressBook:
             log.warning("cannot use the remembered peers in %s: %s", self._path, error)
             return
         for entry in remembered:
-            addresses = parse_peer_addresses(entry.peer, entry.addresses)
+            addresses = parse_peer_addresses(entry.peer, entry.addresses, names=True)
             if addresses and entry.seen > self._clock() - REMEMBER_SECONDS:
                 self.learn(entry.peer, tuple(addresses))
                 self._seen[entry.peer] = entry.seen

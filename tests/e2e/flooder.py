@@ -28,7 +28,9 @@ BATCH = 20
 def largest(identity: str, version: int) -> NodeRecord:
     """As large as a record may be, and different every time."""
     pad = "".join(chr(0x4E00 + secrets.randbelow(20000)) for _ in range(500))
-    addresses = tuple(f"/dns4/{'a' * 240}/tcp/{1 + n}/p2p/{identity}" for n in range(16))
+    # Every other one is no name at all.
+    hosts = (".".join(["a" * 59] * 4), "a" * 240)
+    addresses = tuple(f"/dns4/{hosts[n % 2]}/tcp/{1 + n}/p2p/{identity}" for n in range(16))
     record = NodeRecord(
         id=identity,
         name="flooder",

@@ -46,7 +46,11 @@ def test_other_text_is_no_address(text: str) -> None:
         f"/ip4/127.0.0.1/tcp/65536/p2p/{PEER}",
         f"/ip4/127.0.0.1/udp/1/p2p/{PEER}",
         "/ip4/127.0.0.1/tcp/1/p2p/not-a-peer-id",
+        f"/ip4/127.0.0.1/tcp/\u0663/p2p/{PEER}",
         f"/dns4/bad host/tcp/1/p2p/{PEER}",
+        f"/dns4/{'a' * 64}/tcp/1/p2p/{PEER}",
+        f"/dns4/two..dots/tcp/1/p2p/{PEER}",
+        f"/dns4/{'.'.join(['a' * 63] * 4)}/tcp/1/p2p/{PEER}",
     ],
 )
 def test_almost_addresses_are_refused(text: str) -> None:
@@ -57,6 +61,12 @@ def test_almost_addresses_are_refused(text: str) -> None:
 def test_addresses_of_somebody_else_are_dropped() -> None:
     texts = (f"/ip4/192.0.2.1/tcp/1/p2p/{PEER}", f"/ip4/192.0.2.1/tcp/1/p2p/{OTHER}", "?")
     assert parse_peer_addresses(PEER, texts) == [Address("192.0.2.1", 1, PEER)]
+
+
+def test_names_are_not_taken_from_peers() -> None:
+    texts = (f"/dns4/home.example/tcp/1/p2p/{PEER}", f"/ip6/2001:db8::1/tcp/1/p2p/{PEER}")
+    assert parse_peer_addresses(PEER, texts) == [Address("2001:db8::1", 1, PEER)]
+    assert len(parse_peer_addresses(PEER, texts, names=True)) == 2
 
 
 def test_the_book_keeps_what_works_first_and_remembers_it(tmp_path: Path) -> None:
