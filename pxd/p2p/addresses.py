@@ -7,7 +7,7 @@ from typing import NamedTuple
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
-"""Narrow enough for any resolver: Python's raises more than OSError for a label that is too long."""
+"""Names that any resolver takes: Python's raises more than OSError for a label that is too long."""
 
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")

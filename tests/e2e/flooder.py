@@ -27,10 +27,10 @@ BATCH = 20
 
 def largest(identity: str, version: int) -> NodeRecord:
     """As large as a record may be, and different every time."""
-    pad = "".join(chr(0x4E00 + secrets.randbelow(20000)) for _ in range(500))
-    # Every other one is no name at all.
-    hosts = (".".join(["a" * 59] * 4), "a" * 240)
-    addresses = tuple(f"/dns4/{hosts[n % 2]}/tcp/{1 + n}/p2p/{identity}" for n in range(16))
+    pad = "".join(chr(0x4E00 + secrets.randbelow(20000)) for _ in range(1000))
+    # Names that nobody shall look up, names that are none, and places where nobody listens.
+    hosts = ("dns4/" + ".".join(["a" * 59] * 4), "dns4/" + "a" * 240, "ip4/127.0.9.9")
+    addresses = tuple(f"/{hosts[n % 3]}/tcp/{1 + n}/p2p/{identity}" for n in range(16))
     record = NodeRecord(
         id=identity,
         name="flooder",
