@@ -9,6 +9,7 @@ What passes a circuit is the same Noise connection with the same key proof as ov
 sees how much and when, not what, and cannot pose as anybody.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +66,6 @@ class CircuitStream(Transport):
 
     def __init__(self, stream: YamuxStream) -> None:
         super().__init__()
-        stream.window = WINDOW
         self._stream = stream
 
     async def _receive(self) -> bytes:
@@ -101,12 +101,13 @@ class Circuits:
                 stream = await relay.open_stream(HOP)
             except StreamClosed as error:
                 raise DialFailed("unreachable", "it does not pass traffic on") from error
+            stream.window = WINDOW
             try:
                 await _ask(stream, peer)
-            except StreamClosed as error:
-                raise DialFailed("unreachable", f"it broke off ({error})") from error
-            except BaseException:
+            except BaseException as error:
                 stream.reset()
+                if isinstance(error, StreamClosed):
+                    raise DialFailed("unreachable", f"it broke off ({error})") from error
                 raise
             return CircuitStream(stream)
 
@@ -114,6 +115,7 @@ class Circuits:
 
     async def serve(self, connection: Connection, stream: YamuxStream) -> None:
         """Serve `STOP`: a relay passes somebody on to this node. Returns when that has ended."""
+        stream.window = WINDOW
         with trio.fail_after(HANDSHAKE_TIMEOUT):
             message = await read_message(stream, StopMessage)
             peer = peer_in(message.peer)
@@ -125,6 +127,8 @@ class Circuits:
             await write_message(stream, StopMessage(type=StopMessage.STATUS, status=status))
         if status == Status.OK:
             await self._host.accept(CircuitStream(stream), _through(connection), peer)
+        else:
+            await let_close(stream)
 
 
 def _through(relay: Connection) -> Route:
@@ -170,6 +174,14 @@ def peer_in(message: Any) -> str:
 async def write_message(stream: YamuxStream, message: Any) -> None:
     """A protobuf message behind its length, as all these protocols want it."""
     await stream.write(encode_varint_prefixed(message.SerializeToString()))
+
+
+async def let_close(stream: YamuxStream) -> None:
+    """After the last word: wait a while for the other end to close the stream, for a reset may
+    overtake what it has not read yet."""
+    stream.finish()
+    with trio.move_on_after(HANDSHAKE_TIMEOUT), contextlib.suppress(StreamClosed):
+        await stream.read_exactly(MESSAGE_LIMIT)
 
 
 async def read_message(stream: YamuxStream, kind: Callable[[], Any]) -> Any:

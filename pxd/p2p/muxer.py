@@ -63,6 +63,7 @@ class YamuxStream:
         self._received: deque[bytes] = deque()
         self._buffered = 0
         self._receive_window = INITIAL_WINDOW
+        self._received_bytes = 0
         self._receive_ended = False
         self._arrived = trio.Event()
         self._send_window = INITIAL_WINDOW
@@ -161,6 +162,7 @@ class YamuxStream:
         if self._receive_ended or size > self._receive_window:
             raise ProtocolViolation(f"{size} bytes where {self._receive_window} were granted")
         self._receive_window -= size
+        self._received_bytes += size
 
     def deliver(self, data: bytes) -> None:
         self._received.append(data)
@@ -182,6 +184,9 @@ class YamuxStream:
     def _return_credit(self) -> None:
         window = min(self.window, self._muxer.window)
         credit = window - self._receive_window - self._buffered
+        # A wider window than the first is for those who use it, and `window` can be lowered before.
+        if self._received_bytes < INITIAL_WINDOW // 2:
+            return
         if credit >= window // 2 and not self._receive_ended and not self._reset:
             self._receive_window += credit
             self._muxer.control(WINDOW_UPDATE, 0, self.id, credit)

@@ -9,7 +9,7 @@ import ipaddress
 import trio
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 
-from pxd.p2p.circuit import read_message, write_message
+from pxd.p2p.circuit import let_close, read_message, write_message
 from pxd.p2p.host import Connection
 from pxd.p2p.muxer import StreamClosed, YamuxStream
 
@@ -54,6 +54,7 @@ async def tell(connection: Connection, stream: YamuxStream) -> None:
         message.observed_addr = encode_endpoint((connection.host, int(port)))
     with trio.fail_after(TIMEOUT):
         await write_message(stream, message)
+    await let_close(stream)
 
 
 async def ask(connection: Connection) -> Endpoint | None:

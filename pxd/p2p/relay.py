@@ -18,6 +18,7 @@ from pxd.p2p.circuit import (
     STOP,
     WINDOW,
     Malformed,
+    let_close,
     peer_in,
     peer_message,
     read_message,
@@ -64,6 +65,7 @@ class Relay:
 
         What is refused is answered with one of libp2p's status codes.
         """
+        stream.window = WINDOW
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT):
                 target = self._target(connection, await _read_request(stream))
@@ -78,6 +80,7 @@ class Relay:
         except _Refused as refused:
             log.debug("no circuit for %s: %s", connection.peer, refused)
             await _answer(stream, refused.status)
+            await let_close(stream)
 
     def _target(self, connection: Connection, peer: str) -> Connection:
         """The connection to pass on to. Raises `_Refused`."""
@@ -126,6 +129,7 @@ async def _reach(target: Connection, caller: str) -> YamuxStream:
         stream = await target.open_stream(STOP)
     except StreamClosed as error:
         raise _Refused(Status.CONNECTION_FAILED) from error
+    stream.window = WINDOW
     try:
         with trio.fail_after(HANDSHAKE_TIMEOUT):
             peer = peer_message(caller)
@@ -149,7 +153,6 @@ async def _answer(stream: YamuxStream, status: Status.ValueType) -> None:
 
 async def pass_on(one: YamuxStream, other: YamuxStream) -> None:
     """Copy both ways until an end is done, or nothing moved for `IDLE_TIMEOUT` seconds."""
-    one.window = other.window = WINDOW
     with trio.CancelScope() as idle:
 
         def moved() -> None:
