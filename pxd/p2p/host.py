@@ -7,7 +7,7 @@ protocol it is offered is the key proof. Admission belongs to the connection, no
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import trio
 from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectError
@@ -64,6 +64,12 @@ class Route(NamedTuple):
     host: str = ""
     relay: str = ""
     punched: bool = False
+
+    @property
+    def path(self) -> Literal["direct", "punched", "relayed"]:
+        if self.relay:
+            return "relayed"
+        return "punched" if self.punched else "direct"
 
 
 class Connection:
