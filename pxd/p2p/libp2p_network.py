@@ -302,7 +302,7 @@ class Libp2pNetwork:
                 if len(session.connections) > 1:
                     nursery.start_soon(self._sessions.close_surplus, session)
                 if connection.relay and self._upgrades:
-                    nursery.start_soon(self._upgrades.run, connection)
+                    nursery.start_soon(self._upgrades.run, session, connection)
                 await client.run()
         finally:
             self._sessions.remove(session, connection)

@@ -11,6 +11,7 @@ Behind a router that gives every connection another port this cannot work. The r
 """
 
 import logging
+import math
 import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -40,6 +41,9 @@ MESSAGE_TIMEOUT = 5.0
 AGAIN_AFTER = 0.2
 """Seconds after which a call that was turned away within a round is repeated."""
 
+REST = 5.0
+"""Seconds between two attempts that the same peer can ask for."""
+
 FIRST_DELAY = 15.0
 LONGEST_DELAY = 600.0
 """Seconds between attempts to get rid of a relay; doubling, for as long as it is needed."""
@@ -67,12 +71,10 @@ class Upgrades:
         self._host = host
         self._sessions = sessions
         self._dialer = dialer
-        self._punching: set[Connection] = set()
+        self._served: dict[str, float] = {}
 
-    async def run(self, connection: Connection) -> None:
+    async def run(self, session: Session, connection: Connection) -> None:
         """Try until there is a direct connection to the peer of this relayed one."""
-        session = self._sessions.get(connection.peer)
-        assert session
         backoff = Backoff(FIRST_DELAY, LONGEST_DELAY, random.Random())
         # Who dialled has just tried all addresses; hole punching is begun by the other end.
         delay = FIRST_DELAY if connection.dialled else 0.0
@@ -122,9 +124,9 @@ class Upgrades:
     async def serve(self, connection: Connection, stream: YamuxStream) -> None:
         """Serve `PROTOCOL`, as the end that asked for the circuit. That end dials."""
         session = self._sessions.get(connection.peer)
-        if not connection.relay or not connection.dialled or connection in self._punching:
+        if not connection.relay or not connection.dialled or not self._due(connection.peer):
             raise Malformed("no hole punching is due on this connection")
-        self._punching.add(connection)
+        self._served[connection.peer] = math.inf
         try:
             hosts = await self._own_hosts(connection)
             for _ in range(ROUNDS):
@@ -140,7 +142,13 @@ class Upgrades:
                         raise Malformed("no SYNC where one is due")
                     await self._round(session, port, theirs, self._dial)
         finally:
-            self._punching.discard(connection)
+            self._served[connection.peer] = trio.current_time()
+
+    def _due(self, peer: str) -> bool:
+        """A peer that wants calls to addresses of its choice gets them seldom."""
+        now = trio.current_time()
+        self._served = {each: at for each, at in self._served.items() if now < at + REST}
+        return peer not in self._served
 
     async def _own_hosts(self, connection: Connection) -> list[str]:
         """Where this node seems to be: told by the relay, and by others that it is connected to."""

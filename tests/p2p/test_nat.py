@@ -64,7 +64,7 @@ def test_members_behind_two_routers_meet_at_a_relay_and_then_directly(tmp_path: 
 def test_a_router_that_gives_every_connection_another_port_needs_the_relay(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, other: bool
 ) -> None:
-    monkeypatch.setattr(punch, "ROUND_TIMEOUT", 1.0)
+    monkeypatch.setattr(punch, "ROUND_TIMEOUT", 0.5)
     with caplog.at_level(logging.INFO, "pxd.p2p"), family(tmp_path, True, other) as ([a, b], _):
         assert a.call(b) == "hi"
         wait_for(lambda: "no direct connection with" in caplog.text, "it says so")

@@ -2,6 +2,7 @@
 that neither knows an address of the other."""
 
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -228,6 +229,47 @@ async def test_garbage_from_a_relay_harms_nobody(star: Star) -> None:
         with contextlib.suppress(StreamClosed):
             await stream.write(b"\x05\xff\xff\xff\xff\xff" * 10)
     assert (await star.middle.call(a.peer_id, ECHO, Text("hi"), timeout=5)).text == "hi"
+
+
+async def test_garbage_instead_of_hole_punching_leaves_the_relayed_connection(
+    star: Star, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(punch, "ROUND_TIMEOUT", 0.05)
+    monkeypatch.setattr(punch, "REST", 0.05)
+    a, b = await star.joined()
+    for one, other, messages in (
+        (b, a, [b"\x05\xff\xff\xff\xff\xff"]),
+        (b, a, [HolePunch(type=HolePunch.SYNC)]),
+        (b, a, [HolePunch(type=HolePunch.CONNECT), HolePunch(type=HolePunch.CONNECT)]),
+        (a, b, [HolePunch(type=HolePunch.CONNECT)]),
+    ):
+        await eventually(lambda: a._upgrades is not None and a._upgrades._due(b.peer_id))
+        stream = await link(one, other).open_stream(punch.PROTOCOL)
+        with contextlib.suppress(StreamClosed):
+            for message in messages:
+                if isinstance(message, bytes):
+                    await stream.write(message)
+                else:
+                    await write_message(stream, message)
+        with trio.fail_after(5), pytest.raises(StreamClosed):
+            await stream.read_exactly(circuit.MESSAGE_LIMIT)
+    assert (await a.call(b.peer_id, ECHO, Text("still"), timeout=5)).text == "still"
+    assert a.relayed() == {b.peer_id}
+
+
+async def test_hole_punching_cannot_be_asked_for_all_the_time(
+    star: Star, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(punch, "ROUND_TIMEOUT", 0.05)
+    monkeypatch.setattr(punch, "REST", 1000.0)
+    a, b = await star.joined()
+    assert a._upgrades
+    upgrades = a._upgrades
+    await eventually(lambda: not upgrades._due(b.peer_id))
+    await eventually(lambda: upgrades._served[b.peer_id] < math.inf)
+    stream = await link(b, a).open_stream(punch.PROTOCOL)
+    with trio.fail_after(5), pytest.raises(StreamClosed):
+        await stream.read_exactly(1)
 
 
 async def test_who_comes_over_a_relay_is_who_the_relay_says_or_nobody(star: Star) -> None:
