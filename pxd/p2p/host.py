@@ -25,6 +25,9 @@ from pxd.p2p.secure import Identity, NoiseConnection, TcpStream, Transport, answ
 log = logging.getLogger("pxd.p2p")
 
 ADMISSION_TIMEOUT = 5.0
+RELAYED_ADMISSION_TIMEOUT = 15.0
+"""Admission takes about 14 round trips; through a relay each of them is two."""
+
 STREAM_TIMEOUT = 5.0
 STREAMS_PER_MEMBER = 32
 CONNECTION_LIMIT = 1024
@@ -70,6 +73,11 @@ class Route(NamedTuple):
         if self.relay:
             return "relayed"
         return "punched" if self.punched else "direct"
+
+    @property
+    def patience(self) -> float:
+        """Seconds within which admission must be through."""
+        return RELAYED_ADMISSION_TIMEOUT if self.relay else ADMISSION_TIMEOUT
 
 
 class Connection:
@@ -204,7 +212,7 @@ class Host:
         return self._proof.banned
 
     async def dial(self, address: Address) -> Connection:
-        """Return an admitted connection. Raises `DialFailed` within `ADMISSION_TIMEOUT`."""
+        """Return an admitted connection. Raises `DialFailed` within `ADMISSION_TIMEOUT` seconds."""
 
         async def open_tcp() -> Transport:
             try:
@@ -221,7 +229,7 @@ class Host:
         """Like `dial`, over any byte stream; `open_transport` may raise `DialFailed`."""
         connection = None
         try:
-            with trio.move_on_after(ADMISSION_TIMEOUT):
+            with trio.move_on_after(route.patience):
                 connection = await self._connect(open_transport, peer, route)
                 await connection.decided.wait()
         finally:
@@ -230,7 +238,7 @@ class Host:
         if not connection:
             raise DialFailed(
                 "unreachable",
-                f"no answer within {ADMISSION_TIMEOUT:g} s; is a firewall in the way?",
+                f"no answer within {route.patience:g} s; is a firewall in the way?",
             )
         if not connection.admitted.is_set():
             failure = connection.failure or ProofFailed("protocol", connection.muxer.reason)
@@ -277,7 +285,7 @@ class Host:
             transport.abort()
             return
         try:
-            with self._pending.admit(caller, within=ADMISSION_TIMEOUT):
+            with self._pending.admit(caller, within=route.patience):
                 secured = await self._identity.secure_inbound(transport)
                 if peer and secured.peer != peer:
                     raise DialFailed("other-peer", f"{secured.peer} where {peer} was announced")
@@ -342,7 +350,7 @@ class Host:
             connection.muxer.abort("a connection to myself")
             return False
         try:
-            with trio.move_on_after(ADMISSION_TIMEOUT):
+            with trio.move_on_after(connection.route.patience):
                 connection.instance = await connection.prove(self._proof)
                 connection.muxer.window = WINDOW
                 connection.muxer.inbound_limit = STREAMS_PER_MEMBER
