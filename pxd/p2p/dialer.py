@@ -141,7 +141,8 @@ class Dialer:
                 await self._try_relays(peer, from_relays, nursery.cancel_scope)
         if peer in self._sessions.peers():
             return None
-        failures += from_relays or [DialFailed("unreachable", "no address of it is known")]
+        known = "it went away again" if self._book.addresses(peer) else "no address of it is known"
+        failures += from_relays or [DialFailed("unreachable", known)]
         return (_refusals(failures) or failures)[0]
 
     async def _try_addresses(
@@ -153,8 +154,8 @@ class Dialer:
             try:
                 await self._host.dial(address)
             except DialFailed as error:
-                self._note(address, error)
                 where = f"{address.host}:{address.port}"
+                self._note(where, peer, error)
                 failures.append(DialFailed(error.reason, f"{where}: {error}"))
                 failed.set()
             else:
@@ -175,20 +176,20 @@ class Dialer:
             try:
                 await self._circuits.dial(relay, peer)
             except DialFailed as error:
-                log.debug("no way to %s through %s: %s", peer, relay.peer, error)
+                if error.reason in REFUSED:
+                    self._note(f"a node behind the relay {relay.peer}", peer, error)
                 failures.append(DialFailed(error.reason, f"the relay {relay.peer}: {error}"))
             else:
                 success.cancel()
                 return
 
-    def _note(self, address: Address, failure: DialFailed) -> None:
-        where = f"{address.host}:{address.port}"
+    def _note(self, where: str, peer: str, failure: DialFailed) -> None:
         if failure.reason in REFUSED:
             remedy = _REMEDIES[failure.reason]
-            message = f"refused by {where} (peer {address.peer}): {failure}; {remedy}"
-            self._refusals.warn(where, address.peer, failure.reason, message)
+            message = f"refused by {where} (peer {peer}): {failure}; {remedy}"
+            self._refusals.warn(where, peer, failure.reason, message)
         else:
-            self._refusals.note(where, address.peer, str(failure))
+            self._refusals.note(where, peer, str(failure))
 
 
 def _refusals(failures: list[DialFailed]) -> list[DialFailed]:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
+from weakref import WeakSet
 
 import trio
 from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectError
@@ -33,8 +34,6 @@ STREAMS_PER_MEMBER = 32
 CONNECTION_LIMIT = 1024
 DRAIN_TIMEOUT = 0.5
 
-_STREAMS_AT_REST = 3
-"""Of the key proof, and for calls in each direction."""
 
 REMEDIES = {
     "wrong-key": "start it with a fresh ticket from `pxd ticket`",
@@ -84,7 +83,7 @@ class Connection:
     """An authenticated connection; of use to anybody only once it is `admitted`.
 
     `drain` is awaited, for a short while, before the connection is closed in good order. `uses`
-    are asked whether something would be lost if it were closed now.
+    are asked whether something on a stream that `may_rest` would be lost if it were closed now.
     """
 
     def __init__(self, secured: NoiseConnection, route: Route, *, dialled: bool) -> None:
@@ -102,6 +101,7 @@ class Connection:
         self._proof_offered = trio.Event()
         self.drain: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.uses: list[Callable[[], bool]] = []
+        self._may_rest: WeakSet[YamuxStream] = WeakSet()
         self._proof_stream: YamuxStream | None = None
 
     async def open_stream(self, protocol: str) -> YamuxStream:
@@ -123,10 +123,18 @@ class Connection:
         """The peer id of the member that passes everything on; empty for a direct connection."""
         return self.route.relay
 
+    def may_rest(self, stream: YamuxStream) -> YamuxStream:
+        """That it is open does not mean that it is in use; `uses` tell that."""
+        self._may_rest.add(stream)
+        return stream
+
     @property
     def in_use(self) -> bool:
         """Whether closing it would break something off."""
-        return self.muxer.open_streams > _STREAMS_AT_REST or any(use() for use in self.uses)
+        streams = self.muxer.open_streams
+        return any(stream not in self._may_rest for stream in streams) or any(
+            use() for use in self.uses
+        )
 
     @property
     def awaits_proof(self) -> bool:
@@ -138,14 +146,14 @@ class Connection:
         await answer([keyproof.PROTOCOL], stream)
         if not self.awaits_proof:
             raise StreamClosed("one key proof is enough")
-        self._proof_stream = stream
+        self._proof_stream = self.may_rest(stream)
         self._proof_offered.set()
 
     async def prove(self, proof: KeyProof) -> bytes:
         """Run the key proof; returns the peer's instance. Raises `ProofFailed`."""
         try:
             if self.dialled:
-                stream = await self.open_stream(keyproof.PROTOCOL)
+                stream = self.may_rest(await self.open_stream(keyproof.PROTOCOL))
                 return await proof.dial(stream, self.peer, self.binding)
             await self._proof_offered.wait()
             assert self._proof_stream

@@ -1,6 +1,5 @@
 """`Network` over libp2p: puts host, calls, data channels and discovery together."""
 
-import contextlib
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -79,8 +78,7 @@ class Libp2pNetwork:
         self._admission = Admission(Keyring.first(cluster_key))
         self._listen = listen
         self._mdns = mdns
-        self._join = _by_peer(join, self.peer_id)
-        self._named_relays = _relays_in(join)
+        self._join, self._named_relays = _read(join, self.peer_id)
         self._relays: frozenset[str] = frozenset()
         self._book = AddressBook(peers_file, pinned=self._join)
         self._refusals = Refusals()
@@ -290,7 +288,11 @@ class Libp2pNetwork:
             connection.muxer.abort("it was kicked out of the cluster")
             task_status.started()
             return
-        client = rpc.RpcClient(connection.peer, connection.open_stream)
+
+        async def open_calls(protocol: str) -> YamuxStream:
+            return connection.may_rest(await connection.open_stream(protocol))
+
+        client = rpc.RpcClient(connection.peer, open_calls)
         connection.drain = client.flush
         connection.uses.append(lambda: client.busy)
         session = self._sessions.add(connection, client)
@@ -308,7 +310,7 @@ class Libp2pNetwork:
             self._sessions.remove(session, connection)
 
     async def _serve_calls(self, connection: Connection, stream: YamuxStream) -> None:
-        server = rpc.RpcServer(connection.peer, stream, self._services)
+        server = rpc.RpcServer(connection.peer, connection.may_rest(stream), self._services)
 
         def busy() -> bool:
             return server.busy
@@ -380,31 +382,27 @@ class Libp2pNetwork:
             log.warning("cannot remember the peers for the next start: %s", error)
 
 
-def _relays_in(join: tuple[str, ...]) -> frozenset[str]:
-    """The members through which a ticket leads to others."""
-    found = set()
-    for text in join:
-        with contextlib.suppress(ValueError):
-            found.add(split_circuit(text)[0].peer)
-    return frozenset(found)
+def _read(
+    join: tuple[str, ...], own_id: str
+) -> tuple[dict[str, tuple[Address, ...]], frozenset[str]]:
+    """The addresses of a ticket, by peer and without this node itself; and who is named as a relay.
 
-
-def _by_peer(join: tuple[str, ...], own_id: str) -> dict[str, tuple[Address, ...]]:
-    """The addresses of a ticket, by peer; without this node itself.
-
-    One through a relay is an address of the relay; of the peer behind it, none is known then.
+    An address through a relay is one of the relay; of the peer behind it, none is known then.
     """
     found: dict[str, tuple[Address, ...]] = {}
+    relays = set()
     for text in join:
         try:
-            address, behind = (
-                split_circuit(text) if circuit.SEPARATOR in text else (parse_address(text), "")
-            )
+            if circuit.SEPARATOR in text:
+                address, behind = split_circuit(text)
+                relays.add(address.peer)
+                found.setdefault(behind, ())
+            else:
+                address = parse_address(text)
         except ValueError as error:
             log.warning("ignoring an address to join: %s", error)
             continue
-        if behind and behind != own_id:
-            found.setdefault(behind, ())
-        if address.peer != own_id and address not in found.get(address.peer, ()):
+        if address not in found.get(address.peer, ()):
             found[address.peer] = (*found.get(address.peer, ()), address)
-    return found
+    found.pop(own_id, None)
+    return found, frozenset(relays)

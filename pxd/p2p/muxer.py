@@ -235,9 +235,9 @@ class Yamux:
                 nursery.cancel_scope.cancel()
 
     @property
-    def open_streams(self) -> int:
-        """How many there are, of both sides."""
-        return len(self._streams)
+    def open_streams(self) -> tuple[YamuxStream, ...]:
+        """Of both sides."""
+        return tuple(self._streams.values())
 
     def open_stream(self) -> YamuxStream:
         """Raises `StreamClosed` when the connection has ended."""

@@ -111,6 +111,8 @@ class Upgrades:
                         theirs = await _read_connect(stream)
                         rtt = trio.current_time() - began
                         await write_message(stream, HolePunch(type=HolePunch.SYNC))
+                    if not hosts or not theirs:
+                        break
                     await trio.sleep(rtt / 2)
                     await self._round(session, port, theirs, self._listen)
                 if session.direct:

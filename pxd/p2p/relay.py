@@ -55,11 +55,6 @@ class Relay:
         self._ends: Counter[str] = Counter()
         self._circuits = 0
 
-    @property
-    def circuits(self) -> int:
-        """How many there are now."""
-        return self._circuits
-
     async def serve(self, connection: Connection, stream: YamuxStream) -> None:
         """Connect the stream with the peer that its first message names, until either end is done.
 

@@ -1,8 +1,6 @@
-"""Connections through another member, on loopback: that two nodes cannot reach each other is only
-that neither knows an address of the other."""
+"""Connections through another member, on loopback."""
 
 import contextlib
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +9,6 @@ import pytest
 import trio
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
-from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from pxd import wire
 from pxd.p2p import circuit, observed, punch, relay
@@ -21,44 +18,9 @@ from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.muxer import StreamClosed, YamuxStream
 from pxd.p2p.network import PeerUnreachable
 from tests.p2p.nodes import ECHO, Nodes, Text, connected, eventually
+from tests.p2p.star import Star, link
 
 FRAME = wire.Cancel(request="r")
-
-
-def link(a: Libp2pNetwork, b: Libp2pNetwork) -> Connection:
-    session = a._sessions.get(b.peer_id)
-    assert session
-    return session.connection
-
-
-class Star:
-    """A relay and members that know nobody else."""
-
-    def __init__(self, nodes: Nodes, middle: Libp2pNetwork) -> None:
-        self.nodes = nodes
-        self.middle = middle
-
-    async def member(self) -> Libp2pNetwork:
-        member = await self.nodes.start(self.middle)
-        member.use_relays(frozenset({self.middle.peer_id}))
-        return member
-
-    async def joined(self) -> tuple[Libp2pNetwork, Libp2pNetwork]:
-        """Two that are connected through the relay."""
-        a, b = await self.member(), await self.member()
-        assert await a.call(b.peer_id, ECHO, Text("hi"), timeout=10) == Text("hi")
-        return a, b
-
-    @property
-    def circuits(self) -> int:
-        served = self.middle._host.handlers[HOP].__self__  # type: ignore[attr-defined]
-        assert isinstance(served, relay.Relay)
-        return served.circuits
-
-
-@pytest.fixture
-async def star(nodes: Nodes) -> Star:
-    return Star(nodes, await nodes.start(relay=True))
 
 
 async def test_calls_and_frames_pass_in_both_directions(star: Star) -> None:
@@ -229,47 +191,6 @@ async def test_garbage_from_a_relay_harms_nobody(star: Star) -> None:
         with contextlib.suppress(StreamClosed):
             await stream.write(b"\x05\xff\xff\xff\xff\xff" * 10)
     assert (await star.middle.call(a.peer_id, ECHO, Text("hi"), timeout=5)).text == "hi"
-
-
-async def test_garbage_instead_of_hole_punching_leaves_the_relayed_connection(
-    star: Star, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(punch, "ROUND_TIMEOUT", 0.05)
-    monkeypatch.setattr(punch, "REST", 0.05)
-    a, b = await star.joined()
-    for one, other, messages in (
-        (b, a, [b"\x05\xff\xff\xff\xff\xff"]),
-        (b, a, [HolePunch(type=HolePunch.SYNC)]),
-        (b, a, [HolePunch(type=HolePunch.CONNECT), HolePunch(type=HolePunch.CONNECT)]),
-        (a, b, [HolePunch(type=HolePunch.CONNECT)]),
-    ):
-        await eventually(lambda: a._upgrades is not None and a._upgrades._due(b.peer_id))
-        stream = await link(one, other).open_stream(punch.PROTOCOL)
-        with contextlib.suppress(StreamClosed):
-            for message in messages:
-                if isinstance(message, bytes):
-                    await stream.write(message)
-                else:
-                    await write_message(stream, message)
-        with trio.fail_after(5), pytest.raises(StreamClosed):
-            await stream.read_exactly(circuit.MESSAGE_LIMIT)
-    assert (await a.call(b.peer_id, ECHO, Text("still"), timeout=5)).text == "still"
-    assert a.relayed() == {b.peer_id}
-
-
-async def test_hole_punching_cannot_be_asked_for_all_the_time(
-    star: Star, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(punch, "ROUND_TIMEOUT", 0.05)
-    monkeypatch.setattr(punch, "REST", 1000.0)
-    a, b = await star.joined()
-    assert a._upgrades
-    upgrades = a._upgrades
-    await eventually(lambda: not upgrades._due(b.peer_id))
-    await eventually(lambda: upgrades._served[b.peer_id] < math.inf)
-    stream = await link(b, a).open_stream(punch.PROTOCOL)
-    with trio.fail_after(5), pytest.raises(StreamClosed):
-        await stream.read_exactly(1)
 
 
 async def test_who_comes_over_a_relay_is_who_the_relay_says_or_nobody(star: Star) -> None:
@@ -496,27 +417,3 @@ async def test_a_direct_connection_replaces_the_relay_and_loses_nothing(
     await eventually(lambda: star.circuits == 0)
     assert all(connection.muxer.closed.is_set() for connection in relayed)
     assert (await a.call(b.peer_id, ECHO, Text("direct"), timeout=5)).text == "direct"
-
-
-async def test_an_address_is_told_as_it_is_seen(star: Star) -> None:
-    a = await star.member()
-    seen = await observed.ask(link(a, star.middle))
-    there = link(star.middle, a)
-    assert seen == (there.host, int(there.address.rpartition(":")[2]))
-
-
-@pytest.mark.parametrize("endpoint", [("192.0.2.1", 1), ("2001:db8::7", 65535)])
-def test_endpoints_as_multiaddrs(endpoint: tuple[str, int]) -> None:
-    assert observed.decode_endpoint(observed.encode_endpoint(endpoint)) == endpoint
-
-
-def test_an_ipv4_address_in_ipv6_is_an_ipv4_address() -> None:
-    data = observed.encode_endpoint(("::ffff:192.0.2.1", 5))
-    assert observed.decode_endpoint(data) == ("192.0.2.1", 5)
-
-
-def test_only_a_few_endpoints_that_may_be_dialled_are_taken() -> None:
-    good = [observed.encode_endpoint((f"192.0.2.{n}", 1)) for n in range(9)]
-    bad = [b"", b"\x04\x01", observed.encode_endpoint(("127.0.0.1", 1)), b"\xff" * 100]
-    message = HolePunch(type=HolePunch.CONNECT, ObsAddrs=[*bad[:3], *good])
-    assert punch.endpoints_in(message) == [("192.0.2.0", 1)]
