@@ -183,7 +183,8 @@ class Upgrades:
 
         async def call(endpoint: Endpoint) -> None:
             stream = await _call(port, endpoint)
-            await use(session, stream, Route(f"{endpoint[0]}:{endpoint[1]}", endpoint[0], "", True))
+            host, there = endpoint
+            await use(session, stream, Route(f"{host}:{there}", host, punched=True))
 
         with trio.move_on_after(ROUND_TIMEOUT):
             async with trio.open_nursery() as nursery:

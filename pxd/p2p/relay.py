@@ -68,7 +68,7 @@ class Relay:
                 onward = await _reach(target, connection.peer)
                 try:
                     await _answer(stream, Status.OK)
-                    log.info("passing on between %s and %s", connection.peer, target.peer)
+                    log.debug("passing on between %s and %s", connection.peer, target.peer)
                     await pass_on(stream, onward)
                 finally:
                     onward.reset()

@@ -11,6 +11,7 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
 
 from pxd import wire
+from pxd.doctor.facts import Relaying
 from pxd.p2p import circuit, observed, punch, relay
 from pxd.p2p.circuit import HOP, STOP, CircuitRefused, read_message, write_message
 from pxd.p2p.host import Connection, DialFailed
@@ -41,6 +42,7 @@ async def test_calls_and_frames_pass_in_both_directions(star: Star) -> None:
     assert b.relayed() == {a.peer_id}
     assert a.host_of(b.peer_id) == ""
     assert star.middle.relayed() == frozenset()
+    assert isinstance(a, Relaying), "the doctor asks for it"
     assert star.circuits == 1
 
 
@@ -281,6 +283,35 @@ async def test_circuits_are_bounded(
     await eventually(lambda: star.circuits == 1)
     assert (await a.call(d.peer_id, ECHO, Text("hi"), timeout=10)).text == "hi"
     assert (await a.call(b.peer_id, ECHO, Text("hi"), timeout=10)).text == "hi"
+
+
+async def test_bulk_does_not_keep_the_relay_from_answering(star: Star) -> None:
+    a, b = await star.joined()
+    arrived = 0
+
+    async def take(_peer: str, _frame: wire.Frame, body: wire.Buffer) -> None:
+        nonlocal arrived
+        arrived += len(body)
+        await trio.lowlevel.checkpoint()
+
+    b.on_frame(take)
+    size = 8 << 20
+    step = wire.Step(
+        pipeline="p", session=1, step=1, rows=(), tensor=wire.Tensor("i32", (size // 4,))
+    )
+
+    async def bulk() -> None:
+        while True:
+            await a.send(b.peer_id, step, bytes(size))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bulk)
+        for node in (a, b, star.middle):
+            other = star.middle if node is not star.middle else b
+            for _ in range(20):
+                await node.call(other.peer_id, ECHO, Text("hi"), timeout=5)
+        await eventually(lambda: arrived >= 2 * size)
+        nursery.cancel_scope.cancel()
 
 
 async def test_an_end_that_does_not_read_holds_the_other_back(
