@@ -100,6 +100,7 @@ class Node:
             mdns=settings.mdns,
             peers_file=settings.files.peers,
             join=who.join,
+            relay=settings.relay,
         )
         self.gossip = Gossip(
             self.network,
@@ -155,6 +156,7 @@ class Node:
             priority=settings.priority,
             term=state.term,
             choice=ModelChoice(*state.choice) if state.choice else None,
+            relay=settings.relay,
             started=time.time(),
         )
 
@@ -225,15 +227,15 @@ class Node:
         return self._ingress
 
     def ticket(self) -> str:
-        ring = self.door.ring
-        return str(
-            identity.Ticket(ring.key, self.network.addresses(), ring.cluster, ring.generation)
-        )
+        ring, network = self.door.ring, self.network
+        addresses = (*network.addresses()[:MAX_ADDRESSES], *network.circuit_addresses())
+        return str(identity.Ticket(ring.key, addresses, ring.cluster, ring.generation))
 
     def status(self) -> ClusterStatus:
         peers = self.network.peers()
         now = trio.current_time()
         epoch = self.plans.plan.epoch if self.plans.plan else None
+        routes = {peer: self.network.route_of(peer) for peer in peers}
         nodes = [
             node_view(
                 member.record,
@@ -241,6 +243,8 @@ class Node:
                 since=now - member.since,
                 rtt=member.rtt,
                 connected=peer in peers or peer == self.network.peer_id,
+                path=route.path if (route := routes.get(peer)) else "",
+                through=route.relay if route else "",
             )
             for peer, member in self.gossip.members.items()
         ]
@@ -284,6 +288,7 @@ class Node:
             if lives.get(peer) != life:
                 self.heads.peer_gone(peer)
         self._lives = lives
+        self.network.use_relays(frozenset(peer for peer in lives if members[peer].record.relay))
         self.plans.follow()
         self.door.follow()
         self.heads.follow(members)

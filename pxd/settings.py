@@ -24,6 +24,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One daemon's settings. Units: `memory` GiB.
 
     `http` and `listen` are HOST:PORT; None means the default port, or any free one if it is taken.
+    `relay`: pass traffic on for members that cannot reach each other.
     """
 
     data_dir: Path
@@ -36,6 +37,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_layers: int | None = None
     priority: int = 0
     mdns: bool = True
+    relay: bool = False
     log_format: Literal["text", "json"] = "text"
 
     @property

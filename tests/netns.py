@@ -54,7 +54,7 @@ class Namespace:
     def __init__(self, name: str) -> None:
         self.name = name
         self.netns = f"pxd{os.getpid()}-{next(_counter)}-{name}"
-        self._inside = ThreadPoolExecutor(1, initializer=self._enter)
+        self._inside = ThreadPoolExecutor(1, initializer=self.enter)
         _sh("ip", "netns", "add", self.netns)
         for setting in ("ipv6.conf.all.accept_dad=0", "ipv6.conf.default.accept_dad=0"):
             self.sh("sysctl", "-qw", f"net.{setting}")
@@ -111,7 +111,8 @@ class Namespace:
             check=False,
         )
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Move the calling thread in here, for good."""
         descriptor = os.open(f"/var/run/netns/{self.netns}", os.O_RDONLY)
         try:
             libc = ctypes.CDLL(None, use_errno=True)
@@ -168,9 +169,12 @@ class Network:
             machine.route(gateway)
         return machine
 
-    def router(self, name: str, inner: Switch, outer: Switch, outer_host: int) -> Namespace:
+    def router(
+        self, name: str, inner: Switch, outer: Switch, outer_host: int, *, symmetric: bool = False
+    ) -> Namespace:
         """Masquerades `inner` behind `outer`.`outer_host` and lets nothing in that was not asked
-        for, as a home router does; its inner address ends in .1."""
+        for, as a home router does; its inner address ends in .1. It keeps port numbers, or, if
+        `symmetric`, gives every connection one that nobody can guess."""
         router = Namespace(name)
         self._made.append(router)
         inner.plug(router, "lan", 1)
@@ -178,7 +182,8 @@ class Network:
         router.sh("sysctl", "-qw", "net.ipv4.ip_forward=1")
         router.sh("nft", "add table ip nat")
         router.sh("nft", "add chain ip nat post { type nat hook postrouting priority 100; }")
-        router.sh("nft", 'add rule ip nat post oifname "wan" masquerade')
+        ports = "masquerade random,fully-random" if symmetric else "masquerade"
+        router.sh("nft", f'add rule ip nat post oifname "wan" {ports}')
         router.nft(
             'passing iifname "wan" ct state established,related accept',
             'passing iifname "wan" drop',
@@ -207,6 +212,20 @@ def network() -> Iterator[Network]:
         yield made
     finally:
         made.close()
+
+
+@contextmanager
+def homes(*symmetric: bool) -> Iterator[tuple[list[Machine], list[Machine]]]:
+    """A machine at home for each of `symmetric`, behind a router of that kind, and two machines
+    that all of them can reach."""
+    with network() as made:
+        world = made.switch("world", "198.51.100")
+        private = []
+        for n, random_ports in enumerate(symmetric, 1):
+            home = made.switch(f"home{n}", f"192.168.{n}")
+            made.router(f"r{n}", home, world, n, symmetric=random_ports)
+            private.append(made.machine(f"m{n}", home, 2, gateway=f"192.168.{n}.1"))
+        yield private, [made.machine(f"pub{n}", world, 100 + n) for n in (1, 2)]
 
 
 @contextmanager

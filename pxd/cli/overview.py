@@ -197,6 +197,9 @@ class _Reader:
                 found.append((name, f"has not answered for {duration(node.since)}"))
             elif node.state == "alive" and not node.connected:
                 found.append((name, "is known to be alive, but this node has no connection to it"))
+            elif node.path == "relayed":
+                way = f"is reached through {self.name(node.through)} only, which is slower"
+                found.append((name, way))
             if node.problem:
                 found.append((name, clean(node.problem)))
             for stage in node.stages:

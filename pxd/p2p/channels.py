@@ -1,7 +1,8 @@
 """Data channels: one per direction and peer, made when first used, closed when the peer is gone.
 
 A channel is a direct TLS connection to a port that the peer names in a call, pinned to the
-certificates exchanged in that call; where none can be made, a stream of the libp2p connection.
+certificates exchanged in that call; where none can be made, as through a relay, a stream of the
+libp2p connection.
 """
 
 import logging
@@ -124,7 +125,7 @@ class DataChannels:
             return
         done = trio.Event()
         # Not in the connection's own task: a handler is not cancelled because its peer is gone.
-        self._nursery.start_soon(self._receive, session, Libp2pFrames(stream), done)
+        self._nursery.start_soon(self._receive, session, Libp2pFrames(connection, stream), done)
         await done.wait()
 
     async def _receive(self, session: Session, stream: FrameStream, done: trio.Event) -> None:
@@ -148,7 +149,9 @@ class DataChannels:
             await self._inbox.receive(session, stream)
 
     async def _open(self, session: Session) -> FrameStream:
-        if self._direct:
+        route = session.connection.route
+        # Where one port cannot be reached, or only by hole punching, the one beside it cannot.
+        if self._direct and not route.relay and not route.punched:
             try:
                 return await self._open_direct(session)
             except (NetworkError, OSError, StreamClosed) as error:
@@ -161,7 +164,8 @@ class DataChannels:
                     session.peer,
                     error,
                 )
-        return Libp2pFrames(await session.connection.open_stream(PROTOCOL))
+        connection = session.connection
+        return Libp2pFrames(connection, await connection.open_stream(PROTOCOL))
 
     async def _open_direct(self, session: Session) -> FrameStream:
         payload = encode_message(Offer(self._certificate.der))

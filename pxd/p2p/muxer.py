@@ -53,14 +53,17 @@ class YamuxStream:
 
     A cancelled read loses nothing. A cancelled write sends all of its data or nothing, or it
     resets the stream; other streams are not touched. What arrived before an end can still be read.
+    `window` is how many bytes it takes in ahead of its reader, if that is less than the muxer's.
     """
 
     def __init__(self, muxer: "Yamux", stream_id: int) -> None:
         self.id = stream_id
+        self.window = WINDOW
         self._muxer = muxer
         self._received: deque[bytes] = deque()
         self._buffered = 0
         self._receive_window = INITIAL_WINDOW
+        self._received_bytes = 0
         self._receive_ended = False
         self._arrived = trio.Event()
         self._send_window = INITIAL_WINDOW
@@ -159,6 +162,7 @@ class YamuxStream:
         if self._receive_ended or size > self._receive_window:
             raise ProtocolViolation(f"{size} bytes where {self._receive_window} were granted")
         self._receive_window -= size
+        self._received_bytes += size
 
     def deliver(self, data: bytes) -> None:
         self._received.append(data)
@@ -178,8 +182,12 @@ class YamuxStream:
         self._muxer.forget(self)
 
     def _return_credit(self) -> None:
-        credit = self._muxer.window - self._receive_window - self._buffered
-        if credit >= self._muxer.window // 2 and not self._receive_ended and not self._reset:
+        window = min(self.window, self._muxer.window)
+        credit = window - self._receive_window - self._buffered
+        # A wider window than the first is for those who use it, and `window` can be lowered before.
+        if self._received_bytes < INITIAL_WINDOW // 2:
+            return
+        if credit >= window // 2 and not self._receive_ended and not self._reset:
             self._receive_window += credit
             self._muxer.control(WINDOW_UPDATE, 0, self.id, credit)
 
@@ -225,6 +233,11 @@ class Yamux:
             finally:
                 self.abort("closed by this node")
                 nursery.cancel_scope.cancel()
+
+    @property
+    def open_streams(self) -> tuple[YamuxStream, ...]:
+        """Of both sides."""
+        return tuple(self._streams.values())
 
     def open_stream(self) -> YamuxStream:
         """Raises `StreamClosed` when the connection has ended."""

@@ -155,6 +155,11 @@ class RpcClient:
         self._casts.put(message, len(message))
         self._work.set()
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer, or something is still to be sent."""
+        return bool(self._pending) or self._has_work()
+
     async def flush(self) -> None:
         """Wait until everything handed over so far is written. The caller sets a deadline."""
         while not self._closed and self._has_work():
@@ -240,6 +245,11 @@ class RpcServer:
         self._running: dict[int, trio.CancelScope] = {}
         self._casts: DroppingQueue[Cast] = DroppingQueue()
         self._answers, self._to_write = trio.open_memory_channel[bytes](0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the peer waits for an answer."""
+        return bool(self._running)
 
     async def run(self) -> None:
         """Serve until the stream ends; what still runs for the peer then is cancelled."""

@@ -11,6 +11,7 @@ from pxd.p2p.rpc import RpcClient
 log = logging.getLogger("pxd.p2p")
 
 SURPLUS_GRACE = 10.0
+SURPLUS_POLL = 1.0
 CONNECTIONS_PER_PEER = 4
 
 
@@ -23,6 +24,7 @@ class Session:
         self.instance = instance
         self._own_id = own_id
         self._clients: dict[Connection, RpcClient] = {}
+        self._direct_added = trio.Event()
 
     @property
     def connections(self) -> tuple[Connection, ...]:
@@ -31,12 +33,14 @@ class Session:
 
     @property
     def connection(self) -> Connection:
-        """The one to use. Both ends choose the same: that which the lesser peer id dialled.
+        """The one to use. Both ends choose the same: a direct one before one through a relay, and
+        of these that which the lesser peer id dialled.
 
         Raises `PeerUnreachable` when all have ended.
         """
         by_the_lesser = self._own_id < self.peer
         usable = [c for c in self._clients if not c.muxer.closed.is_set()]
+        usable = [c for c in usable if not c.relay] or usable
         if not usable:
             raise PeerUnreachable(f"lost the connection to {self.peer}")
         return ([c for c in usable if c.dialled == by_the_lesser] or usable)[-1]
@@ -47,11 +51,24 @@ class Session:
         return any(not c.muxer.closed.is_set() for c in self._clients)
 
     @property
+    def direct(self) -> bool:
+        """Whether there is a connection that needs no relay."""
+        return any(not c.relay and not c.muxer.closed.is_set() for c in self._clients)
+
+    async def wait_direct(self) -> None:
+        """Return when there is one; never if the session ends without."""
+        while not self.direct:
+            await self._direct_added.wait()
+
+    @property
     def client(self) -> RpcClient:
         return self._clients[self.connection]
 
     def add(self, connection: Connection, client: RpcClient) -> None:
         self._clients[connection] = client
+        if not connection.relay:
+            self._direct_added.set()
+            self._direct_added = trio.Event()
 
     def remove(self, connection: Connection) -> None:
         self._clients.pop(connection, None)
@@ -99,15 +116,20 @@ class Sessions:
             self._end(session)
 
     async def close_surplus(self, session: Session) -> None:
-        """Two peers that dialled each other at once end up with one connection.
+        """Two peers that dialled each other at once, or got rid of a relay, keep one connection.
 
-        Only the lesser peer id closes, and only after both have long used the same one.
+        Only the lesser peer id closes, only after both have long used the same one, and only what
+        nothing runs on any more: calls come to their end where they began.
         """
+        if self._own_id > session.peer:
+            return
         await trio.sleep(SURPLUS_GRACE)
-        if self._own_id < session.peer and len(session.connections) > 1:
+        while session.alive and len(session.connections) > 1:
+            chosen = session.connection
             for connection in session.connections:
-                if connection is not session.connection:
+                if connection is not chosen and not connection.in_use:
                     await connection.muxer.close("there is another connection")
+            await trio.sleep(SURPLUS_POLL)
 
     def _end(self, session: Session) -> None:
         if self._sessions.get(session.peer) is session:

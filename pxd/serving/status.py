@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 NodeState = Literal["alive", "suspect", "dead", "left"]
+Path = Literal["", "direct", "punched", "relayed"]
 ModelState = Literal["waiting", "loading", "serving", "failed"]
 
 
@@ -22,7 +23,11 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """`since` is how many seconds the node has been in `state`. `rtt_ms` None if not measured."""
+    """`since` is how many seconds the node has been in `state`. `rtt_ms` None if not measured.
+
+    `path` is how this node is connected with it, empty if it is not: "punched" went through the NAT
+    of both, "relayed" goes through the node `through` (peer id). `relay`: it passes traffic on.
+    """
 
     id: str
     name: str
@@ -34,6 +39,9 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     since: float = 0.0
     rtt_ms: float | None = None
     connected: bool = False
+    path: Path = ""
+    through: str = ""
+    relay: bool = False
     version: str = ""
     tflops: float = 0.0
     bandwidth_gbs: float = 0.0

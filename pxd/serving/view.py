@@ -12,6 +12,7 @@ from pxd.serving.status import (
     ModelState,
     ModelView,
     NodeView,
+    Path,
     PipelineStageView,
     SpareView,
     StageView,
@@ -43,7 +44,14 @@ def _device(record: NodeRecord) -> str:
 
 
 def node_view(
-    record: NodeRecord, *, state: str, since: float, rtt: float | None, connected: bool
+    record: NodeRecord,
+    *,
+    state: str,
+    since: float,
+    rtt: float | None,
+    connected: bool,
+    path: Path = "",
+    through: str = "",
 ) -> NodeView:
     """`since` in seconds of age, `rtt` in seconds. A gone node's stages are gone with it."""
     gone = state in ("dead", "left")
@@ -58,6 +66,9 @@ def node_view(
         since=round(since, 3),
         rtt_ms=None if rtt is None else round(rtt * 1000, 3),
         connected=connected,
+        path=path,
+        through=through,
+        relay=record.relay,
         version=record.pxd,
         tflops=record.device.tflops if record.device else 0.0,
         bandwidth_gbs=record.device.bandwidth if record.device else 0.0,

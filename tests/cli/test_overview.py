@@ -121,6 +121,12 @@ def test_trouble_in_a_pipe() -> None:
     assert "anna~xxxxx" in text, "two nodes of one name must be told apart"
 
 
+def test_a_node_behind_a_relay() -> None:
+    nodes = [node("anna", relay=True), node("ben", path="relayed", through=PEERS["anna"])]
+    view = overview(msgspec.structs.replace(serving_status(), nodes=nodes))
+    assert "ben   is reached through anna only, which is slower" in render(view)
+
+
 def test_a_cluster_without_a_plan() -> None:
     status = msgspec.structs.replace(serving_status(), models=[], leader=None, epoch=None)
     view = overview(status)

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, StopMessage
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
+from libp2p.utils.varint import encode_varint_prefixed
 from zeroconf import ServiceInfo
 
 import pxd.p2p
@@ -20,7 +24,7 @@ from pxd.executors.messages import Command, Reply, command_decoder, reply_decode
 from pxd.identity import IdentityError, Ticket
 from pxd.models.errors import ModelError
 from pxd.models.safetensors import read_header
-from pxd.p2p import mdns, rpc
+from pxd.p2p import circuit, mdns, observed, punch, rpc
 from pxd.p2p.addressbook import AddressBook, RememberedPeer
 from pxd.p2p.addresses import parse_address
 from pxd.p2p.muxer import ProtocolViolation, StreamClosed, Yamux
@@ -186,6 +190,35 @@ def _multistream(data: bytes) -> object:
     return drive(BoundedCommunicator(Bytes(data)).read())
 
 
+def _circuit(kind: Callable[[], Any], use: Callable[[Any], object]) -> Callable[[bytes], object]:
+    return lambda data: use(drive(circuit.read_message(Bytes(data), kind)))  # type: ignore[arg-type]
+
+
+_ENDPOINTS = [observed.encode_endpoint((host, 8471)) for host in ("192.0.2.7", "2001:db8::1")]
+_CIRCUIT_MESSAGES = {
+    "hop": HopMessage(
+        type=HopMessage.CONNECT, peer=circuit.peer_message(PEER), status=Status.NO_RESERVATION
+    ),
+    "stop": StopMessage(type=StopMessage.CONNECT, peer=circuit.peer_message(PEER)),
+    "hole punching": HolePunch(type=HolePunch.CONNECT, ObsAddrs=_ENDPOINTS),
+    "identify": Identify(observed_addr=_ENDPOINTS[0], agent_version="x"),
+}
+
+
+def _circuits() -> Iterator[Target]:
+    """Messages about circuits, and what is taken from each."""
+    uses: dict[str, Callable[[Any], object]] = {
+        "hop": lambda message: (circuit.peer_in(message.peer), message.status),
+        "stop": lambda message: circuit.peer_in(message.peer),
+        "hole punching": punch.endpoints_in,
+        "identify": lambda message: observed.decode_endpoint(message.observed_addr),
+    }
+    for name, message in _CIRCUIT_MESSAGES.items():
+        packed = encode_varint_prefixed(message.SerializeToString())
+        refusals = (StreamClosed, ValueError) if name == "identify" else (StreamClosed,)
+        yield Target(name, _circuit(type(message), uses[name]), refusals, [packed])
+
+
 def _announcement(data: bytes) -> object:
     properties = {b"id": data[:60], b"badge": data[60:76]}
     if data[:1] == b"+":
@@ -309,7 +342,14 @@ def all_targets() -> list[Target]:
                 for id_ in (PEER.encode(), b"+" + PEER.encode())
             ],
         ),
+        *_circuits(),
         Target("addresses", _text(parse_address), (ValueError,), _ADDRESSES),
+        Target(
+            "addresses through a relay",
+            _text(circuit.split_circuit),
+            (ValueError,),
+            [_ADDRESSES[0] + b"/p2p-circuit/p2p/" + PEER[::-1].encode()],
+        ),
         Target("endpoints", _text(parse_endpoint), (ValueError,), [b"127.0.0.1:80", b"[::1]:8470"]),
         Target("tickets", _text(Ticket.parse), (IdentityError,), [ticket.encode()]),
         Target("remembered peers", _file(_book), (), [msgspec.json.encode(remembered)]),
