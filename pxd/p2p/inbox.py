@@ -20,6 +20,7 @@ class FrameInbox:
     def __init__(self) -> None:
         self._handler: FrameHandler | None = None
         self._streams: dict[str, FrameStream] = {}
+        self._waiting: dict[str, trio.CancelScope] = {}
         # A lock lives as long as a task that uses it: the handler may outlive a channel.
         self._turns: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
 
@@ -37,7 +38,9 @@ class FrameInbox:
         peer = session.peer
         if peer in self._streams:
             self._streams[peer].close()
+            self._waiting[peer].cancel()
         self._streams[peer] = stream
+        self._waiting[peer] = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_close_with_session, session, stream)
             try:
@@ -51,17 +54,22 @@ class FrameInbox:
             finally:
                 stream.close()
                 if self._streams.get(peer) is stream:
-                    del self._streams[peer]
+                    del self._streams[peer], self._waiting[peer]
                 nursery.cancel_scope.cancel()
 
     async def _read(self, peer: str, stream: FrameStream) -> None:
+        # The turn is taken before a frame is read, so that a peer has one frame here at a time,
+        # and by one that waits for it only as long as there is no newer channel.
         turn = self._turns.setdefault(peer, trio.Lock())
-        while True:
-            frame, body = await wire.read_frame(stream.read_exactly, wire.frame_decoder)
-            async with turn:
-                if self._streams.get(peer) is not stream:
-                    raise StreamClosed("the peer opened another channel")
+        with self._waiting[peer]:
+            await turn.acquire()
+        try:
+            while self._streams.get(peer) is stream:
+                frame, body = await wire.read_frame(stream.read_exactly, wire.frame_decoder)
                 await self.deliver(peer, frame, body)
+        finally:
+            if turn.statistics().owner is trio.lowlevel.current_task():
+                turn.release()
 
 
 async def _close_with_session(session: Session, stream: FrameStream) -> None:

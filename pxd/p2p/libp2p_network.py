@@ -89,6 +89,7 @@ class Libp2pNetwork:
         self._port = 0
         self._nursery: trio.Nursery | None = None
         self._dialer: Dialer | None = None
+        self._call_streams: dict[Connection, YamuxStream] = {}
         self._late_casts: dict[str, DroppingQueue[tuple[str, bytes]]] = {}
         self._loopback = Loopback(self.peer_id, self._services, self._inbox)
 
@@ -244,7 +245,15 @@ class Libp2pNetwork:
             self._sessions.remove(session, connection)
 
     async def _serve_calls(self, connection: Connection, stream: YamuxStream) -> None:
-        await rpc.RpcServer(connection.peer, stream, self._services).run()
+        # A peer has one stream for its calls: what a message may hold counts once.
+        if (older := self._call_streams.get(connection)) is not None:
+            older.reset()
+        self._call_streams[connection] = stream
+        try:
+            await rpc.RpcServer(connection.peer, stream, self._services).run()
+        finally:
+            if self._call_streams.get(connection) is stream:
+                del self._call_streams[connection]
 
     def _cast_to(self, session: Session, method: str, payload: bytes) -> None:
         try:

@@ -61,7 +61,7 @@ class Sessions:
     """Everybody who is in, and who wants to hear of it."""
 
     def __init__(self, own_id: str) -> None:
-        self._own_id = own_id
+        self.own_id = own_id
         self._sessions: dict[str, Session] = {}
         self._handlers: list[PeerHandler] = []
 
@@ -83,7 +83,7 @@ class Sessions:
             self._end(session)
             session = None
         if session is None:
-            session = Session(connection.peer, connection.instance, self._own_id)
+            session = Session(connection.peer, connection.instance, self.own_id)
             session.add(connection, client)
             self._sessions[session.peer] = session
             self._notify(session.peer, True)
@@ -104,7 +104,7 @@ class Sessions:
         Only the lesser peer id closes, and only after both have long used the same one.
         """
         await trio.sleep(SURPLUS_GRACE)
-        if self._own_id < session.peer and len(session.connections) > 1:
+        if self.own_id < session.peer and len(session.connections) > 1:
             for connection in session.connections:
                 if connection is not session.connection:
                     await connection.muxer.close("there is another connection")
