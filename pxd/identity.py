@@ -19,8 +19,6 @@ from pxd.wire import DECODE_ERRORS, Count
 KEY_BYTES = 32
 TICKET_PREFIX = "pxd1"
 CLUSTER_BYTES = 8
-MAX_GENERATION_STEP = 1024
-"""By how much one message may raise the generation, so that nobody can use the numbers up."""
 
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 ClusterId = Annotated[bytes, msgspec.Meta(max_length=CLUSTER_BYTES)]
@@ -120,8 +118,7 @@ class Keyring(msgspec.Struct, frozen=True, kw_only=True):
 
     def accepts(self, other: "Keyring") -> bool:
         """Whether `other`, as another member holds it, is to replace this one."""
-        is_near = other.generation <= self.generation + MAX_GENERATION_STEP
-        return is_near and other.order > self.order
+        return other.order > self.order
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +130,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file atomically, mode 0600, durable before it takes its name."""
+    """Replace a file atomically, mode 0600; durable when this returns."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -141,10 +138,19 @@ def write_private(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_key(path: Path) -> bytes | None:
@@ -262,7 +268,7 @@ def _known_keyring(path: Path) -> Keyring | None:
         return Keyring.first(data)
     try:
         return msgspec.json.decode(data, type=Keyring)
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise _damaged(path, str(error)) from error
 
 

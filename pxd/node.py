@@ -420,6 +420,15 @@ def _identify(settings: Settings) -> Identity:
     files = settings.files
     ticket = identity.Ticket.parse(settings.join) if settings.join else None
     ring, bans = identity.read_keyring(files.cluster_key, ticket), read_bans(files.bans)
+    if ticket and ticket.key not in (ring.key, ring.previous):
+        log.warning(
+            "the ticket has an earlier key of this cluster (number %d) than this node (number %d) "
+            "and does not replace it; if the other members do go on with the earlier one, stop "
+            "this node, delete %s and start it with the ticket again",
+            ticket.generation + 1,
+            ring.generation + 1,
+            files.cluster_key,
+        )
     state = identity.read_state(files.state)
     state = msgspec.structs.replace(state, incarnation=state.incarnation + 1)
     identity.write_state(files.state, state)

@@ -132,12 +132,6 @@ def test_keyrings_merge_to_the_same_in_any_order(rotations: list[tuple[int, byte
     assert merge(rings) == merge(rings[::-1]) == merge(sorted(rings, key=lambda r: r.key))
 
 
-def test_generations_cannot_be_used_up_at_one_stroke() -> None:
-    ring = Keyring.first(b"a" * 32)
-    assert ring.accepts(Keyring(key=b"b" * 32, generation=identity.MAX_GENERATION_STEP))
-    assert not ring.accepts(Keyring(key=b"b" * 32, generation=(1 << 48) - 1))
-
-
 def test_state_survives_and_damage_is_not_guessed_around(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     assert identity.read_state(path) == State()

@@ -24,6 +24,11 @@ ROTATE_HELP = with_examples(
     ("pxd ticket", "then, for new nodes: a ticket with the new key"),
 )
 
+SUPERSEDED = (
+    "The key before that, which still counted, does not any more: nodes that have been off since "
+    "then need a fresh ticket."
+)
+
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
@@ -89,6 +94,7 @@ def report(rotation: "Rotation") -> str:
         remedy = "Start them with `pxd start --join TICKET` and a fresh ticket if they stay out."
     lines = [
         f"The cluster has a new key, its number {rotation.generation + 1}. {old}",
+        *([SUPERSEDED] if rotation.superseded else []),
         "Tickets printed before are void; `pxd ticket` prints a new one.",
         *told(rotation.told, remedy),
     ]

@@ -11,6 +11,7 @@ from trio.testing import MockClock
 from pxd import identity
 from pxd.cluster.bans import MAX_BANS, Ban, BanTable
 from pxd.cluster.records import NodeRecord
+from pxd.cluster.stamps import ceiling
 from pxd.identity import IdentityError, Keyring
 from pxd.p2p.network import CallFailed
 from pxd.serving.door import PULL, PUSH, Door, DoorError, DoorState, read_bans, write_bans
@@ -38,6 +39,7 @@ class House:
         self.doors: dict[str, Door] = {}
         self.states: dict[str, str] = {}
         self.in_force: dict[str, list[tuple[Keyring, frozenset[str]]]] = {}
+        self.extra: dict[str, str] = {}
         self.now = 1000.0
 
     async def add(self, node: str, ring: Keyring = FIRST) -> Door:
@@ -75,6 +77,9 @@ class House:
             )
             for node, door in self.doors.items()
             if node not in banned
+        } | {
+            node: Seen(NodeRecord(id=node, name="", door=shown))
+            for node, shown in self.extra.items()
         }
 
     def gossip(self) -> None:
@@ -170,7 +175,7 @@ async def test_a_key_that_cannot_be_stored_is_not_used(
 
     with monkeypatch.context() as patch:
         patch.setattr(identity, "write_keyring", full)
-        with pytest.raises(DoorError, match="No space left on device; nothing was changed"):
+        with pytest.raises(DoorError, match="No space left on device; the old one stays"):
             await house.doors["a"].rotate(100.0)
     assert house.agreed()
     assert house.doors["a"].ring == FIRST
@@ -266,6 +271,64 @@ async def test_numbers_cannot_be_used_up(house: House, clock: MockClock) -> None
     assert not a.banned()
 
 
+async def test_numbers_driven_up_by_a_member_keep_nobody_out(
+    house: House, clock: MockClock
+) -> None:
+    """Neither those who are there nor one who comes later."""
+    network, a = house.doors["c"]._network, house.doors["a"]
+    most = ceiling(house.now)
+    jam = state(house.doors["c"], generation=most, key=b"z" * 32, bans=(Ban("d", most, True, "c"),))
+    await network.call("a", PUSH, jam, timeout=5)
+    assert a.ring.generation == most
+    kicked = await a.kick("carl", rotate=True)
+    assert kicked.told.confirmed == refs("b")
+    await house.add("late", FIRST)
+    house.gossip()
+    await trio.sleep(1)
+    house.now += 2
+    await trio.sleep(5)
+    assert house.agreed("a", "b", "late")
+    assert "c" in house.doors["late"].bans.banned
+    assert house.doors["b"].ring.generation == most + 1
+
+
+async def test_members_that_cannot_be_asked_keep_nobody_from_asking_others(
+    house: House, clock: MockClock
+) -> None:
+    for fake in ("0", "1", "2"):
+        house.extra[fake] = "made up"
+    house.hub.cut("c")
+    await house.doors["a"].kick("ben")
+    house.hub.heal("c")
+    house.gossip()
+    await trio.sleep(20)
+    assert house.agreed("a", "c")
+
+
+async def test_one_member_makes_a_node_store_only_so_much(house: House, clock: MockClock) -> None:
+    network, a = house.doors["c"]._network, house.doors["a"]
+    refused = 0
+    for number in range(100):
+        ban = Ban(f"x{number}", number + 1, True, "c")
+        try:
+            await network.call("a", PUSH, state(house.doors["c"], bans=(ban,)), timeout=5)
+        except CallFailed as error:
+            refused += error.code == "too-often"
+    assert refused > 70
+    assert len(a.bans.entries) == 100 - refused
+    await house.doors["b"].kick("carl")
+    assert "c" in a.bans.banned
+
+
+async def test_the_log_of_one_change_is_short(
+    house: House, clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    bans = tuple(Ban(f"x{number}", 1, True, "c") for number in range(1000))
+    await house.doors["c"]._network.call("a", PUSH, state(house.doors["c"], bans=bans), timeout=5)
+    assert sum("x" in record.message for record in caplog.records) < 5
+    assert "and 992 more" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("wanted", "code", "message"),
     [
@@ -313,7 +376,8 @@ async def test_a_ban_that_cannot_be_stored_counts_all_the_same(
 
     monkeypatch.setattr("pxd.serving.door.write_bans", full)
     monkeypatch.setattr("tests.serving.test_door.read_bans", lambda path: house.doors["a"].bans)
-    await house.doors["a"].kick("ben")
+    kicked = await house.doors["a"].kick("ben")
+    assert not kicked.stored
     assert house.in_force["a"][-1][1] == {"b"}
     assert "cannot store the list of banned nodes" in caplog.text
 
@@ -325,9 +389,10 @@ def test_a_damaged_list_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
     write_bans(path, table)
     assert read_bans(path) == table
     assert path.stat().st_mode & 0o777 == 0o600
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(IdentityError, match=r"damaged.*delete it"):
-        read_bans(path)
+    for damaged in (path.read_bytes()[:-4], b'[["\xff"]]', b"[" * 100_000):
+        path.write_bytes(damaged)
+        with pytest.raises(IdentityError, match=r"damaged.*delete it"):
+            read_bans(path)
 
 
 def test_digests_tell_apart_what_differs() -> None:
