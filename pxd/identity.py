@@ -4,6 +4,7 @@ import base64
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import secrets
 import tempfile
@@ -15,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from pxd.wire import DECODE_ERRORS, Count
+
+log = logging.getLogger("pxd.identity")
 
 KEY_BYTES = 32
 TICKET_PREFIX = "pxd1"
@@ -234,6 +237,15 @@ def read_keyring(path: Path, ticket: Ticket | None) -> Keyring:
         ring = known
     elif ticket.cluster and ticket.cluster == known.cluster:
         ring = _keyring_of(ticket) if ticket.generation >= known.generation else known
+        if ring is known:
+            log.warning(
+                "the ticket has an earlier key of this cluster (number %d) than this node (number "
+                "%d) and does not replace it; if the other members go on with the earlier one, "
+                "stop this node, delete %s and start it with the ticket again",
+                ticket.generation + 1,
+                known.generation + 1,
+                path,
+            )
     else:
         raise IdentityError(
             f"this node already belongs to another cluster (its key is {path}); "

@@ -17,10 +17,12 @@ import pxd
 from pxd import hardware, identity
 from pxd.api.app import create_app
 from pxd.api.server import serve as serve_http
+from pxd.cluster.adoption import Terms
 from pxd.cluster.bans import BanTable
 from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
+from pxd.cluster.stamps import ceiling
 from pxd.doctor.doctor import Doctor
 from pxd.doctor.findings import Report
 from pxd.executors import describe_model, measure_device, open_executor
@@ -115,7 +117,8 @@ class Node:
         self.door = Door(
             self.network, self._members, settings.files, who.ring, who.bans, self._on_door
         )
-        self.plans = PlanSync(self.network, self._members, self._on_plan)
+        terms = lambda: Terms(self.gossip.term, self.gossip.leads)  # noqa: E731
+        self.plans = PlanSync(self.network, self._members, self._on_plan, terms)
         self.stages = StageHost(
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
@@ -269,7 +272,8 @@ class Node:
         return Office(held=self.gossip.leads > 0, term=self.gossip.leads)
 
     def _choice(self) -> ModelChoice:
-        return latest_choice(member.record.choice for member in self.gossip.members.values())
+        choices = (member.record.choice for member in self.gossip.members.values())
+        return latest_choice(choices, ceiling(time.time()))
 
     def _on_event(self, _event: GossipEvent) -> None:
         """The view of the cluster is another one: everybody who lives by it looks at it anew."""
@@ -420,15 +424,6 @@ def _identify(settings: Settings) -> Identity:
     files = settings.files
     ticket = identity.Ticket.parse(settings.join) if settings.join else None
     ring, bans = identity.read_keyring(files.cluster_key, ticket), read_bans(files.bans)
-    if ticket and ticket.key not in (ring.key, ring.previous):
-        log.warning(
-            "the ticket has an earlier key of this cluster (number %d) than this node (number %d) "
-            "and does not replace it; if the other members do go on with the earlier one, stop "
-            "this node, delete %s and start it with the ticket again",
-            ticket.generation + 1,
-            ring.generation + 1,
-            files.cluster_key,
-        )
     state = identity.read_state(files.state)
     state = msgspec.structs.replace(state, incarnation=state.incarnation + 1)
     identity.write_state(files.state, state)

@@ -81,7 +81,7 @@ def ticket_of(ring: Keyring) -> Ticket:
 
 
 def test_a_later_ticket_of_the_same_cluster_replaces_the_key_and_an_older_one_does_not(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "cluster.key"
     rings = [Keyring.first(b"a" * 32)]
@@ -91,8 +91,13 @@ def test_a_later_ticket_of_the_same_cluster_replaces_the_key_and_an_older_one_do
     later = identity.read_keyring(path, ticket_of(rings[2]))
     assert (later.key, later.generation, later.cluster) == (b"c" * 32, 2, rings[0].cluster)
     assert identity.read_keyring(path, None) == later
-    for ticket in (ticket_of(rings[0]), ticket_of(rings[1]), ticket_of(rings[2])):
+    assert identity.read_keyring(path, ticket_of(rings[2])) == later
+    assert caplog.text == ""
+    for ticket in (ticket_of(rings[0]), ticket_of(rings[1])):
         assert identity.read_keyring(path, ticket) == later
+        # Should this node alone have got a later key, that is the way back.
+        assert f"delete {path}" in caplog.text
+        caplog.clear()
     assert identity.read_keyring(path, ticket_of(rings[3])).key == b"d" * 32
     assert mode(path) == 0o600
 
@@ -105,7 +110,7 @@ def test_keyrings_survive_a_restart_and_damage_is_not_guessed_around(tmp_path: P
     path.chmod(0o640)
     assert identity.read_keyring(path, None) == ring
     assert mode(path) == 0o600
-    for damage in (b"", b"short", path.read_bytes()[:-9]):
+    for damage in (b"", b"short", path.read_bytes()[:-9], b'{"key": "\xff"}', b"[" * 100_000):
         path.write_bytes(damage)
         with pytest.raises(IdentityError, match="damaged"):
             identity.read_keyring(path, None)

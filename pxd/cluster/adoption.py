@@ -1,8 +1,11 @@
 """Whose plan to take, and from whom: the decisions by which every node ends up with the latest."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
+import msgspec
+
+from pxd.cluster.leadership import FURTHEST_JUMP
 from pxd.cluster.plans import Epoch, Plan
 from pxd.cluster.records import NodeRecord
 
@@ -17,19 +20,40 @@ class MemberLike(Protocol):
 Members = Mapping[str, MemberLike]
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """The greatest term that this node has seen, and the one that it leads; 0 for none."""
+
+    seen: int
+    led: int
+
+
+def is_credible(epoch: Epoch, own_id: str, terms: Terms) -> bool:
+    """Whether a plan of that epoch may come from others.
+
+    One of a far later term than any seen here could never be replaced; while this node leads, it
+    alone writes plans in its name.
+    """
+    made_up = epoch.leader == own_id and 0 < terms.led <= epoch.term
+    return epoch.term <= terms.seen + FURTHEST_JUMP and not made_up
+
+
 def may_push(peer: str, plan: Plan, members: Members) -> bool:
     """Whether `plan` counts when `peer` offers it unasked: only its author may, and as a member."""
     return plan.epoch.leader == peer and peer in members
 
 
 def later_source(
-    held: Epoch | None, members: Members, unreachable: str, refused: Epoch | None = None
+    held: Epoch | None,
+    members: Members,
+    unreachable: str,
+    refused: Epoch | None = None,
+    credible: Callable[[Epoch], bool] = lambda _: True,
 ) -> str | None:
     """The member to pull a plan from: of those that are there the one with the latest.
 
     None when nobody's record shows a later plan than `held`. Of several that hold the same one,
     `unreachable`, which did not answer the last time, is the last resort. `refused` is a plan that
-    was looked at and makes no sense.
+    was looked at and makes no sense, and only `credible` ones are looked for.
     """
     later = [
         (plan, peer != unreachable, peer)
@@ -37,6 +61,7 @@ def later_source(
         if member.state in ("alive", "suspect")
         and (plan := member.record.plan) is not None
         and plan != refused
+        and credible(plan)
         and (held is None or plan > held)
     ]
     return max(later)[2] if later else None

@@ -16,7 +16,7 @@ import msgspec
 from pxd.cluster.members import Member
 from pxd.cluster.messages import LAST_COUNT
 
-_FURTHEST_JUMP = 1 << 20
+FURTHEST_JUMP = 1 << 20
 """By how much a term may grow at once: one absurd record must not use up all there are."""
 
 
@@ -85,7 +85,7 @@ class Leadership:
     ) -> list[LeadershipEvent]:
         """Draw the conclusions from a view; `synced` as in `Membership`."""
         seen = max(map(_greatest_term, members.values()), default=0)
-        self.term = max(self.term, min(seen, self.term + _FURTHEST_JUMP))
+        self.term = max(self.term, min(seen, self.term + FURTHEST_JUMP))
         self._settle(now, members, synced)
         events = self._follow(now, members)
         events += self._govern(now, members)
@@ -143,9 +143,15 @@ class Leadership:
         """Whether somebody's plans could beat those of this node's term."""
         if self.term > self.leads:
             return True
+        # Somebody else may have made up a plan in this node's name.
+        own = members[self._node].record.plan
         return any(
             (record.id != self._node and record.leads == self.leads)
-            or (plan is not None and plan.term == self.leads and plan.leader != self._node)
+            or (
+                plan is not None
+                and plan.term == self.leads
+                and (plan.leader != self._node or own is None or plan > own)
+            )
             for record in (member.record for member in members.values())
             for plan in (record.plan,)
         )

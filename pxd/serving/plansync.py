@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import trio
 
-from pxd.cluster.adoption import Members, later_source, may_push
+from pxd.cluster.adoption import Members, Terms, is_credible, later_source, may_push
 from pxd.cluster.plans import Epoch, Plan, PlanStore
 from pxd.cluster.soundness import flaw
 from pxd.p2p.network import Method, Network, NetworkError
@@ -26,11 +26,16 @@ class PlanSync:
     """
 
     def __init__(
-        self, network: Network, members: Callable[[], Members], taken: Callable[[Plan], None]
+        self,
+        network: Network,
+        members: Callable[[], Members],
+        taken: Callable[[Plan], None],
+        terms: Callable[[], Terms],
     ) -> None:
         self._network = network
         self._members = members
         self._taken = taken
+        self._terms = terms
         self._store = PlanStore()
         self._behind = trio.Event()
         self._unreachable = ""
@@ -58,7 +63,10 @@ class PlanSync:
 
     def _consider(self, peer: str, plan: Plan) -> None:
         """Take a plan that somebody else has sent, if it makes sense."""
-        if found := flaw(plan):
+        if not self._is_credible(plan.epoch):
+            # It may be yet: terms are heard of, too.
+            log.info("refused plan %s from %s: such a plan cannot be", plan.epoch, peer)
+        elif found := flaw(plan):
             log.warning("refused plan %s from %s: %s", plan.epoch, peer, found)
             self._refused = plan.epoch
         else:
@@ -92,7 +100,11 @@ class PlanSync:
 
     def _source(self) -> str | None:
         held, members = self._store.epoch, self._members()
-        return later_source(held, members, self._unreachable, self._refused)
+        refused = self._refused
+        return later_source(held, members, self._unreachable, refused, self._is_credible)
+
+    def _is_credible(self, epoch: Epoch) -> bool:
+        return is_credible(epoch, self._network.peer_id, self._terms())
 
     async def run(self) -> None:
         """Pull whenever a member's record shows a later plan than the one held."""

@@ -274,6 +274,17 @@ def test_one_absurd_record_does_not_use_up_all_terms(absurd: dict[str, object]) 
     assert 1 < machine.leads == machine.term < 1 << 22
 
 
+def test_a_plan_made_up_in_the_leader_s_name_is_outbid() -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    view.put("me", plan=Epoch(machine.leads, "me", 3), seniority=1)
+    drive(machine, view, 4.0, since=3.0)
+    assert machine.leads == 1
+    view.put("z", seniority=5, plan=Epoch(1, "me", LAST_COUNT))
+    drive(machine, view, 7.0, since=5.0)
+    assert machine.leads == machine.term == 2
+
+
 def test_at_the_end_of_all_terms_and_places_nothing_breaks() -> None:
     machine, view = leadership(LAST_COUNT), View()
     view.put("z", seniority=LAST_COUNT)

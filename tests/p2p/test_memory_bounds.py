@@ -1,7 +1,6 @@
 """What one peer can make a node hold, be it a stranger or a member: bounded, whatever it opens."""
 
 import struct
-import tracemalloc
 
 import pytest
 import trio
@@ -9,14 +8,12 @@ import trio
 from pxd import wire
 from pxd.p2p import channels, keyproof, rpc
 from pxd.p2p.libp2p_network import Libp2pNetwork
-from pxd.p2p.muxer import INITIAL_WINDOW
 from pxd.p2p.network import CallFailed, Method
 from pxd.p2p.secure import select
 from pxd.p2p.tls import Certificate, TlsStream
 from tests.p2p.nodes import ECHO, Nodes, Text, eventually
 from tests.p2p.test_channels import Collector, step
 from tests.p2p.test_hostile_members import expect_end, raw_stream
-from tests.p2p.test_muxer import Ends
 from tests.p2p.test_strangers import dial_as_stranger
 
 BLOB = Method("test.blob", bytes, type(None))
@@ -41,20 +38,6 @@ async def test_streams_that_a_stranger_opens_and_resets_leave_nothing_behind(nod
                 await trio.sleep(0.01)
         assert tasks() < before + 50
         nursery.cancel_scope.cancel()
-
-
-async def test_many_tiny_frames_take_no_more_room_than_a_large_one(ends: Ends) -> None:
-    _, there = await ends.stream()
-    tracemalloc.start()
-    try:
-        for _ in range(INITIAL_WINDOW):
-            there.announce(1)
-            there.deliver(b"x")
-        held, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert held < 2 * INITIAL_WINDOW
-    assert await there.read_exactly(INITIAL_WINDOW) == b"x" * INITIAL_WINDOW
 
 
 async def test_a_member_has_one_stream_for_its_calls(nodes: Nodes) -> None:
