@@ -88,14 +88,16 @@ def report(rotation: "Rotation") -> str:
     """What a person needs to know after a rotation."""
     if rotation.grace:
         old = f"The old key still opens the door for {duration(rotation.grace)}."
+        tickets = "So do the tickets printed before"
         remedy = "They get the new key when they come back before the old one ends."
     else:
         old = "The old key opens the door no more."
+        tickets = "Tickets printed before are void"
         remedy = "Start them with `pxd start --join TICKET` and a fresh ticket if they stay out."
     lines = [
         f"The cluster has a new key, its number {rotation.generation + 1}. {old}",
         *([SUPERSEDED] if rotation.superseded else []),
-        "Tickets printed before are void; `pxd ticket` prints a new one.",
+        f"{tickets}; `pxd ticket` prints a new one.",
         *told(rotation.told, remedy),
     ]
     return "\n".join(lines) + "\n"
