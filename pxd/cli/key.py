@@ -25,8 +25,8 @@ ROTATE_HELP = with_examples(
 )
 
 SUPERSEDED = (
-    "The key before that, which still counted, does not any more: nodes that have been off since "
-    "then need a fresh ticket."
+    "The key before the old one counted until now, and does no more: nodes that have been off "
+    "since then need a fresh ticket."
 )
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -96,8 +96,8 @@ def report(rotation: "Rotation") -> str:
         remedy = "Start them with `pxd start --join TICKET` and a fresh ticket if they stay out."
     lines = [
         f"The cluster has a new key, its number {rotation.generation + 1}. {old}",
-        *([SUPERSEDED] if rotation.superseded else []),
         f"{tickets}; `pxd ticket` prints a new one.",
+        *([SUPERSEDED] if rotation.superseded else []),
         *told(rotation.told, remedy),
     ]
     return "\n".join(lines) + "\n"

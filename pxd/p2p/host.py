@@ -27,6 +27,7 @@ log = logging.getLogger("pxd.p2p")
 ADMISSION_TIMEOUT = 5.0
 STREAM_TIMEOUT = 5.0
 STREAMS_PER_MEMBER = 32
+STREAMS_PER_STRANGER = 2
 CONNECTION_LIMIT = 1024
 DRAIN_TIMEOUT = 0.5
 
@@ -70,6 +71,10 @@ class Connection:
         self.decided = trio.Event()
         self.failure: ProofFailed | None = None
         self.muxer = Yamux(secured, initiator=dialled)
+        if not dialled:
+            # Each holds a window of unread bytes. A dialer needs one for the proof; the other one
+            # may come while this end is about to learn that it has accepted the proof.
+            self.muxer.inbound_limit = STREAMS_PER_STRANGER
         self._proof_offered = trio.Event()
         self.drain: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._proof_stream: YamuxStream | None = None

@@ -7,6 +7,7 @@ import trio
 
 from pxd import wire
 from pxd.p2p import channels, keyproof, rpc
+from pxd.p2p.host import STREAMS_PER_STRANGER
 from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.network import CallFailed, Method
 from pxd.p2p.secure import select
@@ -37,6 +38,18 @@ async def test_streams_that_a_stranger_opens_and_resets_leave_nothing_behind(nod
             while tasks() < before + 100:
                 await trio.sleep(0.01)
         assert tasks() < before + 50
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_stranger_has_two_windows_to_fill(nodes: Nodes) -> None:
+    a = await nodes.start()
+    async with trio.open_nursery() as nursery:
+        muxer = await dial_as_stranger(nursery, a)
+        for _ in range(5):
+            muxer.open_stream()
+        await eventually(lambda: len(muxer._streams) == STREAMS_PER_STRANGER)
+        [inside] = a._host._connections
+        assert len(inside.muxer._streams) == STREAMS_PER_STRANGER
         nursery.cancel_scope.cancel()
 
 
