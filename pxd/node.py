@@ -45,7 +45,7 @@ from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
 from pxd.serving.status import ClusterStatus
 from pxd.serving.timings import partners, rtts_to_publish
-from pxd.serving.view import Planning, model_views, node_view, planning
+from pxd.serving.view import Planning, model_views, node_view, planning, turned_away
 from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings, parse_endpoint
 from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, Step
 
@@ -235,11 +235,13 @@ class Node:
 
     def status(self) -> ClusterStatus:
         peers = self.network.peers()
+        refused = "" if peers else turned_away(self.network.refusals(), time.time())
         now = trio.current_time()
         epoch = self.plans.plan.epoch if self.plans.plan else None
         nodes = [
             node_view(
                 member.record,
+                refused=refused if peer == self.network.peer_id else "",
                 state=member.state,
                 since=now - member.since,
                 rtt=member.rtt,
