@@ -206,13 +206,16 @@ class Door:
             await self._publish()
         superseded = self._ring.grace(self._clock()) > 0
         ring = self._ring.rotated(secrets.token_bytes(identity.KEY_BYTES), self._clock() + grace)
-        try:
-            async with self._changing:
-                await self._use(ring)
-        except OSError as error:
-            message = f"cannot store the new key: {error.strerror or error}; the old one stays"
-            raise DoorError("storage", message) from error
-        told = await self._publish()
+        # Whoever stops waiting, or this node as it stops, must not leave a key behind that is
+        # stored here and that nobody else has heard of. All of it takes some seconds at most.
+        with trio.CancelScope(shield=True):
+            try:
+                async with self._changing:
+                    await self._use(ring)
+            except OSError as error:
+                message = f"cannot store the new key: {error.strerror or error}; the old one stays"
+                raise DoorError("storage", message) from error
+            told = await self._publish()
         return Rotation(generation=ring.generation, grace=grace, told=told, superseded=superseded)
 
     async def _decide(self, node: NodeRef, *, banned: bool) -> Told:
@@ -311,10 +314,16 @@ class Door:
 
     async def _learn(self, bans: tuple[Ban, ...], source: str, most: int = LAST_COUNT) -> None:
         merged = self._bans.merge(bans, most)
-        if merged == self._bans:
-            return
-        before, self._bans = self._bans.banned, merged
-        write = partial(write_bans, self._files.bans, merged)
+        if merged != self._bans:
+            # What this node says that it knows has to be in force.
+            with trio.CancelScope(shield=True):
+                before, self._bans = self._bans.banned, merged
+                await self._store(merged)
+                self._log_change(before, source)
+                await self._changed(self._ring, merged.banned)
+
+    async def _store(self, bans: BanTable) -> None:
+        write = partial(write_bans, self._files.bans, bans)
         try:
             await trio.to_thread.run_sync(write)
             self._stored = True
@@ -322,23 +331,26 @@ class Door:
             self._stored = False
             # A ban that is forgotten at the next start beats one that never takes effect.
             log.error("cannot store the list of banned nodes: %s", error)
+
+    def _log_change(self, before: frozenset[str], source: str) -> None:
+        banned = self._bans.banned
         for peers, now in (
-            (merged.banned - before, "banned"),
-            (before - merged.banned, "no longer banned"),
+            (banned - before, "banned"),
+            (before - banned, "no longer banned"),
         ):
             if peers:
-                named = ", ".join(_called(merged, peer) for peer in sorted(peers)[:NAMED])
+                named = ", ".join(_called(self._bans, peer) for peer in sorted(peers)[:NAMED])
                 more = f" and {len(peers) - NAMED} more" if len(peers) > NAMED else ""
                 log.warning("%s, on the word of %s: %s%s", now, source, named, more)
-        if self._network.peer_id in merged.banned - before:
+        if self._network.peer_id in banned - before:
             log.warning("this node was kicked out of the cluster")
-        await self._changed(self._ring, self._bans.banned)
 
     async def _use(self, ring: Keyring) -> None:
         write = partial(identity.write_keyring, self._files.cluster_key, ring)
-        await trio.to_thread.run_sync(write)
-        self._ring = ring
-        await self._changed(self._ring, self._bans.banned)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(write)
+            self._ring = ring
+            await self._changed(self._ring, self._bans.banned)
 
     def _source(self) -> tuple[str, str] | None:
         """A member whose door differs in a way that was not looked into yet, and its digest."""

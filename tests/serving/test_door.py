@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -195,6 +196,43 @@ async def test_a_key_that_cannot_be_stored_is_not_used(
         await trio.sleep(10)
     await trio.sleep(10)
     assert house.agreed()
+
+
+async def test_a_rotation_that_is_cancelled_is_finished_or_never_was(
+    house: House, clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is stored and that nobody else is told of would lock the node out."""
+    write, a = identity.write_keyring, house.doors["a"]
+
+    with trio.CancelScope() as scope:
+
+        def write_late(path: Path, ring: Keyring) -> None:
+            if path == house.files("a").cluster_key:
+                scope.cancel()
+            write(path, ring)
+
+        monkeypatch.setattr(identity, "write_keyring", write_late)
+        await a.rotate(0.0)
+    assert a.ring != FIRST
+    assert identity.read_keyring(house.files("a").cluster_key, None) == a.ring
+    assert house.agreed()
+
+
+async def test_a_kick_that_is_cancelled_is_in_force_all_the_same(
+    house: House, clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, merge = house.doors["a"], BanTable.merge
+    with trio.CancelScope() as scope, monkeypatch.context() as patch:
+
+        def merge_late(table: BanTable, *arguments: Any) -> BanTable:
+            scope.cancel()
+            return merge(table, *arguments)
+
+        patch.setattr(BanTable, "merge", merge_late)
+        await a.kick("carl")
+    assert house.in_force["a"][-1][1] == a.bans.banned == {"c"}
+    await trio.sleep(5)
+    assert house.agreed("a", "b")
 
 
 async def test_a_kick_reaches_everybody_but_the_kicked(house: House, clock: MockClock) -> None:
