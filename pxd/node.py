@@ -142,7 +142,7 @@ class Node:
         self._doctor = Doctor(
             self.network, self._members, self.status, lambda: [self._choice().name], settings
         )
-        self.network.on_frame(self._on_frame)
+        self.network.on_frame(self._on_frame, self.stages.expects)
         self.network.on_peer(self._on_peer)
 
     def _first_record(self, device: Device) -> NodeRecord:

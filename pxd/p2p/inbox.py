@@ -1,6 +1,7 @@
 """Incoming frames: handed to one handler, one at a time and in order per peer."""
 
 import logging
+from functools import partial
 from weakref import WeakValueDictionary
 
 import trio
@@ -8,7 +9,7 @@ import trio
 from pxd import wire
 from pxd.p2p.framestreams import FrameStream
 from pxd.p2p.muxer import StreamClosed
-from pxd.p2p.network import FrameHandler
+from pxd.p2p.network import FrameFilter, FrameHandler
 from pxd.p2p.sessions import Session
 
 log = logging.getLogger("pxd.p2p")
@@ -19,13 +20,14 @@ class FrameInbox:
 
     def __init__(self) -> None:
         self._handler: FrameHandler | None = None
+        self._wants: FrameFilter = lambda *_: True
         self._streams: dict[str, FrameStream] = {}
         self._waiting: dict[str, trio.CancelScope] = {}
         # A lock lives as long as a task that uses it: the handler may outlive a channel.
         self._turns: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
 
-    def on_frame(self, handler: FrameHandler) -> None:
-        self._handler = handler
+    def on_frame(self, handler: FrameHandler, wants: FrameFilter = lambda *_: True) -> None:
+        self._handler, self._wants = handler, wants
 
     async def deliver(self, peer: str, frame: wire.Frame, body: wire.Buffer) -> None:
         if self._handler is None:
@@ -65,7 +67,9 @@ class FrameInbox:
             await turn.acquire()
         try:
             while self._streams.get(peer) is stream:
-                frame, body = await wire.read_frame(stream.read_exactly, wire.frame_decoder)
+                frame, body = await wire.read_frame(
+                    stream.read_exactly, wire.frame_decoder, wants=partial(self._wants, peer)
+                )
                 await self.deliver(peer, frame, body)
         finally:
             if turn.statistics().owner is trio.lowlevel.current_task():

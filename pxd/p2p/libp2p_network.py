@@ -26,6 +26,7 @@ from pxd.p2p.mdns import Mdns
 from pxd.p2p.muxer import YamuxStream
 from pxd.p2p.network import (
     CallTimeout,
+    FrameFilter,
     FrameHandler,
     Method,
     PeerHandler,
@@ -165,8 +166,8 @@ class Libp2pNetwork:
     def on_peer(self, handler: PeerHandler) -> None:
         self._sessions.on_peer(handler)
 
-    def on_frame(self, handler: FrameHandler) -> None:
-        self._inbox.on_frame(handler)
+    def on_frame(self, handler: FrameHandler, wants: FrameFilter = lambda *_: True) -> None:
+        self._inbox.on_frame(handler, wants)
 
     def serve(
         self,

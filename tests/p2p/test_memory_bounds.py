@@ -1,6 +1,7 @@
 """What one peer can make a node hold, be it a stranger or a member: bounded, whatever it opens."""
 
 import struct
+import tracemalloc
 
 import pytest
 import trio
@@ -128,6 +129,27 @@ async def test_frames_wait_on_one_channel_only(nodes: Nodes) -> None:
     last = await data_stream(b, a)
     await last.write(wire.encode(wire.Cancel(request="last")))
     await eventually(lambda: at_a.frames[-1][1] == wire.Cancel(request="last"))
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["tls", "libp2p"])
+async def test_a_body_that_is_not_wanted_is_not_held(nodes: Nodes, direct: bool) -> None:
+    a = await nodes.start(direct=direct)
+    b = await nodes.start(a, direct=direct)
+    at_a = Collector(a)
+    a.on_frame(at_a.handle, lambda peer, frame: frame != step(1, 32 << 20))
+    tracemalloc.start()
+    try:
+        await b.send(a.peer_id, step(1, 32 << 20), bytes(64 << 20))
+        await b.send(a.peer_id, step(2, 1), b"ok")
+        assert await at_a.wait_for(2) == [
+            (b.peer_id, step(1, 32 << 20), b""),
+            (b.peer_id, step(2, 1), b"ok"),
+        ]
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Once at the sender.
+    assert most < 96 << 20
 
 
 async def test_nobody_announces_another_ones_certificate(nodes: Nodes) -> None:
