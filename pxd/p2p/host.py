@@ -28,6 +28,9 @@ ADMISSION_TIMEOUT = 5.0
 STREAM_TIMEOUT = 5.0
 STREAMS_PER_MEMBER = 32
 STREAMS_PER_STRANGER = 2
+BYTES_PER_STRANGER = 256 * 1024
+"""A proof takes less than a thousand; but who is through may send at once."""
+
 CONNECTION_LIMIT = 1024
 DRAIN_TIMEOUT = 0.5
 
@@ -75,6 +78,7 @@ class Connection:
             # Each holds a window of unread bytes. A dialer needs one for the proof; the other one
             # may come while this end is about to learn that it has accepted the proof.
             self.muxer.inbound_limit = STREAMS_PER_STRANGER
+            self.muxer.receive_limit = BYTES_PER_STRANGER
         self._proof_offered = trio.Event()
         self.drain: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._proof_stream: YamuxStream | None = None
@@ -290,6 +294,7 @@ class Host:
                 connection.instance = await connection.prove(self._proof)
                 connection.muxer.window = WINDOW
                 connection.muxer.inbound_limit = STREAMS_PER_MEMBER
+                connection.muxer.receive_limit = None
                 return True
             raise ProofFailed("protocol", "it did not prove the cluster key in time")
         except ProofFailed as error:

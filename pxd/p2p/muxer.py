@@ -205,6 +205,8 @@ class Yamux:
         self.reason = ""
         self.window = INITIAL_WINDOW
         self.inbound_limit = 4
+        self.receive_limit: int | None = None
+        """How many bytes the peer may still send; None for as many as it likes."""
         self._secured = secured
         self._next_id = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
@@ -342,7 +344,12 @@ class Yamux:
     async def _read_loop(self) -> None:
         try:
             while True:
-                self._buffer += await self._secured.read()
+                data = await self._secured.read()
+                if self.receive_limit is not None:
+                    self.receive_limit -= len(data)
+                    if self.receive_limit < 0:
+                        raise ProtocolViolation("more than it may send yet")
+                self._buffer += data
                 self._heard = True
                 self._parse()
         except ProtocolViolation as error:

@@ -8,8 +8,9 @@ import trio
 
 from pxd import wire
 from pxd.p2p import channels, keyproof, rpc
-from pxd.p2p.host import STREAMS_PER_STRANGER
+from pxd.p2p.host import ADMISSION_TIMEOUT, STREAMS_PER_STRANGER
 from pxd.p2p.libp2p_network import Libp2pNetwork
+from pxd.p2p.muxer import ACK, PING
 from pxd.p2p.network import CallFailed, Method
 from pxd.p2p.secure import select
 from pxd.p2p.tls import Certificate, TlsStream
@@ -51,6 +52,22 @@ async def test_a_stranger_has_two_windows_to_fill(nodes: Nodes) -> None:
         await eventually(lambda: len(muxer._streams) == STREAMS_PER_STRANGER)
         [inside] = a._host._connections
         assert len(inside.muxer._streams) == STREAMS_PER_STRANGER
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_stranger_may_send_so_much(nodes: Nodes) -> None:
+    """Else it could keep this node parsing until its time is up."""
+    a = await nodes.start()
+    async with trio.open_nursery() as nursery:
+        muxer = await dial_as_stranger(nursery, a)
+        await eventually(lambda: bool(a._host._connections))
+        [inside] = a._host._connections
+        with trio.fail_after(ADMISSION_TIMEOUT):
+            while not muxer.closed.is_set():
+                for _ in range(500):
+                    muxer.control(PING, ACK, 0)
+                await trio.sleep(0.001)
+        assert "more than it may send yet" in inside.muxer.reason
         nursery.cancel_scope.cancel()
 
 
