@@ -17,7 +17,6 @@ import pxd
 from pxd import hardware, identity
 from pxd.api.app import create_app
 from pxd.api.server import serve as serve_http
-from pxd.cluster.adoption import Terms
 from pxd.cluster.bans import BanTable
 from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
@@ -117,8 +116,7 @@ class Node:
         self.door = Door(
             self.network, self._members, settings.files, who.ring, who.bans, self._on_door
         )
-        terms = lambda: Terms(self.gossip.term, self.gossip.leads)  # noqa: E731
-        self.plans = PlanSync(self.network, self._members, self._on_plan, terms)
+        self.plans = PlanSync(self.network, self._members, self._on_plan, lambda: self.gossip.leads)
         self.stages = StageHost(
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )

@@ -3,9 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-import msgspec
-
-from pxd.cluster.leadership import FURTHEST_JUMP
 from pxd.cluster.plans import Epoch, Plan
 from pxd.cluster.records import NodeRecord
 
@@ -20,21 +17,14 @@ class MemberLike(Protocol):
 Members = Mapping[str, MemberLike]
 
 
-class Terms(msgspec.Struct, frozen=True):
-    """The greatest term that this node has seen, and the one that it leads; 0 for none."""
+def is_credible(epoch: Epoch, own_id: str, leads: int, most: int) -> bool:
+    """Whether a plan of that epoch may come from others. This node leads the term `leads`, or 0.
 
-    seen: int
-    led: int
-
-
-def is_credible(epoch: Epoch, own_id: str, terms: Terms) -> bool:
-    """Whether a plan of that epoch may come from others.
-
-    One of a far later term than any seen here could never be replaced; while this node leads, it
-    alone writes plans in its name.
+    One of a term above `most`, for which see `pxd.cluster.stamps`, could never be replaced; while
+    this node leads, it alone writes plans in its name.
     """
-    made_up = epoch.leader == own_id and 0 < terms.led <= epoch.term
-    return epoch.term <= terms.seen + FURTHEST_JUMP and not made_up
+    made_up = epoch.leader == own_id and 0 < leads <= epoch.term
+    return epoch.term <= most and not made_up
 
 
 def may_push(peer: str, plan: Plan, members: Members) -> bool:

@@ -6,7 +6,6 @@ import msgspec
 import trio
 from trio.testing import MockClock
 
-from pxd.cluster.adoption import Terms
 from pxd.cluster.messages import LAST_COUNT
 from pxd.cluster.plans import Epoch, PipelinePlan, Plan
 from pxd.cluster.records import Device, StageReport
@@ -72,7 +71,7 @@ class Leader:
             MemoryHub().network("a"),
             lambda: {"a": self.cluster.members["a"]},
             self.taken,
-            lambda: Terms(seen=3, led=3),
+            lambda: 3,
         )
         self.planner = Planner(
             "a",
@@ -228,8 +227,7 @@ async def test_a_failure_is_published_once_and_tried_again_in_its_time(clock: Mo
 async def test_only_its_author_pushes_a_plan(autojump_clock: MockClock) -> None:
     cluster = ServingCluster("a", "b", "c")
     plans: list[Plan] = []
-    terms = Terms(seen=1, led=0)
-    PlanSync(cluster.nodes["b"].network, lambda: cluster.members, plans.append, lambda: terms)
+    PlanSync(cluster.nodes["b"].network, lambda: cluster.members, plans.append, lambda: 0)
     async with cluster.running():
         plan = cluster.make_plan("a", "b")
         await cluster.nodes["c"].network.call("b", PUSH, plan, timeout=5)
