@@ -133,7 +133,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file atomically, mode 0600; durable when this returns."""
+    """Replace a file atomically, mode 0600; durable when this returns, where directories can be
+    synchronised."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -151,7 +152,9 @@ def write_private(path: Path, data: bytes) -> None:
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        # Some network file systems cannot, and by now the file has its name.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
