@@ -5,7 +5,8 @@ import re
 from typing import NamedTuple
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
-_HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
+_HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
+_ZONE = re.compile(r"[A-Za-z0-9_.-]{0,32}")
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
@@ -56,6 +57,8 @@ def _is_host(protocol: str, host: str) -> bool:
     if protocol.startswith("dns"):
         return bool(_HOST_NAME.fullmatch(host))
     try:
-        return ipaddress.ip_address(host).version == int(protocol[2:])
+        return ipaddress.ip_address(host).version == int(protocol[2:]) and bool(
+            _ZONE.fullmatch(host.partition("%")[2])
+        )
     except ValueError:
         return False

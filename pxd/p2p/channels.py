@@ -177,8 +177,9 @@ class DataChannels:
             try:
                 with trio.fail_after(CONNECT_TIMEOUT):
                     return await _connect(host, there, context)
-            except (OSError, StreamClosed) as error:
-                failure = error
+            except (OSError, ValueError, StreamClosed) as error:
+                # A host name that cannot be is a ValueError.
+                failure = PeerUnreachable(str(error)) if isinstance(error, ValueError) else error
             except trio.TooSlowError:
                 failure = PeerUnreachable(f"no answer from {host} port {there.port}")
         raise failure

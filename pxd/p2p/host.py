@@ -204,6 +204,9 @@ class Host:
             stream = await trio.open_tcp_stream(address.host, address.port)
         except OSError as error:
             raise DialFailed("unreachable", _explain(error)) from error
+        except ValueError as error:
+            # Names that cannot be looked up, such as those with a label that is too long.
+            raise DialFailed("unreachable", f"no usable host name ({error})") from error
         try:
             secured = await self._identity.secure_outbound(stream, address.peer)
         except PeerIDMismatchesPubkey as error:

@@ -19,6 +19,7 @@ from pxd.p2p import rpc
 from pxd.p2p.gossip import GOSSIP
 from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.muxer import StreamClosed
+from pxd.p2p.network import PeerUnreachable
 from pxd.p2p.signatures import NodeSigner
 
 BATCH = 20
@@ -93,8 +94,8 @@ async def main(ticket: str, directory: Path) -> None:
                 try:
                     with trio.move_on_after(5):
                         await flood(network, seed, peer)
-                except StreamClosed:
-                    pass
+                except (StreamClosed, PeerUnreachable) as error:
+                    print("thrown out:", error, flush=True)
             await trio.sleep(0.05)
 
 

@@ -190,6 +190,17 @@ def _text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
     return lambda data: parse(data.decode("utf-8", "replace"))
 
 
+def _address(text: str) -> None:
+    address = parse_address(text)
+    # What the system's resolver does first with a name, and what it refuses to hear of.
+    try:
+        address.host.encode("idna")
+    except UnicodeError as error:
+        raise AssertionError("no name to look up") from error
+    if "\0" in address.host:
+        raise AssertionError("a name with a null character")
+
+
 def _safetensors() -> bytes:
     header = {
         "__metadata__": {"format": "pt"},
@@ -267,7 +278,7 @@ def all_targets() -> list[Target]:
                 for id_ in (PEER.encode(), b"+" + PEER.encode())
             ],
         ),
-        Target("addresses", _text(parse_address), (ValueError,), _ADDRESSES),
+        Target("addresses", _text(_address), (ValueError,), _ADDRESSES),
         Target("endpoints", _text(parse_endpoint), (ValueError,), [b"127.0.0.1:80", b"[::1]:8470"]),
         Target("tickets", _text(Ticket.parse), (IdentityError,), [ticket.encode()]),
         Target("remembered peers", in_file(_book), (), [msgspec.json.encode(remembered)]),
