@@ -21,6 +21,7 @@ from pxd.cluster.bans import BanTable
 from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
+from pxd.cluster.stamps import ceiling
 from pxd.doctor.doctor import Doctor
 from pxd.doctor.findings import Report
 from pxd.executors import describe_model, measure_device, open_executor
@@ -43,7 +44,7 @@ from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
 from pxd.serving.status import ClusterStatus
 from pxd.serving.timings import partners, rtts_to_publish
-from pxd.serving.view import Planning, model_views, node_view, planning
+from pxd.serving.view import Planning, model_views, node_view, planning, turned_away
 from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings, parse_endpoint
 from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, Step
 
@@ -116,7 +117,7 @@ class Node:
         self.door = Door(
             self.network, self._members, settings.files, who.ring, who.bans, self._on_door
         )
-        self.plans = PlanSync(self.network, self._members, self._on_plan)
+        self.plans = PlanSync(self.network, self._members, self._on_plan, lambda: self.gossip.leads)
         self.stages = StageHost(
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
@@ -140,7 +141,7 @@ class Node:
         self._doctor = Doctor(
             self.network, self._members, self.status, lambda: [self._choice().name], settings
         )
-        self.network.on_frame(self._on_frame)
+        self.network.on_frame(self._on_frame, self.stages.expects)
         self.network.on_peer(self._on_peer)
 
     def _first_record(self, device: Device) -> NodeRecord:
@@ -233,12 +234,14 @@ class Node:
 
     def status(self) -> ClusterStatus:
         peers = self.network.peers()
+        refused = "" if peers else turned_away(self.network.refusals(), time.time())
         now = trio.current_time()
         epoch = self.plans.plan.epoch if self.plans.plan else None
         routes = {peer: self.network.route_of(peer) for peer in peers}
         nodes = [
             node_view(
                 member.record,
+                refused=refused if peer == self.network.peer_id else "",
                 state=member.state,
                 since=now - member.since,
                 rtt=member.rtt,
@@ -273,7 +276,8 @@ class Node:
         return Office(held=self.gossip.leads > 0, term=self.gossip.leads)
 
     def _choice(self) -> ModelChoice:
-        return latest_choice(member.record.choice for member in self.gossip.members.values())
+        choices = (member.record.choice for member in self.gossip.members.values())
+        return latest_choice(choices, ceiling(time.time()))
 
     def _on_event(self, _event: GossipEvent) -> None:
         """The view of the cluster is another one: everybody who lives by it looks at it anew."""

@@ -14,6 +14,7 @@ from pxd.p2p.casts import DroppingQueue
 from pxd.p2p.network import (
     CallFailed,
     CallTimeout,
+    FrameFilter,
     FrameHandler,
     Method,
     PeerHandler,
@@ -178,7 +179,7 @@ class MemoryNetwork:
     ) -> None:
         self._services.add(method, handler)
 
-    def on_frame(self, handler: FrameHandler) -> None:
+    def on_frame(self, handler: FrameHandler, wants: FrameFilter = lambda *_: True) -> None:
         self._frame_handler = handler
 
     async def call(

@@ -16,9 +16,6 @@ import msgspec
 from pxd.cluster.members import Member
 from pxd.cluster.messages import LAST_COUNT
 
-_FURTHEST_JUMP = 1 << 20
-"""By how much a term may grow at once: one absurd record must not use up all there are."""
-
 
 class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. A node takes its place in join order `settle_alone` after its start if it expects
@@ -81,11 +78,15 @@ class Leadership:
         self.next_wakeup = now
 
     def observe(
-        self, now: float, members: Mapping[str, Member], *, synced: bool
+        self, now: float, members: Mapping[str, Member], *, synced: bool, most: int = LAST_COUNT
     ) -> list[LeadershipEvent]:
-        """Draw the conclusions from a view; `synced` as in `Membership`."""
-        seen = max(map(_greatest_term, members.values()), default=0)
-        self.term = max(self.term, min(seen, self.term + _FURTHEST_JUMP))
+        """Draw the conclusions from a view; `synced` as in `Membership`.
+
+        Terms above `most`, for which see `pxd.cluster.stamps`, are passed over: one absurd record
+        must not use up all there are, nor make this node count up to them.
+        """
+        terms = (term for member in members.values() for term in _terms(member) if term <= most)
+        self.term = max(self.term, max(terms, default=0))
         self._settle(now, members, synced)
         events = self._follow(now, members)
         events += self._govern(now, members)
@@ -143,9 +144,15 @@ class Leadership:
         """Whether somebody's plans could beat those of this node's term."""
         if self.term > self.leads:
             return True
+        # Somebody else may have made up a plan in this node's name.
+        own = members[self._node].record.plan
         return any(
             (record.id != self._node and record.leads == self.leads)
-            or (plan is not None and plan.term == self.leads and plan.leader != self._node)
+            or (
+                plan is not None
+                and plan.term == self.leads
+                and (plan.leader != self._node or own is None or plan > own)
+            )
             for record in (member.record for member in members.values())
             for plan in (record.plan,)
         )
@@ -169,6 +176,6 @@ class Leadership:
         return self._office_at if waits else math.inf
 
 
-def _greatest_term(member: Member) -> int:
+def _terms(member: Member) -> tuple[int, int, int]:
     record = member.record
-    return max(record.term, record.leads, record.plan.term if record.plan is not None else 0)
+    return record.term, record.leads, record.plan.term if record.plan is not None else 0

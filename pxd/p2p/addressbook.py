@@ -106,7 +106,10 @@ class AddressBook:
 
     def seen(self, peer: str) -> None:
         """The peer is in. Matters only where an address of it is known, now or later."""
+        self._seen.pop(peer, None)
         self._seen[peer] = self._clock()
+        while len(self._seen) > PEERS:
+            del self._seen[next(iter(self._seen))]
         self.changed = True
 
     def _put(self, peer: str, addresses: tuple[Address, ...]) -> None:

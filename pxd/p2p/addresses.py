@@ -10,6 +10,7 @@ _HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 """Names that any resolver takes: Python's raises more than OSError for a label that is too long."""
 
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
+_ZONE = re.compile(r"[A-Za-z0-9_.-]{0,32}")
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
@@ -71,6 +72,8 @@ def _is_host(protocol: str, host: str) -> bool:
     if protocol.startswith("dns"):
         return bool(_HOST_NAME.fullmatch(host))
     try:
-        return ipaddress.ip_address(host).version == int(protocol[2:])
+        return ipaddress.ip_address(host).version == int(protocol[2:]) and bool(
+            _ZONE.fullmatch(host.partition("%")[2])
+        )
     except ValueError:
         return False

@@ -22,7 +22,7 @@ from pxd.p2p.outbox import FrameOutbox
 from pxd.p2p.pending import PendingConnections
 from pxd.p2p.services import decode_response, encode_message
 from pxd.p2p.sessions import Session, Sessions
-from pxd.p2p.tls import CERTIFICATE_LIMIT, Certificate, TlsStream
+from pxd.p2p.tls import CERTIFICATE_LIMIT, Certificate, TlsStream, owner
 from pxd.wire import Buffer
 
 log = logging.getLogger("pxd.p2p")
@@ -65,7 +65,7 @@ class DataChannels:
         self._hosts_of = hosts_of
         self._direct = direct
         self._port = 0
-        self._certificate = Certificate()
+        self._certificate = Certificate(sessions.own_id)
         self._trusted: dict[bytes, Session] = {}
         self._context: ssl.SSLContext | None = None
         self._pending = PendingConnections()
@@ -112,9 +112,10 @@ class DataChannels:
         }
         trusted[offer.certificate] = session
         try:
+            _check_owner(offer.certificate, peer)
             self._context = self._certificate.context(list(trusted), server=True)
         except ssl.SSLError as error:
-            raise CallFailed("bad-request", "not a certificate") from error
+            raise CallFailed("bad-request", str(error)) from error
         self._trusted = trusted
         return DataPort(self._certificate.der, self._port)
 
@@ -173,17 +174,29 @@ class DataChannels:
         there = decode_response(OFFER, answer)
         if not there.port:
             raise PeerUnreachable("the peer has no data port")
+        _check_owner(there.certificate, session.peer)
         context = self._certificate.context([there.certificate], server=False)
         failure: Exception = PeerUnreachable("the peer has no known address")
         for host in dict.fromkeys((session.connection.host, *self._hosts_of(session.peer))):
             try:
                 with trio.fail_after(CONNECT_TIMEOUT):
                     return await _connect(host, there, context)
-            except (OSError, StreamClosed) as error:
-                failure = error
+            except (OSError, ValueError, StreamClosed) as error:
+                # A host name that cannot be is a ValueError.
+                failure = PeerUnreachable(str(error)) if isinstance(error, ValueError) else error
             except trio.TooSlowError:
                 failure = PeerUnreachable(f"no answer from {host} port {there.port}")
         raise failure
+
+
+def _check_owner(certificate: bytes, peer: str) -> None:
+    """Raises `ssl.SSLError` unless `peer` is whom the certificate names: nobody is to pass off
+    another one's as its own, whose frames would then count as its."""
+    try:
+        if owner(certificate) != peer:
+            raise ssl.SSLError("another peer's certificate")
+    except ValueError as error:
+        raise ssl.SSLError(str(error)) from error
 
 
 async def _connect(host: str, there: DataPort, context: ssl.SSLContext) -> FrameStream:

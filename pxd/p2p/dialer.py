@@ -29,7 +29,8 @@ ATTEMPTS_KEPT = 1024
 REFUSED = ("wrong-key", "old-key", "version", "banned")
 
 _FRESH_TICKET = (
-    "get a fresh ticket with `pxd ticket` there and start this node with `pxd start --join TICKET`"
+    "get a fresh ticket with `pxd ticket` there and start this node with "
+    "`pxd start --join TICKET`; `pxd doctor` looks closer"
 )
 _REMEDIES = {
     "wrong-key": _FRESH_TICKET,

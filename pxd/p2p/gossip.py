@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from pxd.cluster.membership import Membership
 from pxd.cluster.messages import MAX_MESSAGE, GossipMessage
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import Signer
+from pxd.cluster.stamps import ceiling
 from pxd.p2p.network import Method, Network, NetworkError
 
 log = logging.getLogger("pxd.p2p.gossip")
@@ -260,7 +262,9 @@ class Gossip:
         now = trio.current_time()
         if events or now >= leadership.next_wakeup or self._synced != membership.synced:
             self._synced = membership.synced
-            events += leadership.observe(now, membership.members, synced=membership.synced)
+            events += leadership.observe(
+                now, membership.members, synced=membership.synced, most=ceiling(time.time())
+            )
         for event in events:
             self._handle(event)
         membership.update(seniority=leadership.seniority, term=leadership.term, leads=self.leads)

@@ -31,6 +31,10 @@ RELAYED_ADMISSION_TIMEOUT = 15.0
 
 STREAM_TIMEOUT = 5.0
 STREAMS_PER_MEMBER = 32
+STREAMS_PER_STRANGER = 2
+BYTES_PER_STRANGER = 256 * 1024
+"""A proof takes less than a thousand; but who is through may send at once."""
+
 CONNECTION_LIMIT = 1024
 DRAIN_TIMEOUT = 0.5
 
@@ -98,6 +102,11 @@ class Connection:
         self.decided = trio.Event()
         self.failure: ProofFailed | None = None
         self.muxer = Yamux(secured, initiator=dialled)
+        if not dialled:
+            # Each holds a window of unread bytes. A dialer needs one for the proof; the other one
+            # may come while this end is about to learn that it has accepted the proof.
+            self.muxer.inbound_limit = STREAMS_PER_STRANGER
+            self.muxer.receive_limit = BYTES_PER_STRANGER
         self._proof_offered = trio.Event()
         self.drain: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.uses: list[Callable[[], bool]] = []
@@ -227,6 +236,9 @@ class Host:
                 return TcpStream(await trio.open_tcp_stream(address.host, address.port))
             except OSError as error:
                 raise DialFailed("unreachable", _explain(error)) from error
+            except ValueError as error:
+                # Names that cannot be looked up, such as those with a label that is too long.
+                raise DialFailed("unreachable", f"no usable host name ({error})") from error
 
         route = Route(f"{address.host}:{address.port}", address.host)
         return await self.dial_over(open_tcp, address.peer, route)
@@ -362,6 +374,7 @@ class Host:
                 connection.instance = await connection.prove(self._proof)
                 connection.muxer.window = WINDOW
                 connection.muxer.inbound_limit = STREAMS_PER_MEMBER
+                connection.muxer.receive_limit = None
                 return True
             raise ProofFailed("protocol", "it did not prove the cluster key in time")
         except ProofFailed as error:

@@ -28,6 +28,7 @@ from pxd.p2p.mdns import Mdns
 from pxd.p2p.muxer import YamuxStream
 from pxd.p2p.network import (
     CallTimeout,
+    FrameFilter,
     FrameHandler,
     Method,
     PeerHandler,
@@ -105,6 +106,7 @@ class Libp2pNetwork:
         self._nursery: trio.Nursery | None = None
         self._dialer: Dialer | None = None
         self._upgrades: Upgrades | None = None
+        self._call_streams: dict[Connection, YamuxStream] = {}
         self._late_casts: dict[str, DroppingQueue[tuple[str, bytes]]] = {}
         self._loopback = Loopback(self.peer_id, self._services, self._inbox)
 
@@ -223,8 +225,8 @@ class Libp2pNetwork:
     def on_peer(self, handler: PeerHandler) -> None:
         self._sessions.on_peer(handler)
 
-    def on_frame(self, handler: FrameHandler) -> None:
-        self._inbox.on_frame(handler)
+    def on_frame(self, handler: FrameHandler, wants: FrameFilter = lambda *_: True) -> None:
+        self._inbox.on_frame(handler, wants)
 
     def serve(
         self,
@@ -310,6 +312,10 @@ class Libp2pNetwork:
             self._sessions.remove(session, connection)
 
     async def _serve_calls(self, connection: Connection, stream: YamuxStream) -> None:
+        # A peer has one stream for its calls: what a message may hold counts once.
+        if (older := self._call_streams.get(connection)) is not None:
+            older.reset()
+        self._call_streams[connection] = stream
         server = rpc.RpcServer(connection.peer, connection.may_rest(stream), self._services)
 
         def busy() -> bool:
@@ -320,6 +326,8 @@ class Libp2pNetwork:
             await server.run()
         finally:
             connection.uses.remove(busy)
+            if self._call_streams.get(connection) is stream:
+                del self._call_streams[connection]
 
     def _cast_to(self, session: Session, method: str, payload: bytes) -> None:
         try:

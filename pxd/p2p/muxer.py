@@ -22,6 +22,9 @@ _HEADER = struct.Struct(">BBHII")
 INITIAL_WINDOW = 256 * 1024
 WINDOW = 1 << 20
 QUANTUM = 32 * 1024
+COALESCE = 4 * 1024
+"""What arrives in smaller pieces is put together: an object for each would dwarf its content."""
+
 CONTROL_LIMIT = 4096
 
 PING_INTERVAL = 2.0
@@ -60,7 +63,7 @@ class YamuxStream:
         self.id = stream_id
         self.window = WINDOW
         self._muxer = muxer
-        self._received: deque[bytes] = deque()
+        self._received: deque[bytes | bytearray] = deque()
         self._buffered = 0
         self._receive_window = INITIAL_WINDOW
         self._received_bytes = 0
@@ -87,7 +90,7 @@ class YamuxStream:
             chunk = chunk[:limit]
         self._buffered -= len(chunk)
         self._return_credit()
-        return chunk
+        return bytes(chunk)
 
     async def read_exactly(self, count: int) -> bytearray:
         """Raises `StreamClosed` when the stream ends before `count` bytes."""
@@ -165,7 +168,13 @@ class YamuxStream:
         self._received_bytes += size
 
     def deliver(self, data: bytes) -> None:
-        self._received.append(data)
+        if len(data) >= COALESCE:
+            self._received.append(data)
+        elif self._received and len(self._received[-1]) < COALESCE:
+            # At most `COALESCE` bytes are copied, should the last piece be a cut one.
+            self._received[-1] += data
+        else:
+            self._received.append(bytearray(data))
         self._buffered += len(data)
         self._arrived.set()
 
@@ -204,11 +213,14 @@ class Yamux:
         self.reason = ""
         self.window = INITIAL_WINDOW
         self.inbound_limit = 4
+        self.receive_limit: int | None = None
+        """How many bytes the peer may still send; None for as many as it likes."""
         self._secured = secured
         self._next_id = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
         self._streams: dict[int, YamuxStream] = {}
         self._inbound = 0
+        self._served = 0
         self._control: deque[bytes] = deque()
         self._ready: deque[YamuxStream] = deque()
         self._work = trio.Event()
@@ -222,9 +234,21 @@ class Yamux:
         """Serve until the connection ends, then return; `reason` tells why it did.
 
         Each inbound stream is handed to `on_stream` in a task of its own, cancelled at the end.
+        At most `inbound_limit` of them run at once, even if the peer resets their streams.
         """
+
+        async def serve(stream: YamuxStream) -> None:
+            try:
+                await on_stream(stream)
+            finally:
+                self._served -= 1
+
+        def start(stream: YamuxStream) -> None:
+            self._served += 1
+            nursery.start_soon(serve, stream)
+
         async with trio.open_nursery() as nursery:
-            self._on_stream = lambda stream: nursery.start_soon(on_stream, stream)
+            self._on_stream = start
             nursery.start_soon(self._write_loop)
             nursery.start_soon(self._ping_loop)
             nursery.start_soon(self._read_loop)
@@ -333,7 +357,12 @@ class Yamux:
     async def _read_loop(self) -> None:
         try:
             while True:
-                self._buffer += await self._secured.read()
+                data = await self._secured.read()
+                if self.receive_limit is not None:
+                    self.receive_limit -= len(data)
+                    if self.receive_limit < 0:
+                        raise ProtocolViolation("more than it may send yet")
+                self._buffer += data
                 self._heard = True
                 self._parse()
         except ProtocolViolation as error:
@@ -389,7 +418,7 @@ class Yamux:
     def _accept(self, stream_id: int) -> YamuxStream | None:
         if stream_id % 2 != self._peer_parity or stream_id == 0 or stream_id in self._streams:
             raise ProtocolViolation(f"the peer opened stream {stream_id}")
-        if self._inbound >= self.inbound_limit:
+        if max(self._inbound, self._served) >= self.inbound_limit:
             self.control(WINDOW_UPDATE, RST, stream_id)
             return None
         self._inbound += 1

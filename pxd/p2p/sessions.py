@@ -78,7 +78,7 @@ class Sessions:
     """Everybody who is in, and who wants to hear of it."""
 
     def __init__(self, own_id: str) -> None:
-        self._own_id = own_id
+        self.own_id = own_id
         self._sessions: dict[str, Session] = {}
         self._handlers: list[PeerHandler] = []
 
@@ -100,7 +100,7 @@ class Sessions:
             self._end(session)
             session = None
         if session is None:
-            session = Session(connection.peer, connection.instance, self._own_id)
+            session = Session(connection.peer, connection.instance, self.own_id)
             session.add(connection, client)
             self._sessions[session.peer] = session
             self._notify(session.peer, True)
@@ -121,7 +121,7 @@ class Sessions:
         Only the lesser peer id closes, only after both have long used the same one, and only what
         nothing runs on any more: calls come to their end where they began.
         """
-        if self._own_id > session.peer:
+        if self.own_id > session.peer:
             return
         await trio.sleep(SURPLUS_GRACE)
         while session.alive and len(session.connections) > 1:

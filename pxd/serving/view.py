@@ -1,9 +1,12 @@
 """The cluster as this node sees it, in the shape of `pxd status --json`."""
 
+from collections.abc import Iterable
+
 import msgspec
 
 from pxd.cluster.plans import ModelPlan, Plan
 from pxd.cluster.records import NodeRecord
+from pxd.p2p.refusals import Refusal
 from pxd.planning.result import PlanInputs
 from pxd.serving.basis import inputs_of
 from pxd.serving.forecast import forecast
@@ -19,6 +22,9 @@ from pxd.serving.status import (
 )
 
 GIB = 1 << 30
+
+TURNED_AWAY_S = 180.0
+"""For how long a refusal is worth telling; peers that refused are tried again within half of it."""
 
 
 def _stages(record: NodeRecord) -> list[StageView]:
@@ -52,8 +58,10 @@ def node_view(
     connected: bool,
     path: Path = "",
     through: str = "",
+    refused: str = "",
 ) -> NodeView:
-    """`since` in seconds of age, `rtt` in seconds. A gone node's stages are gone with it."""
+    """`since` in seconds of age, `rtt` in seconds. A gone node's stages are gone with it. `refused`
+    says why nobody lets the node in."""
     gone = state in ("dead", "left")
     return NodeView(
         id=record.id,
@@ -62,7 +70,7 @@ def node_view(
         device=_device(record),
         memory_gib=round(record.memory / GIB, 6),
         stages=[] if gone else _stages(record),
-        problem=record.problem,
+        problem=record.problem or refused,
         since=round(since, 3),
         rtt_ms=None if rtt is None else round(rtt * 1000, 3),
         connected=connected,
@@ -75,6 +83,19 @@ def node_view(
         running=record.running,
         waiting=record.waiting,
     )
+
+
+def turned_away(refusals: Iterable[Refusal], now: float) -> str:
+    """Why members lately did not let this node in, and what to do; empty where none refused it.
+
+    `now` in seconds since the epoch.
+    """
+    recent = [
+        each.message
+        for each in refusals
+        if each.message.startswith("refused by") and now - each.at < TURNED_AWAY_S
+    ]
+    return recent[-1] if recent else ""
 
 
 def _model_state(model: ModelPlan, members: Members) -> tuple[ModelState, str]:

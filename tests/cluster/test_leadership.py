@@ -267,11 +267,27 @@ def test_a_leader_that_restarts_is_believed_its_new_term() -> None:
     "absurd", [{"term": LAST_COUNT}, {"leads": LAST_COUNT}, {"plan": Epoch(LAST_COUNT, "z", 1)}]
 )
 def test_one_absurd_record_does_not_use_up_all_terms(absurd: dict[str, object]) -> None:
-    machine, view = leadership(), View()
+    machine, view, most = leadership(), View(), 1 << 40
     drive(machine, view, 2.0)
     view.put("z", seniority=5, **absurd)  # type: ignore[arg-type]
+    for now in range(3, 100):
+        assert machine.observe(float(now), view.members, synced=True, most=most) == []
+    assert machine.leads == machine.term == 1
+    view.put("y", seniority=6, term=most)
+    machine.observe(100.0, view.members, synced=True, most=most)
+    machine.observe(102.0, view.members, synced=True, most=most)
+    assert machine.leads == machine.term == most + 1
+
+
+def test_a_plan_made_up_in_the_leader_s_name_is_outbid() -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    view.put("me", plan=Epoch(machine.leads, "me", 3), seniority=1)
     drive(machine, view, 4.0, since=3.0)
-    assert 1 < machine.leads == machine.term < 1 << 22
+    assert machine.leads == 1
+    view.put("z", seniority=5, plan=Epoch(1, "me", LAST_COUNT))
+    drive(machine, view, 7.0, since=5.0)
+    assert machine.leads == machine.term == 2
 
 
 def test_at_the_end_of_all_terms_and_places_nothing_breaks() -> None:

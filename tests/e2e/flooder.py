@@ -96,9 +96,8 @@ async def main(ticket: str, directory: Path) -> None:
                 try:
                     with trio.move_on_after(5):
                         await flood(network, seed, peer)
-                except (StreamClosed, PeerUnreachable):
-                    # It has hung up on this one.
-                    pass
+                except (StreamClosed, PeerUnreachable) as error:
+                    print("thrown out:", error, flush=True)
             await trio.sleep(0.05)
 
 

@@ -3,10 +3,9 @@
 import importlib
 import json
 import pkgutil
-import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from libp2p.identity.identify.pb.identify_pb2 import Identify
@@ -35,42 +34,11 @@ from pxd.planning.cluster_file import parse_cluster
 from pxd.planning.cost.config import cost_from_config
 from pxd.serving.requests import InvalidRequest
 from pxd.settings import parse_endpoint
+from tests.fuzz import deeper
 from tests.fuzz.examples import encoded
+from tests.fuzz.target import KEY, PEER, Bytes, Target, drive, in_file
 
-PEER = "12D3KooWPjceQrSwdWXPyLLeABRXmuqt69Rg3sBYbU1Nft9HyQ6X"
-KEY = b"k" * 32
 DATA = Path(__file__).parent.parent
-
-
-class Target(NamedTuple):
-    """`parse` may raise `refusals` for bytes that are no message, and nothing else."""
-
-    name: str
-    parse: Callable[[bytes], object]
-    refusals: tuple[type[Exception], ...]
-    examples: list[bytes]
-
-
-def drive(coroutine: Coroutine[Any, Any, object]) -> object:
-    """Run a coroutine that never really has to wait."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError("it waits")
-
-
-class Bytes:
-    """A stream whose bytes are all there."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    async def read_exactly(self, count: int) -> bytearray:
-        if count > len(self._data):
-            raise StreamClosed("the end")
-        taken, self._data = self._data[:count], self._data[count:]
-        return bytearray(taken)
 
 
 def methods() -> dict[str, Method[Any, Any]]:
@@ -234,17 +202,6 @@ def _announcement(data: bytes) -> object:
     return mdns.read_announcement(info, KEY)
 
 
-def _file(read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    directory = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-
-    def parse(data: bytes) -> object:
-        path = directory / "file"
-        path.write_bytes(data)
-        return read(path)
-
-    return parse
-
-
 def _book(path: Path) -> None:
     AddressBook(path).load()
 
@@ -264,6 +221,17 @@ def _configs() -> list[bytes]:
 
 def _text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
     return lambda data: parse(data.decode("utf-8", "replace"))
+
+
+def _address(text: str) -> None:
+    address = parse_address(text)
+    # What the system's resolver does first with a name, and what it refuses to hear of.
+    try:
+        address.host.encode("idna")
+    except UnicodeError as error:
+        raise AssertionError("no name to look up") from error
+    if "\0" in address.host:
+        raise AssertionError("a name with a null character")
 
 
 def _safetensors() -> bytes:
@@ -314,6 +282,7 @@ def all_targets() -> list[Target]:
     return [
         *_calls(),
         *_headers(),
+        *deeper.targets(),
         Target("rpc requests", _rpc(rpc._requests), (StreamClosed,), packed),
         Target("rpc answers", _rpc(rpc._answers), (StreamClosed,), answers),
         Target(
@@ -343,7 +312,7 @@ def all_targets() -> list[Target]:
             ],
         ),
         *_circuits(),
-        Target("addresses", _text(parse_address), (ValueError,), _ADDRESSES),
+        Target("addresses", _text(_address), (ValueError,), _ADDRESSES),
         Target(
             "addresses through a relay",
             _text(circuit.split_circuit),
@@ -352,8 +321,8 @@ def all_targets() -> list[Target]:
         ),
         Target("endpoints", _text(parse_endpoint), (ValueError,), [b"127.0.0.1:80", b"[::1]:8470"]),
         Target("tickets", _text(Ticket.parse), (IdentityError,), [ticket.encode()]),
-        Target("remembered peers", _file(_book), (), [msgspec.json.encode(remembered)]),
-        Target("safetensors", _file(read_header), (ModelError,), [_safetensors()]),
+        Target("remembered peers", in_file(_book), (), [msgspec.json.encode(remembered)]),
+        Target("safetensors", in_file(read_header), (ModelError,), [_safetensors()]),
         Target("model configurations", _config, (ValueError, RecursionError), _configs()),
         Target("cluster files", parse_cluster, (ValueError,), [json.dumps(_CLUSTER).encode()]),
         Target(

@@ -2,6 +2,7 @@
 
 import contextlib
 import struct
+import tracemalloc
 
 import pytest
 import trio
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from pxd.p2p import muxer
-from pxd.p2p.muxer import StreamClosed, Yamux, YamuxStream
+from pxd.p2p.muxer import INITIAL_WINDOW, StreamClosed, Yamux, YamuxStream
 
 
 class Pipe:
@@ -120,6 +121,20 @@ async def test_a_stream_that_nobody_reads_holds_back_its_writer_only(
     free, other = await ends.stream()
     await free.write(b"x" * 100_000)
     assert len(await other.read_exactly(100_000)) == 100_000
+
+
+async def test_many_tiny_frames_take_no_more_room_than_a_large_one(ends: Ends) -> None:
+    _, there = await ends.stream()
+    tracemalloc.start()
+    try:
+        for _ in range(INITIAL_WINDOW):
+            there.announce(1)
+            there.deliver(b"x")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2 * INITIAL_WINDOW
+    assert await there.read_exactly(INITIAL_WINDOW) == b"x" * INITIAL_WINDOW
 
 
 async def test_a_cancelled_write_leaves_other_streams_alone(ends: Ends) -> None:

@@ -104,6 +104,14 @@ def test_the_book_is_bounded() -> None:
     assert not book.addresses("peer0")
 
 
+def test_peers_without_an_address_are_not_remembered_for_ever() -> None:
+    book = AddressBook(Path("/nonexistent/peers.json"))
+    peers = [f"peer{number}" for number in range(3 * addressbook.PEERS)]
+    for peer in peers:
+        book.seen(peer)
+    assert book.remembered() == tuple(peers[-addressbook.PEERS :])
+
+
 def test_a_damaged_file_is_reported_and_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
