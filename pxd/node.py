@@ -402,7 +402,7 @@ def _endpoint(wanted: str | None, default: str) -> tuple[str, int]:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind(("" if host == "*" else host, port))
         except OSError:
             return host, 0
     return host, port

@@ -100,6 +100,7 @@ class AddressBook:
 
     def worked(self, address: Address) -> None:
         """A connection was made there and the peer is in."""
+        address = address.without_zone()
         others = (a for a in self._addresses.get(address.peer, ()) if a != address)
         self._put(address.peer, (address, *others)[:ADDRESSES_PER_PEER])
         self.seen(address.peer)

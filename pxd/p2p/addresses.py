@@ -16,6 +16,10 @@ class Address(NamedTuple):
     port: int
     peer: str
 
+    def without_zone(self) -> "Address":
+        """As it may be kept and told: a zone counts on this machine alone, and only for now."""
+        return self._replace(host=self.host.partition("%")[0])
+
     def __str__(self) -> str:
         try:
             protocol = f"ip{ipaddress.ip_address(self.host).version}"
@@ -56,6 +60,7 @@ def _is_host(protocol: str, host: str) -> bool:
     if protocol.startswith("dns"):
         return bool(_HOST_NAME.fullmatch(host))
     try:
-        return ipaddress.ip_address(host).version == int(protocol[2:])
+        # A zone is good on one machine only: `ip_address` takes it, nobody else shall.
+        return "%" not in host and ipaddress.ip_address(host).version == int(protocol[2:])
     except ValueError:
         return False

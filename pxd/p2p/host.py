@@ -62,6 +62,7 @@ class Connection:
     def __init__(self, secured: NoiseConnection, address: str, *, dialled: bool) -> None:
         self.peer = secured.peer
         self.binding = secured.binding
+        self.local_host = secured.local_host
         self.host, _, _ = address.rpartition(":")
         self.address = address
         self.dialled = dialled

@@ -10,23 +10,33 @@ log = logging.getLogger("pxd.p2p")
 async def listen(host: str, port: int) -> list[trio.SocketListener]:
     """Listen on every address of `host`, all with one port; 0 takes a free one.
 
-    Raises OSError, with a message for people, when that is not possible.
+    `*` stands for all addresses, of IPv6 too where there is any. Raises OSError, with a message
+    for people, when that is not possible.
     """
     try:
-        listeners = list(await trio.open_tcp_listeners(port, host=host))
-        if port == 0 and len(listeners) > 1:
-            # A name with several addresses got a port for each; settle for that of the first.
-            port = listeners[0].socket.getsockname()[1]
-            for listener in listeners:
-                await listener.aclose()
-            listeners = list(await trio.open_tcp_listeners(port, host=host))
-        return listeners
+        if host != "*":
+            return await _listen(host, port)
+        try:
+            return await _listen(None, port)
+        except OSError:
+            return await _listen("0.0.0.0", port)
     except OSError as error:
         raise OSError(
             error.errno,
             f"cannot listen on {host} port {port}: {error.strerror or error}; "
             "choose another one with --listen HOST:PORT",
         ) from error
+
+
+async def _listen(host: str | None, port: int) -> list[trio.SocketListener]:
+    listeners = list(await trio.open_tcp_listeners(port, host=host))
+    if port == 0 and len(listeners) > 1:
+        # A name with several addresses got a port for each; settle for that of the first.
+        port = listeners[0].socket.getsockname()[1]
+        for listener in listeners:
+            await listener.aclose()
+        listeners = list(await trio.open_tcp_listeners(port, host=host))
+    return listeners
 
 
 async def listen_beside(host: str, port: int) -> list[trio.SocketListener]:

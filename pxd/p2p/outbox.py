@@ -30,6 +30,7 @@ class _Channel:
         try:
             async with self._exit, trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_with_session, nursery.cancel_scope)
+                nursery.start_soon(self._end_when_shaken, nursery.cancel_scope)
                 stream = await opener(self.session)
                 nursery.start_soon(self._watch, stream, nursery.cancel_scope)
                 async for header, body in self._exit:
@@ -44,6 +45,12 @@ class _Channel:
     async def _end_with_session(self, scope: trio.CancelScope) -> None:
         await self.session.ended.wait()
         self.failure = "lost the connection"
+        scope.cancel()
+
+    async def _end_when_shaken(self, scope: trio.CancelScope) -> None:
+        """TCP would notice only after a long while that its way is gone."""
+        await self.session.shaken.wait()
+        self.failure = "a connection broke"
         scope.cancel()
 
     async def _watch(self, stream: FrameStream, scope: trio.CancelScope) -> None:

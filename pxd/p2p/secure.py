@@ -42,6 +42,7 @@ class TcpStream:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = stream
         self._buffer = bytearray()
+        self.local_host: str = stream.socket.getsockname()[0]
 
     async def read(self, n: int | None = None) -> bytes:
         """Exactly `n` bytes, all that libp2p's Noise asks for: at most 65535."""
@@ -127,6 +128,11 @@ class NoiseConnection:
 
     def abort(self) -> None:
         self._stream.abort()
+
+    @property
+    def local_host(self) -> str:
+        """This machine's IP address at this end, with its zone; empty where there is none."""
+        return getattr(self._stream, "local_host", "")
 
 
 class Identity:
