@@ -353,7 +353,8 @@ class Node:
     async def _follow_addresses(self) -> None:
         """Laptops change networks; members must learn of it."""
         while True:
-            await trio.sleep(ADDRESSES_EVERY_S)
+            with trio.move_on_after(ADDRESSES_EVERY_S):
+                await self.network.wait_moved()
             self._tell_addresses()
 
     def _tell_addresses(self) -> None:

@@ -122,9 +122,9 @@ class Namespace:
 
 
 class Machine(Namespace):
-    """A host with one interface, `eth0`, at `ip` on a switch."""
+    """A host; usually with an interface `eth0` at `ip` on a switch."""
 
-    ip: str
+    ip: str = ""
 
 
 class Switch(Namespace):
@@ -137,13 +137,20 @@ class Switch(Namespace):
         self.sh("ip", "link", "set", "br0", "up")
         self._ports = itertools.count()
 
-    def plug(self, other: Namespace, interface: str, host: int) -> str:
-        """Give `other` an interface here with the address `subnet`.`host`; returns the address."""
+    def plug(
+        self, other: Namespace, interface: str, host: int | None, *, prefix: int = 24
+    ) -> str:
+        """Give `other` an interface here with the address `subnet`.`host`; returns the address.
+
+        Without a host it has none but the link-local one of IPv6.
+        """
         port = f"p{next(self._ports)}"
         link(self, port, other, interface)
         self.sh("ip", "link", "set", port, "master", "br0")
+        if host is None:
+            return ""
         address = f"{self.subnet}.{host}"
-        other.address(interface, f"{address}/24")
+        other.address(interface, f"{address}/{prefix}")
         return address
 
 
@@ -158,9 +165,14 @@ class Network:
         self._made.append(switch)
         return switch
 
-    def machine(self, name: str, switch: Switch, host: int, *, gateway: str = "") -> Machine:
+    def bare(self, name: str) -> Machine:
+        """A machine without any interface."""
         machine = Machine(name)
         self._made.append(machine)
+        return machine
+
+    def machine(self, name: str, switch: Switch, host: int, *, gateway: str = "") -> Machine:
+        machine = self.bare(name)
         machine.ip = switch.plug(machine, "eth0", host)
         # mDNS wants a way for 224.0.0.0/4 even where there is no default route.
         machine.sh("ip", "route", "add", "224.0.0.0/4", "dev", "eth0")

@@ -1,15 +1,17 @@
 """Making connections: one attempt per peer at a time, over all its addresses, shared by all."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
 from pxd.p2p.addressbook import AddressBook
 from pxd.p2p.addresses import Address
 from pxd.p2p.host import DialFailed, Host
+from pxd.p2p.interfaces import Local
 from pxd.p2p.network import PeerUnreachable
 from pxd.p2p.refusals import Refusals
+from pxd.p2p.routes import routes
 from pxd.p2p.sessions import Session, Sessions
 
 log = logging.getLogger("pxd.p2p")
@@ -40,7 +42,10 @@ class _Attempt:
 
 
 class Dialer:
-    """Dials run in `nursery`, so that giving up waiting for one does not end it for others."""
+    """Dials run in `nursery`, so that giving up waiting for one does not end it for others.
+
+    `locals_()` are this machine's addresses now.
+    """
 
     def __init__(
         self,
@@ -49,12 +54,14 @@ class Dialer:
         sessions: Sessions,
         book: AddressBook,
         refusals: Refusals,
+        locals_: Callable[[], Sequence[Local]],
     ) -> None:
         self._nursery = nursery
         self._host = host
         self._sessions = sessions
         self._book = book
         self._refusals = refusals
+        self._locals = locals_
         self._attempts: dict[str, _Attempt] = {}
 
     async def reach(self, peer: str) -> Session:
@@ -95,7 +102,8 @@ class Dialer:
 
     async def _run(self, attempt: _Attempt, peer: str) -> None:
         try:
-            attempt.failure = await self._race(peer, self._book.addresses(peer))
+            addresses = routes(self._book.addresses(peer), self._locals())
+            attempt.failure = await self._race(peer, addresses)
             attempt.failed_at = trio.current_time()
         finally:
             attempt.done.set()

@@ -48,8 +48,12 @@ class Local(msgspec.Struct, frozen=True):
     @property
     def zoned(self) -> str:
         """The address as the socket module names it."""
+        return f"{self.host}%{self.interface}" if self.needs_zone else self.host
+
+    @property
+    def needs_zone(self) -> bool:
         ip = ipaddress.ip_address(self.host)
-        return f"{self.host}%{self.interface}" if ip.version == 6 and ip.is_link_local else self.host
+        return ip.version == 6 and ip.is_link_local
 
     def reaches(self, host: str) -> bool:
         """Whether the IP address `host` lies in this interface's subnet."""
@@ -93,7 +97,7 @@ def reachable_hosts(listening: Iterable[str], among: Sequence[Local]) -> list[st
     # In the order of interfaces where all else is equal.
     hosts = [local.host for local in sorted(_few_global(useful), key=_likelihood)]
     if versions and not hosts:
-        hosts = ["127.0.0.1" if version == 4 else "::1" for version in versions]
+        hosts = ["127.0.0.1" if 4 in versions else "::1"]
     return list(dict.fromkeys(named + hosts))
 
 
@@ -128,12 +132,9 @@ def _version(local: Local) -> int:
 
 def _network(host: str, netmask: str | None) -> str:
     ip = ipaddress.ip_address(host)
-    if netmask is None:
-        prefix = ip.max_prefixlen
-    elif ip.version == 4:
-        prefix = ipaddress.ip_network(f"0.0.0.0/{netmask}").prefixlen
-    else:
-        # psutil writes an IPv6 netmask as an address, with a zone on some systems.
+    prefix: int = ip.max_prefixlen
+    if netmask is not None:
+        # psutil writes those of IPv6 as addresses, too, with a zone on some systems.
         prefix = int(ipaddress.ip_address(netmask.partition("%")[0])).bit_count()
     return str(ipaddress.ip_network(f"{host}/{prefix}", strict=False))
 

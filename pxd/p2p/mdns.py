@@ -5,6 +5,7 @@ the cluster key can tell from the digest that the node belongs to its cluster; n
 from it. A forged announcement leads to a connection that fails the key proof.
 """
 
+import concurrent.futures
 import hmac
 import ipaddress
 import logging
@@ -22,6 +23,7 @@ log = logging.getLogger("pxd.p2p")
 SERVICE = "_pxd._tcp.local."
 LOOKUP_TIMEOUT_MS = 3000
 FOUND_QUEUE = 256
+CLOSE_TRIES = 3
 ADDRESSES_PER_PEER = 16
 
 
@@ -94,7 +96,7 @@ class Mdns:
                 hear(heard)
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(service.close)
+                await trio.to_thread.run_sync(_close, service)
 
     def _start(self, hand_over: Callable[[Heard], None]) -> zeroconf.Zeroconf:
         """Blocks for about a second; for a worker thread."""
@@ -110,7 +112,7 @@ class Mdns:
 
             ServiceBrowser(service, SERVICE, handlers=[changed])
         except BaseException:
-            service.close()
+            _close(service)
             raise
         return service
 
@@ -162,6 +164,18 @@ def read_announcement(info: ServiceInfo, *keys: bytes) -> Heard:
     addresses = [str(Address(host, info.port or 0, peer)) for host in hosts][:ADDRESSES_PER_PEER]
     known = tuple(parse_address(address) for address in addresses)
     return Heard("member" if member else "stranger", peer, known)
+
+
+def _close(service: zeroconf.Zeroconf) -> None:
+    """Blocks. It takes a second try where this process was frozen during the first one."""
+    for _ in range(CLOSE_TRIES):
+        try:
+            service.close()
+        except (OSError, zeroconf.Error, concurrent.futures.TimeoutError) as error:
+            log.debug("zeroconf would not close: %r", error)
+        else:
+            return
+    log.warning("cannot end the search for other nodes cleanly; some threads are left behind")
 
 
 def _offer(send: "trio.MemorySendChannel[Heard]", heard: Heard) -> None:

@@ -38,7 +38,7 @@ def _ways(address: Address, among: Sequence[Local]) -> list[tuple[_Rank, Address
         # A name, which a person gave.
         return [(_ELSEWHERE, address)]
     if ip.version == 6 and ip.is_link_local:
-        zones = sorted((_rank(local, 1), local.interface) for local in among if _has_zone(local))
+        zones = sorted({(_rank(local, 1), local.interface) for local in among if _is_way(local)})
         return [
             (rank, address._replace(host=f"{address.host}%{interface}"))
             for rank, interface in zones[:ZONES]
@@ -53,7 +53,6 @@ def _rank(local: Local, wait: int) -> _Rank:
     return local.medium, -local.speed, wait
 
 
-def _has_zone(local: Local) -> bool:
-    ip = ipaddress.ip_address(local.host)
-    tunnel = local.medium is Medium.TUNNEL
-    return ip.version == 6 and ip.is_link_local and not tunnel and not INSIDE.match(local.interface)
+def _is_way(local: Local) -> bool:
+    inside = local.medium is Medium.TUNNEL or INSIDE.match(local.interface)
+    return local.needs_zone and not inside

@@ -1,4 +1,4 @@
-"""What multicast has shown: members, and nodes of clusters with another key; bounded, for people."""
+"""What multicast has shown: members, and nodes with another cluster key; bounded, for people."""
 
 import time
 from collections import OrderedDict
