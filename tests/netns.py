@@ -137,9 +137,7 @@ class Switch(Namespace):
         self.sh("ip", "link", "set", "br0", "up")
         self._ports = itertools.count()
 
-    def plug(
-        self, other: Namespace, interface: str, host: int | None, *, prefix: int = 24
-    ) -> str:
+    def plug(self, other: Namespace, interface: str, host: int | None, *, prefix: int = 24) -> str:
         """Give `other` an interface here with the address `subnet`.`host`; returns the address.
 
         Without a host it has none but the link-local one of IPv6.

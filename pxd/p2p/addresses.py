@@ -2,7 +2,8 @@
 
 import ipaddress
 import re
-from typing import NamedTuple
+import socket
+from typing import Any, NamedTuple
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
@@ -26,6 +27,18 @@ class Address(NamedTuple):
         except ValueError:
             protocol = "dns"
         return f"/{protocol}/{self.host}/tcp/{self.port}/p2p/{self.peer}"
+
+
+def host_in(name: tuple[Any, ...]) -> str:
+    """The IP address that `getpeername` and `getsockname` return, with its zone if it has one."""
+    host, scope = str(name[0]), name[3] if len(name) == 4 else 0
+    if not scope:
+        return host
+    try:
+        return f"{host.partition('%')[0]}%{socket.if_indextoname(scope)}"
+    except OSError:
+        # The interface is gone.
+        return host
 
 
 def parse_address(text: str) -> Address:

@@ -14,7 +14,7 @@ from libp2p.protocol_muxer.exceptions import MultiselectClientError, Multiselect
 from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 
 from pxd.p2p import keyproof
-from pxd.p2p.addresses import Address
+from pxd.p2p.addresses import Address, host_in
 from pxd.p2p.keyproof import KeyProof, ProofFailed
 from pxd.p2p.muxer import WINDOW, StreamClosed, Yamux, YamuxStream
 from pxd.p2p.penalties import Penalties
@@ -213,7 +213,8 @@ class Host:
     async def _accept(self, stream: trio.SocketStream) -> None:
         connection = None
         try:
-            host, port = stream.socket.getpeername()[:2]
+            name = stream.socket.getpeername()
+            host, port = host_in(name), name[1]
         except OSError:
             # Gone before it was looked at.
             return

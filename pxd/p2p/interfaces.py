@@ -55,6 +55,11 @@ class Local(msgspec.Struct, frozen=True):
         ip = ipaddress.ip_address(self.host)
         return ip.version == 6 and ip.is_link_local
 
+    @property
+    def inside(self) -> bool:
+        """Whether it belongs to a network that ends in this machine."""
+        return bool(INSIDE.match(self.interface))
+
     def reaches(self, host: str) -> bool:
         """Whether the IP address `host` lies in this interface's subnet."""
         ip = ipaddress.ip_address(host)
@@ -120,7 +125,7 @@ def _likelihood(local: Local) -> tuple[bool, bool, int]:
 
 def _is_reachable(local: Local) -> bool:
     ip = ipaddress.ip_address(local.host)
-    if ip.is_loopback or ip.is_unspecified or INSIDE.match(local.interface):
+    if ip.is_loopback or ip.is_unspecified or local.inside:
         return False
     # macOS gives every tunnel a link-local address that nobody else can use.
     return not (ip.is_link_local and local.medium is Medium.TUNNEL)

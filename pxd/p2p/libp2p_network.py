@@ -41,6 +41,7 @@ from pxd.p2p.secure import Identity
 from pxd.p2p.services import Services, decode_response, encode_message
 from pxd.p2p.sessions import Session, Sessions
 from pxd.p2p.sightings import Discovered
+from pxd.p2p.upgrades import Upgrades
 
 log = logging.getLogger("pxd.p2p")
 
@@ -90,6 +91,9 @@ class Libp2pNetwork:
         proof = KeyProof(self._admission, self.peer_id)
         self._host = Host(identity, proof, self._refusals, handlers, self._attend)
         self._roaming = Roaming()
+        self._upgrades = Upgrades(
+            self.peer_id, self._host, self._sessions, self._book, lambda: self._roaming.locals
+        )
         self._neighbours = Neighbours(
             self.peer_id, self._admission, self._roaming, self._hosts, self._heard
         )
@@ -182,7 +186,11 @@ class Libp2pNetwork:
 
     def learn(self, peer: str, addresses: tuple[str, ...]) -> None:
         if peer != self.peer_id:
-            self._book.learn(peer, tuple(parse_peer_addresses(peer, addresses)))
+            self._learn(peer, tuple(parse_peer_addresses(peer, addresses)))
+
+    def _learn(self, peer: str, addresses: tuple[Address, ...]) -> None:
+        if self._book.learn(peer, addresses) and self._nursery:
+            self._nursery.start_soon(self._upgrades.look, [peer])
 
     def on_peer(self, handler: PeerHandler) -> None:
         self._sessions.on_peer(handler)
@@ -297,15 +305,18 @@ class Libp2pNetwork:
             nursery.start_soon(self._neighbours.run, self._port)
 
     def _heard(self, heard: Heard) -> None:
-        self._book.learn(heard.peer, heard.addresses)
+        self._learn(heard.peer, heard.addresses)
         if self._discovery:
             self._discovery.seek(heard.peer)
 
     def _on_moved(self, moved: Moved) -> None:
         log.info("this machine %s; looking for all others anew", moved)
         if self._nursery and self._discovery:
-            self._nursery.start_soon(self._sessions.check_all, self._is_gone)
+            if moved.slept or moved.lost:
+                self._nursery.start_soon(self._sessions.check_all, self._is_gone)
             self._discovery.try_again()
+            if moved.gained:
+                self._nursery.start_soon(self._upgrades.look, [*self._sessions.peers()])
 
     def _is_gone(self, host: str) -> bool:
         return bool(host) and not self._roaming.has(host)

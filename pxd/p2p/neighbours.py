@@ -10,7 +10,7 @@ import trio
 from pxd.p2p.admission import Admission
 from pxd.p2p.interfaces import Local
 from pxd.p2p.mdns import Heard, Mdns, MulticastFailed
-from pxd.p2p.roaming import Roaming
+from pxd.p2p.roaming import INTERVAL, Roaming
 from pxd.p2p.sightings import Sightings
 
 log = logging.getLogger("pxd.p2p")
@@ -60,14 +60,21 @@ class Neighbours:
                 await nursery.start(mdns.run, self._hear)
                 self.sightings.problem = ""
         except* MulticastFailed as group:
-            problem = str(group.exceptions[0])
-            if problem != self.sightings.problem:
-                log.warning(
-                    "cannot look for other nodes on the local network (%s); "
-                    "join machines with `pxd start --join TICKET` instead",
-                    problem,
-                )
-            self.sightings.problem = problem
+            await self._failed(str(group.exceptions[0]))
+
+    async def _failed(self, problem: str) -> None:
+        moved = self._roaming.moved
+        with trio.move_on_after(2 * INTERVAL):
+            # An interface that is just going away, most likely.
+            await moved.wait()
+            return
+        if problem != self.sightings.problem:
+            log.warning(
+                "cannot look for other nodes on the local network (%s); "
+                "join machines with `pxd start --join TICKET` instead",
+                problem,
+            )
+        self.sightings.problem = problem
 
     def _hear(self, heard: Heard) -> None:
         addresses = tuple(map(str, heard.addresses))

@@ -15,14 +15,21 @@ log = logging.getLogger("pxd.p2p")
 
 Opener = Callable[[Session], Awaitable[FrameStream]]
 
+QUIET = 5.0
+"""Seconds without a frame after which a channel may change over to another way."""
+
 
 class _Channel:
-    """A cancelled sender takes its frame back whole or not at all: `run` alone writes."""
+    """A cancelled sender takes its frame back whole or not at all: `run` alone writes.
+
+    Once `retired` nothing is lost, and a new channel takes the better way that there is now.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.failure = "the data channel broke"
         self.used = False
+        self.retired = False
         self.entrance, self._exit = trio.open_memory_channel[tuple[bytes, wire.Buffer]](0)
 
     async def run(self, opener: Opener) -> None:
@@ -31,11 +38,18 @@ class _Channel:
             async with self._exit, trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_with_session, nursery.cancel_scope)
                 nursery.start_soon(self._end_when_shaken, nursery.cancel_scope)
+                host = self.session.connection.host
                 stream = await opener(self.session)
                 nursery.start_soon(self._watch, stream, nursery.cancel_scope)
-                async for header, body in self._exit:
-                    self.used = True
-                    await stream.write(header, body)
+                while not self.retired:
+                    with trio.move_on_after(QUIET) as quiet:
+                        header, body = await self._exit.receive()
+                    if quiet.cancelled_caught:
+                        self.retired = self.session.connection.host != host
+                    else:
+                        self.used = True
+                        await stream.write(header, body)
+                nursery.cancel_scope.cancel()
         except* (StreamClosed, NetworkError) as group:
             self.failure = f"the data channel broke ({group.exceptions[0]})"
         finally:
@@ -78,15 +92,18 @@ class FrameOutbox:
         learns that some may be lost; the next call opens a new channel.
         """
         peer = session.peer
-        channel = self._channels.get(peer)
-        if channel is None or channel.session is not session:
-            channel = self._channels[peer] = _Channel(session)
-            nursery.start_soon(self._run, channel)
-        try:
-            await channel.entrance.send((header, body))
-        except trio.BrokenResourceError:
-            self._drop(channel)
-            raise PeerUnreachable(f"{peer}: {channel.failure}") from None
+        while True:
+            channel = self._channels.get(peer)
+            if channel is None or channel.session is not session or channel.retired:
+                channel = self._channels[peer] = _Channel(session)
+                nursery.start_soon(self._run, channel)
+            try:
+                await channel.entrance.send((header, body))
+                return
+            except trio.BrokenResourceError:
+                if not channel.retired:
+                    self._drop(channel)
+                    raise PeerUnreachable(f"{peer}: {channel.failure}") from None
 
     async def _run(self, channel: _Channel) -> None:
         try:
@@ -94,7 +111,7 @@ class FrameOutbox:
         except Exception:
             log.exception("the data channel to %s failed", channel.session.peer)
         finally:
-            if not channel.used or channel.session.ended.is_set():
+            if not channel.used or channel.retired or channel.session.ended.is_set():
                 self._drop(channel)
 
     def _drop(self, channel: _Channel) -> None:

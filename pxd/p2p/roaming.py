@@ -85,4 +85,5 @@ class Roaming:
                 self._moved = trio.Event()
 
     def _hosts(self) -> frozenset[str]:
-        return frozenset(local.zoned for local in self.locals)
+        # Containers come and go without this machine going anywhere.
+        return frozenset(local.zoned for local in self.locals if not local.inside)

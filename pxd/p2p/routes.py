@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Iterable, Sequence
 
 from pxd.p2p.addresses import Address
-from pxd.p2p.interfaces import INSIDE, Local, Medium
+from pxd.p2p.interfaces import Local, Medium
 
 ZONES = 4
 """Interfaces on which a link-local IPv6 address is looked for."""
@@ -31,6 +31,22 @@ def routes(addresses: Iterable[Address], among: Sequence[Local]) -> tuple[Addres
     return tuple(address for _, address in ranked[:ROUTES])
 
 
+def nearness(host: str, among: Sequence[Local]) -> tuple[int, int] | None:
+    """How good the way to the IP address `host`, with its zone, is: less is better. None for what
+    is no IP address."""
+    plain, _, zone = host.partition("%")
+    try:
+        ip = ipaddress.ip_address(plain)
+    except ValueError:
+        return None
+    if zone:
+        ranks = [_rank(local, 0) for local in among if local.interface == zone]
+    else:
+        ranks = [_rank(local, 0) for local in among if local.reaches(plain)]
+    medium, speed, _ = min(ranks, default=_ASTRAY if ip.is_link_local else _ELSEWHERE)
+    return medium, speed
+
+
 def _ways(address: Address, among: Sequence[Local]) -> list[tuple[_Rank, Address]]:
     try:
         ip = ipaddress.ip_address(address.host)
@@ -54,5 +70,4 @@ def _rank(local: Local, wait: int) -> _Rank:
 
 
 def _is_way(local: Local) -> bool:
-    inside = local.medium is Medium.TUNNEL or INSIDE.match(local.interface)
-    return local.needs_zone and not inside
+    return local.needs_zone and local.medium is not Medium.TUNNEL and not local.inside

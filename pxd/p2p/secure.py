@@ -23,6 +23,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.utils.varint import decode_uvarint, encode_delim
 
+from pxd.p2p.addresses import host_in
 from pxd.p2p.muxer import StreamClosed
 
 YAMUX = "/yamux/1.0.0"
@@ -42,7 +43,7 @@ class TcpStream:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = stream
         self._buffer = bytearray()
-        self.local_host: str = stream.socket.getsockname()[0]
+        self.local_host = host_in(stream.socket.getsockname())
 
     async def read(self, n: int | None = None) -> bytes:
         """Exactly `n` bytes, all that libp2p's Noise asks for: at most 65535."""
