@@ -1,4 +1,4 @@
-"""Which of a machine's addresses are told, which way to a peer is tried first, and what a move is."""
+"""Which addresses a machine tells, which way to a peer is tried first, what counts as a move."""
 
 import socket
 
