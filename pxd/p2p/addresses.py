@@ -29,6 +29,13 @@ class Address(NamedTuple):
         return f"/{protocol}/{self.host}/tcp/{self.port}/p2p/{self.peer}"
 
 
+def for_tickets(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    """Those worth typing: link-local ones of IPv6, which are found by multicast anyway, only where
+    there is nothing else."""
+    short = tuple(address for address in addresses if not address.startswith("/ip6/fe80:"))
+    return short or addresses
+
+
 def host_in(name: tuple[Any, ...]) -> str:
     """The IP address that `getpeername` and `getsockname` return, with its zone if it has one."""
     host, scope = str(name[0]), name[3] if len(name) == 4 else 0

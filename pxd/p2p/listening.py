@@ -1,10 +1,27 @@
 """Opening the two listening ports: libp2p's, and beside it the one for data channels."""
 
 import logging
+import socket
 
 import trio
 
+from pxd.settings import parse_endpoint
+
 log = logging.getLogger("pxd.p2p")
+
+
+def endpoint(wanted: str | None, default: str) -> tuple[str, int]:
+    """The wanted HOST:PORT; else the default, with any free port if that one is taken."""
+    if wanted is not None:
+        return parse_endpoint(wanted)
+    host, port = parse_endpoint(default)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if host == "*" else host, port))
+        except OSError:
+            return host, 0
+    return host, port
 
 
 async def listen(host: str, port: int) -> list[trio.SocketListener]:

@@ -1,5 +1,7 @@
 """The cluster as this node sees it, in the shape of `pxd status --json`."""
 
+from collections.abc import Collection, Mapping
+
 import msgspec
 
 from pxd.cluster.plans import ModelPlan, Plan
@@ -42,10 +44,35 @@ def _device(record: NodeRecord) -> str:
     return f"{record.device.kind}: {record.device.name}" if record.device.name else "cpu"
 
 
-def node_view(
-    record: NodeRecord, *, state: str, since: float, rtt: float | None, connected: bool
+def node_views(
+    members: Members, now: float, *, connected: Collection[str], bandwidths: Mapping[str, float]
+) -> list[NodeView]:
+    """By name. `bandwidths` in GB/s, as far as they are measured."""
+    views = [
+        _node_view(
+            member.record,
+            state=member.state,
+            since=now - member.since,
+            rtt=member.rtt,
+            connected=peer in connected,
+            bandwidth=bandwidths.get(peer),
+        )
+        for peer, member in members.items()
+    ]
+    return sorted(views, key=lambda node: (node.name, node.id))
+
+
+def _node_view(
+    record: NodeRecord,
+    *,
+    state: str,
+    since: float,
+    rtt: float | None,
+    connected: bool,
+    bandwidth: float | None,
 ) -> NodeView:
-    """`since` in seconds of age, `rtt` in seconds. A gone node's stages are gone with it."""
+    """`since` in seconds of age, `rtt` in seconds, `bandwidth` in GB/s. A gone node's stages are
+    gone with it."""
     gone = state in ("dead", "left")
     return NodeView(
         id=record.id,
@@ -63,6 +90,7 @@ def node_view(
         bandwidth_gbs=record.device.bandwidth if record.device else 0.0,
         running=record.running,
         waiting=record.waiting,
+        link_gbs=None if bandwidth is None else round(bandwidth, 6),
     )
 
 
