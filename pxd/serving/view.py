@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 import msgspec
 
+from pxd.cluster.members import Member
 from pxd.cluster.plans import ModelPlan, Plan
 from pxd.cluster.records import NodeRecord
 from pxd.planning.result import PlanInputs
@@ -45,7 +46,11 @@ def _device(record: NodeRecord) -> str:
 
 
 def node_views(
-    members: Members, now: float, *, connected: Collection[str], bandwidths: Mapping[str, float]
+    members: Mapping[str, Member],
+    now: float,
+    *,
+    connected: Collection[str],
+    bandwidths: Mapping[str, float],
 ) -> list[NodeView]:
     """By name. `bandwidths` in GB/s, as far as they are measured."""
     views = [
