@@ -34,7 +34,7 @@ def why_not() -> str:
     """Why there can be no namespaces here; empty if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    for tool in ("ip", "nft"):
+    for tool in ("ip", "nft", "tc"):
         if shutil.which(tool) is None:
             return f"`{tool}` is not installed"
     probe = f"pxd-probe-{os.getpid()}"
@@ -79,6 +79,11 @@ class Namespace:
 
     def route(self, via: str) -> None:
         self.sh("ip", "route", "replace", "default", "via", via)
+
+    def limit(self, interface: str, mbit: int) -> None:
+        """Send no more than that through the interface, as a slow link does."""
+        self.sh("tc", "qdisc", "add", "dev", interface, "root", "tbf",
+                "rate", f"{mbit}mbit", "burst", "32kb", "latency", "400ms")  # fmt: skip
 
     def nft(self, *rules: str) -> None:
         """Add rules such as "incoming ip saddr 10.0.0.2 drop"; there are the chains `incoming`,

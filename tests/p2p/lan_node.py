@@ -4,6 +4,7 @@ Arguments: a directory, a byte for the identity, a cluster key in hex. Tells wha
 one line whenever it is another. `bandwidth` in GB/s, as measured from here.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import trio
 
+from pxd import wire
 from pxd.cluster.members import MemberEvent
 from pxd.cluster.records import NodeRecord
+from pxd.p2p.bandwidth import Interrupted, Meter
 from pxd.p2p.gossip import Gossip, GossipEvent
 from pxd.p2p.libp2p_network import Libp2pNetwork
+from pxd.p2p.network import NetworkError
 from pxd.p2p.signatures import NodeSigner
 
 
@@ -46,6 +50,13 @@ class LanNode:
         )
         self.gossip.on_event(self._on_event)
         self.deaths = 0
+        self.bandwidths: dict[str, float] = {}
+        self.meter = Meter(self.network, lambda: False)
+        self.network.on_frame(self._on_frame)
+
+    async def _on_frame(self, peer: str, frame: wire.Frame, body: wire.Buffer) -> None:
+        if isinstance(frame, wire.Filler):
+            self.meter.arrived(peer, frame, len(body))
 
     def _on_event(self, event: GossipEvent) -> None:
         if isinstance(event, MemberEvent) and event.kind == "died":
@@ -58,6 +69,17 @@ class LanNode:
             await nursery.start(self.gossip.run)
             nursery.start_soon(self._follow)
             nursery.start_soon(self._tell)
+            nursery.start_soon(self._measure)
+
+    async def _measure(self) -> None:
+        """Everybody, once; over and over until it works."""
+        while True:
+            await trio.sleep(0.2)
+            for peer in self.network.peers() & self.gossip.members.keys():
+                name = self.gossip.members[peer].record.name
+                if name not in self.bandwidths:
+                    with contextlib.suppress(NetworkError, Interrupted):
+                        self.bandwidths[name] = await self.meter.measure(peer)
 
     async def _follow(self) -> None:
         while True:
@@ -80,6 +102,7 @@ class LanNode:
             "addresses": {member.record.name: member.record.addresses for member in members},
             "hosts": {m.record.name: self.network.host_of(m.record.id) for m in members},
             "deaths": self.deaths,
+            "bandwidths": self.bandwidths.copy(),
         }
 
 

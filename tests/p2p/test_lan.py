@@ -201,3 +201,23 @@ def test_two_clusters_on_one_network_are_told_what_to_do(tmp_path: Path) -> None
                     time.sleep(0.05)
                 assert f"at {other};" in node.log
                 assert "pxd start --join" in node.log
+
+
+def test_the_bandwidth_of_slow_links_is_about_right(tmp_path: Path) -> None:
+    with network() as made:
+        switch = made.switch("sw", "10.77.0")
+        names = ("ann", "bob", "cat")
+        machines = [made.machine(name, switch, host) for host, name in enumerate(names, 2)]
+        limits = {"bob": 20, "cat": 200}
+        for machine in machines[1:]:
+            machine.limit("eth0", limits[machine.name])
+        with nodes(tmp_path, *machines) as started:
+            for node in started:
+                node.until(lambda seen: len(seen["bandwidths"]) == 2, within=90)
+            found = {node.name: node.seen["bandwidths"] for node in started}
+    print("GB/s", found)
+    for name, mbit in limits.items():
+        gbs = mbit / 8 / 1000
+        for figure in found[name].values():
+            assert gbs / 3 < figure < gbs * 3
+    assert min(found["ann"].values()) > max(found["cat"].values()) > max(found["bob"].values())
