@@ -25,6 +25,7 @@ from pxd.doctor.findings import Report
 from pxd.executors import describe_model, measure_device, open_executor
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.notify import notify
+from pxd.p2p.addressbook import has_met_others
 from pxd.p2p.addresses import for_tickets
 from pxd.p2p.bandwidth import Meter
 from pxd.p2p.gossip import Gossip, GossipEvent
@@ -415,7 +416,9 @@ def _offer(settings: Settings, device: Device) -> int:
 def _identify(settings: Settings) -> Identity:
     files = settings.files
     ticket = identity.Ticket.parse(settings.join) if settings.join else None
-    ring, bans = identity.read_keyring(files.cluster_key, ticket), read_bans(files.bans)
+    alone = not has_met_others(files.peers)
+    ring = identity.read_keyring(files.cluster_key, ticket, alone=alone)
+    bans = read_bans(files.bans)
     state = identity.read_state(files.state)
     state = msgspec.structs.replace(state, incarnation=state.incarnation + 1)
     identity.write_state(files.state, state)

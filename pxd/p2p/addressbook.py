@@ -34,6 +34,16 @@ class RememberedPeer(msgspec.Struct, frozen=True):
 _File = Annotated[tuple[RememberedPeer, ...], msgspec.Meta(max_length=PEERS)]
 
 
+def has_met_others(path: Path) -> bool:
+    """Whether any peer has ever been in, as far as the file of an address book can tell."""
+    try:
+        return bool(msgspec.json.decode(path.read_bytes()))
+    except FileNotFoundError:
+        return False
+    except (OSError, *DECODE_ERRORS):
+        return True
+
+
 class AddressBook:
     """Addresses by peer, those that worked last first.
 

@@ -172,3 +172,17 @@ def test_the_dropping_queue_keeps_the_newest(sizes: list[int]) -> None:
     dropped = len(sizes) - len(kept)
     if dropped and len(kept) < 10:
         assert sum(sizes[dropped - 1 :]) > 100
+
+
+def test_a_node_knows_whether_it_ever_met_another(tmp_path: Path) -> None:
+    path = tmp_path / "peers.json"
+    assert not addressbook.has_met_others(path)
+    book = AddressBook(path)
+    book.learn(PEER, (Address("192.0.2.1", 1, PEER),))
+    book.save(book.snapshot())
+    assert not addressbook.has_met_others(path), "heard of is not met"
+    book.seen(PEER)
+    book.save(book.snapshot())
+    assert addressbook.has_met_others(path)
+    path.write_bytes(b"\xff")
+    assert addressbook.has_met_others(path), "better safe than sorry"
