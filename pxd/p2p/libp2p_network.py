@@ -313,13 +313,10 @@ class Libp2pNetwork:
         log.info("this machine %s; looking for all others anew", moved)
         if self._nursery and self._discovery:
             if moved.slept or moved.lost:
-                self._nursery.start_soon(self._sessions.check_all, self._is_gone)
+                self._nursery.start_soon(self._sessions.check_all, moved.lost)
             self._discovery.try_again()
             if moved.gained:
                 self._nursery.start_soon(self._upgrades.look, [*self._sessions.peers()])
-
-    def _is_gone(self, host: str) -> bool:
-        return bool(host) and not self._roaming.has(host)
 
     def _hosts(self) -> list[str]:
         return reachable_hosts(self._bound, self._roaming.locals)[:MAX_ADDRESSES]

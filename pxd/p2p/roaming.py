@@ -68,10 +68,6 @@ class Roaming:
         """Set, and replaced, once everything else has been told of a move."""
         return self._moved
 
-    def has(self, host: str) -> bool:
-        """Whether the IP address `host`, with its zone, is one of this machine's now."""
-        return any(local.zoned == host for local in self.locals)
-
     async def run(self, moved: Callable[[Moved], None]) -> None:
         """Call `moved` whenever it happened."""
         self.locals = self._look()

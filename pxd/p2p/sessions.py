@@ -1,7 +1,7 @@
 """Which peers are in: one session per peer and life of its process, over its connections."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Collection
 
 import trio
 
@@ -117,13 +117,13 @@ class Sessions:
                 if connection is not new:
                     nursery.start_soon(connection.muxer.check, CHECK_TIMEOUT)
 
-    async def check_all(self, gone: Callable[[str], bool]) -> None:
-        """After the network changed: drop connections from addresses that are `gone`, and those
+    async def check_all(self, lost: Collection[str]) -> None:
+        """After the network changed: drop connections from addresses that are `lost`, and those
         that do not answer."""
         async with trio.open_nursery() as nursery:
             for session in tuple(self._sessions.values()):
                 for connection in session.connections:
-                    if gone(connection.local_host):
+                    if connection.local_host in lost:
                         connection.muxer.abort(f"{connection.local_host} is no longer this node's")
                     else:
                         nursery.start_soon(connection.muxer.check, CHECK_TIMEOUT)
