@@ -190,7 +190,7 @@ class Libp2pNetwork:
 
     def _learn(self, peer: str, addresses: tuple[Address, ...]) -> None:
         if self._book.learn(peer, addresses) and self._nursery:
-            self._nursery.start_soon(self._upgrades.look, [peer])
+            self._nursery.start_soon(self._upgrades.look, peer)
 
     def on_peer(self, handler: PeerHandler) -> None:
         self._sessions.on_peer(handler)
@@ -315,8 +315,8 @@ class Libp2pNetwork:
             if moved.slept or moved.lost:
                 self._nursery.start_soon(self._sessions.check_all, moved.lost)
             self._discovery.try_again()
-            if moved.gained:
-                self._nursery.start_soon(self._upgrades.look, [*self._sessions.peers()])
+            for peer in self._sessions.peers() if moved.gained else ():
+                self._nursery.start_soon(self._upgrades.look, peer)
 
     def _hosts(self) -> list[str]:
         return reachable_hosts(self._bound, self._roaming.locals)[:MAX_ADDRESSES]

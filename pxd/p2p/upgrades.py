@@ -3,14 +3,18 @@
 import logging
 from collections.abc import Callable, Sequence
 
+import trio
+
 from pxd.p2p.addressbook import AddressBook
 from pxd.p2p.host import DialFailed, Host
 from pxd.p2p.interfaces import Local
-from pxd.p2p.network import PeerUnreachable
 from pxd.p2p.routes import nearness, routes
-from pxd.p2p.sessions import Session, Sessions
+from pxd.p2p.sessions import Sessions
 
 log = logging.getLogger("pxd.p2p")
+
+DELAYS = (0.0, 2.0, 10.0)
+"""Seconds before the attempts: a cable is often there before what is on it answers."""
 
 
 class Upgrades:
@@ -29,33 +33,44 @@ class Upgrades:
         self._sessions = sessions
         self._book = book
         self._locals = locals_
-        self._busy: set[str] = set()
+        self._looking: set[str] = set()
+        self._news: set[str] = set()
 
-    async def look(self, peers: Sequence[str]) -> None:
-        """Try what is better than the connection in use, peer by peer; one attempt each."""
-        for peer in peers:
-            session = self._sessions.get(peer)
-            if session and self._own_id < peer and peer not in self._busy:
-                self._busy.add(peer)
-                try:
-                    await self._improve(session)
-                finally:
-                    self._busy.discard(peer)
-
-    async def _improve(self, session: Session) -> None:
-        among = self._locals()
-        try:
-            now = nearness(session.connection.host, among)
-        except PeerUnreachable:
+    async def look(self, peer: str) -> None:
+        """Try what is better than the connection in use, at once and a few times more."""
+        if self._own_id > peer:
             return
-        for address in routes(self._book.addresses(session.peer), among):
+        self._news.add(peer)
+        if peer in self._looking:
+            return
+        self._looking.add(peer)
+        try:
+            while peer in self._news:
+                self._news.discard(peer)
+                for delay in DELAYS:
+                    await trio.sleep(delay)
+                    if peer in self._news or not await self._improve(peer):
+                        break
+        finally:
+            self._looking.discard(peer)
+
+    async def _improve(self, peer: str) -> bool:
+        """Returns whether there is a better way that could not be taken."""
+        session, among = self._sessions.get(peer), self._locals()
+        if session is None or not session.alive:
+            return False
+        now = nearness(session.connection.host, among)
+        failed = False
+        for address in routes(self._book.addresses(peer), among):
             there = nearness(address.host, among)
             if now is None or there is None or there >= now:
-                return
+                break
             try:
                 await self._host.dial(address)
             except DialFailed as error:
-                log.debug("no better way to %s at %s: %s", session.peer, address.host, error)
+                log.debug("no better way to %s at %s: %s", peer, address.host, error)
+                failed = True
             else:
-                log.info("a better way to %s: %s", session.peer, address.host)
-                return
+                log.info("a better way to %s: %s", peer, address.host)
+                return False
+        return failed
