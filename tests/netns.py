@@ -6,6 +6,7 @@ network is touched: the switch is a bridge in a namespace, too.
 
 import ctypes
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -97,13 +98,12 @@ class Namespace:
 
     def block(self, *others: str) -> None:
         """Hear nothing from these addresses and send them nothing."""
-        self.nft(
-            *(
-                rule
-                for o in others
-                for rule in (f"incoming ip saddr {o} drop", f"outgoing ip daddr {o} drop")
-            )
-        )
+        rules = []
+        for other in others:
+            family = "ip6" if ":" in other else "ip"
+            rules.append(f"incoming {family} saddr {other} drop")
+            rules.append(f"outgoing {family} daddr {other} drop")
+        self.nft(*rules)
 
     def lose(self, percent: int) -> None:
         """Lose that share of all that arrives from others."""
@@ -130,6 +130,17 @@ class Machine(Namespace):
     """A host; usually with an interface `eth0` at `ip` on a switch."""
 
     ip: str = ""
+
+    @property
+    def addresses(self) -> list[str]:
+        """All but those of loopback."""
+        shown = self.sh("ip", "-json", "address", "show", "up")
+        return [
+            address["local"]
+            for interface in json.loads(shown)
+            for address in interface["addr_info"]
+            if address["scope"] != "host"
+        ]
 
 
 class Switch(Namespace):
@@ -235,6 +246,12 @@ def lan(names: Sequence[str]) -> Iterator[list[Machine]]:
 def partition(*groups: Sequence[Machine]) -> None:
     """Cut every group off from all others."""
     for group in groups:
-        strangers = [machine.ip for other in groups if other is not group for machine in other]
+        strangers = [
+            address
+            for other in groups
+            if other is not group
+            for machine in other
+            for address in machine.addresses
+        ]
         for machine in group:
             machine.block(*strangers)
