@@ -13,8 +13,9 @@ log = logging.getLogger("pxd.p2p")
 
 SURPLUS_GRACE = 10.0
 CONNECTIONS_PER_PEER = 4
-CHECK_TIMEOUT = 1.5
-"""Seconds within which a connection must show that it works once there is reason to doubt it."""
+CHECK_TIMEOUT = 4.0
+"""Seconds within which a connection must show that it works once there is reason to doubt it; until
+then another one is used. Long enough for a network that loses every other packet."""
 
 
 class Session:
