@@ -16,6 +16,9 @@ LONGEST_DELAY = 30.0
 REFUSED_DELAY = 60.0
 """Seconds. A peer that refused us will do so again until a person changes something."""
 
+SPREAD = 0.01
+"""Seconds per known peer over which attempts to all of them at once are drawn out."""
+
 TARGETS = 1024
 
 
@@ -82,6 +85,8 @@ class Discovery:
             if target.afresh:
                 target.afresh = False
                 backoff.reset()
+                # Not hundreds of dials in one moment.
+                await trio.sleep(self._rng.uniform(0, SPREAD * len(self._targets)))
             session = self._sessions.get(target.peer)
             if session:
                 target.refused = False

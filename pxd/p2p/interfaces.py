@@ -11,10 +11,11 @@ import psutil
 
 INSIDE = re.compile(
     r"docker|br-[0-9a-f]{12}$|veth|virbr|vmnet|vmenet|vboxnet|lxcbr|lxdbr|podman|cni|flannel|cali|kube"
-    r"|awdl|llw|anpi|ap\d"
+    r"|awdl|llw|anpi|ap\d|lo\d*$"
 )
 """Networks of containers and virtual machines, which end in this machine and have the same numbers
-on the next one, and those that macOS keeps for itself."""
+on the next one, those that macOS keeps for itself, and loopback, which has a link-local address
+there."""
 
 TUNNEL = re.compile(r"tun|tap|wg|utun|tailscale|zt|ipsec|ppp")
 _THUNDERBOLT = re.compile(r"thunderbolt|bridge0$")

@@ -9,6 +9,7 @@ import concurrent.futures
 import hmac
 import ipaddress
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,10 @@ SERVICE = "_pxd._tcp.local."
 LOOKUP_TIMEOUT_MS = 3000
 FOUND_QUEUE = 256
 CLOSE_TRIES = 3
+
+DUAL_STACK = sys.platform == "linux"
+"""Elsewhere a socket that speaks both hears no multicast of IPv4, which is what most networks have:
+there, IPv6 is used only where there is nothing else."""
 ADDRESSES_PER_PEER = 16
 
 
@@ -118,10 +123,18 @@ class Mdns:
 
     def _open(self) -> zeroconf.Zeroconf:
         versions = {ipaddress.ip_address(host).version for host in self._speak_at}
-        both = IPVersion.All if 6 in versions else IPVersion.V4Only
+        if versions == {6}:
+            version = IPVersion.V6Only
+        elif 6 in versions and DUAL_STACK:
+            version = IPVersion.All
+        else:
+            version = IPVersion.V4Only
+        ignored = 6 if version is IPVersion.V4Only else 0
         return zeroconf.Zeroconf(
-            interfaces=list(self._speak_at),
-            ip_version=IPVersion.V6Only if versions == {6} else both,
+            interfaces=[
+                host for host in self._speak_at if ipaddress.ip_address(host).version != ignored
+            ],
+            ip_version=version,
             use_asyncio=False,
         )
 

@@ -18,6 +18,7 @@ V4, V6 = socket.AF_INET, socket.AF_INET6
 
 INTERFACES = {
     "lo": [(V4, "127.0.0.1", "255.0.0.0"), (V6, "::1", None)],
+    "lo0": [(V6, "fe80::1%lo0", "ffff:ffff:ffff:ffff::")],
     "docker0": [(V4, "172.17.0.1", "255.255.0.0")],
     "veth1a2b3c": [(V6, "fe80::5%veth1a2b3c", "ffff:ffff:ffff:ffff::")],
     "wlan0": [(V4, "198.51.100.7", "255.255.255.0"), (V6, "fe80::7%wlan0", None)],

@@ -8,8 +8,9 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from zeroconf import ServiceInfo
+from zeroconf import IPVersion, ServiceInfo
 
+from pxd.p2p import mdns
 from pxd.p2p.mdns import SERVICE, Heard, badge, read_announcement
 from tests.p2p.nodes import ECHO, KEY, Nodes, Text, connected, eventually
 
@@ -84,6 +85,29 @@ async def test_nodes_on_one_network_find_each_other(
     # They do not even try each other's doors.
     assert not stranger.refusals()
     assert not [refusal for refusal in a.refusals() if refusal.peer == stranger.peer_id]
+
+
+@pytest.mark.parametrize(
+    ("dual_stack", "hosts", "version", "used"),
+    [
+        (True, ["192.0.2.7", "fe80::1"], IPVersion.All, ["192.0.2.7", "fe80::1"]),
+        (False, ["192.0.2.7", "fe80::1"], IPVersion.V4Only, ["192.0.2.7"]),
+        (True, ["192.0.2.7"], IPVersion.V4Only, ["192.0.2.7"]),
+        (False, ["fe80::1", "fe80::2"], IPVersion.V6Only, ["fe80::1", "fe80::2"]),
+    ],
+)
+def test_ipv6_never_costs_ipv4_where_a_socket_cannot_do_both(
+    monkeypatch: pytest.MonkeyPatch,
+    dual_stack: bool,
+    hosts: list[str],
+    version: IPVersion,
+    used: list[str],
+) -> None:
+    opened: list[dict[str, object]] = []
+    monkeypatch.setattr(mdns, "DUAL_STACK", dual_stack)
+    monkeypatch.setattr("zeroconf.Zeroconf", lambda **options: opened.append(options))
+    mdns.Mdns(PEER, lambda: (KEY,), 8471, hosts, hosts)._open()
+    assert [(each["ip_version"], each["interfaces"]) for each in opened] == [(version, used)]
 
 
 async def test_without_multicast_the_node_runs_and_says_so(
