@@ -225,11 +225,12 @@ def node_key_pem(seed: bytes) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def read_keyring(path: Path, ticket: Ticket | None) -> Keyring:
+def read_keyring(path: Path, ticket: Ticket | None, *, alone: bool = False) -> Keyring:
     """The keys of the cluster: the ticket's, else the remembered ones, else a new one's.
 
     A ticket with a later key of the cluster that this node knows replaces the remembered key, one
-    with an earlier key does not. Raises `IdentityError` when it belongs to another cluster.
+    with an earlier key does not. Raises `IdentityError` when it belongs to another cluster, unless
+    it has always been `alone` in that one.
     """
     known = _known_keyring(path)
     if ticket is None:
@@ -249,6 +250,8 @@ def read_keyring(path: Path, ticket: Ticket | None) -> Keyring:
                 known.generation + 1,
                 path,
             )
+    elif alone:
+        ring = _keyring_of(ticket)
     else:
         raise IdentityError(
             f"this node already belongs to another cluster (its key is {path}); "

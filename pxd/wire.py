@@ -178,7 +178,18 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", kw_only=True):
     request: Identifier
 
 
-Frame = Step | Sampled | Nack | Output | Cancel
+class Filler(msgspec.Struct, frozen=True, tag="filler", kw_only=True):
+    """A body of no meaning, one of round `round` of a measurement of bandwidth.
+
+    Sent only with the receiver's leave.
+    """
+
+    number: Count
+    round: Count
+    tensor: Tensor
+
+
+Frame = Step | Sampled | Nack | Output | Cancel | Filler
 """Everything that travels on a data channel."""
 
 _encoder = msgspec.msgpack.Encoder()

@@ -74,6 +74,8 @@ def test_a_ticket_is_remembered_and_another_cluster_refused(tmp_path: Path) -> N
     assert path.read_bytes() == b"a" * 32
     with pytest.raises(IdentityError, match="another cluster"):
         identity.read_keyring(path, second)
+    # A cluster of its own that nobody ever joined is no loss.
+    assert identity.read_keyring(path, second, alone=True) == Keyring.first(b"b" * 32)
 
 
 def ticket_of(ring: Keyring) -> Ticket:

@@ -73,4 +73,6 @@ def set_up(kind: Literal["text", "json"]) -> None:
     handler.setFormatter(JsonFormatter() if kind == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("pxd").setLevel(logging.INFO)
+    # It shows a stack for every packet that an interface which went away does not take.
+    logging.getLogger("zeroconf").setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)

@@ -190,7 +190,8 @@ class _Reader:
 
     def problems(self) -> list[tuple[str, str]]:
         """(node, what is wrong with it)"""
-        found = []
+        own = self.name(self._status.self_id)
+        found = [(own, clean(hint)) for hint in self._status.hints]
         for node in self._status.nodes:
             name = self.name(node.id)
             if node.state == "suspect":

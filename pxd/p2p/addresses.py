@@ -2,7 +2,8 @@
 
 import ipaddress
 import re
-from typing import NamedTuple
+import socket
+from typing import Any, NamedTuple
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -10,7 +11,6 @@ _HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 """Names that any resolver takes: Python's raises more than OSError for a label that is too long."""
 
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
-_ZONE = re.compile(r"[A-Za-z0-9_.-]{0,32}")
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
@@ -30,9 +30,32 @@ class Address(NamedTuple):
             return True
         return False
 
+    def without_zone(self) -> "Address":
+        """As it may be kept and told: a zone counts on this machine alone, and only for now."""
+        return self._replace(host=self.host.partition("%")[0])
+
     def __str__(self) -> str:
         protocol = "dns" if self.is_name else f"ip{ipaddress.ip_address(self.host).version}"
         return f"/{protocol}/{self.host}/tcp/{self.port}/p2p/{self.peer}"
+
+
+def for_tickets(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    """Those worth typing: link-local ones of IPv6, which are found by multicast anyway, only where
+    there is nothing else."""
+    short = tuple(address for address in addresses if not address.startswith("/ip6/fe80:"))
+    return short or addresses
+
+
+def host_in(name: tuple[Any, ...]) -> str:
+    """The IP address that `getpeername` and `getsockname` return, with its zone if it has one."""
+    host, scope = str(name[0]), name[3] if len(name) == 4 else 0
+    if not scope:
+        return host
+    try:
+        return f"{host.partition('%')[0]}%{socket.if_indextoname(scope)}"
+    except OSError:
+        # The interface is gone.
+        return host
 
 
 def parse_address(text: str) -> Address:
@@ -72,8 +95,7 @@ def _is_host(protocol: str, host: str) -> bool:
     if protocol.startswith("dns"):
         return bool(_HOST_NAME.fullmatch(host))
     try:
-        return ipaddress.ip_address(host).version == int(protocol[2:]) and bool(
-            _ZONE.fullmatch(host.partition("%")[2])
-        )
+        # A zone is good on one machine only: `ip_address` takes it, nobody else shall.
+        return "%" not in host and ipaddress.ip_address(host).version == int(protocol[2:])
     except ValueError:
         return False

@@ -12,8 +12,10 @@ from pxd.p2p.addressbook import AddressBook
 from pxd.p2p.addresses import Address
 from pxd.p2p.circuit import Circuits
 from pxd.p2p.host import Connection, DialFailed, Host
+from pxd.p2p.interfaces import Local
 from pxd.p2p.network import PeerUnreachable
 from pxd.p2p.refusals import Refusals
+from pxd.p2p.routes import routes
 from pxd.p2p.sessions import Session, Sessions
 
 log = logging.getLogger("pxd.p2p")
@@ -50,7 +52,8 @@ class _Attempt:
 class Dialer:
     """Dials run in `nursery`, so that giving up waiting for one does not end it for others.
 
-    `relays(peer)` are connections with members that may lead to the peer, the best first.
+    `locals_()` are this machine's addresses now; `relays(peer)` are connections with members that
+    may lead to the peer, the best first.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Dialer:
         refusals: Refusals,
         circuits: Circuits,
         relays: Callable[[str], Sequence[Connection]],
+        locals_: Callable[[], Sequence[Local]],
     ) -> None:
         self._nursery = nursery
         self._host = host
@@ -70,6 +74,7 @@ class Dialer:
         self._refusals = refusals
         self._circuits = circuits
         self._relays = relays
+        self._locals = locals_
         self._attempts: dict[str, _Attempt] = {}
 
     async def reach(self, peer: str) -> Session:
@@ -164,7 +169,7 @@ class Dialer:
                 success.cancel()
 
         async with trio.open_nursery() as nursery:
-            for address in self._book.addresses(peer):
+            for address in routes(self._book.addresses(peer), self._locals()):
                 failed = trio.Event()
                 nursery.start_soon(try_address, address, failed)
                 with trio.move_on_after(STAGGER):

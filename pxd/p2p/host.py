@@ -15,7 +15,7 @@ from libp2p.protocol_muxer.exceptions import MultiselectClientError, Multiselect
 from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 
 from pxd.p2p import keyproof
-from pxd.p2p.addresses import Address
+from pxd.p2p.addresses import Address, host_in
 from pxd.p2p.keyproof import KeyProof, ProofFailed
 from pxd.p2p.muxer import WINDOW, StreamClosed, Yamux, YamuxStream
 from pxd.p2p.penalties import Penalties
@@ -93,6 +93,7 @@ class Connection:
     def __init__(self, secured: NoiseConnection, route: Route, *, dialled: bool) -> None:
         self.peer = secured.peer
         self.binding = secured.binding
+        self.local_host = secured.local_host
         self.route = route
         self.host = route.host
         self.address = route.address
@@ -287,7 +288,8 @@ class Host:
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         try:
-            host, port = stream.socket.getpeername()[:2]
+            name = stream.socket.getpeername()
+            host, port = host_in(name), name[1]
         except OSError:
             # Gone before it was looked at.
             return

@@ -24,8 +24,9 @@ from pxd.p2p.interfaces import reachable_hosts
 from pxd.p2p.keyproof import KeyProof
 from pxd.p2p.listening import listen, listen_beside
 from pxd.p2p.loopback import Loopback
-from pxd.p2p.mdns import Mdns
+from pxd.p2p.mdns import Heard
 from pxd.p2p.muxer import YamuxStream
+from pxd.p2p.neighbours import Neighbours
 from pxd.p2p.network import (
     CallTimeout,
     FrameFilter,
@@ -39,9 +40,13 @@ from pxd.p2p.network import (
 from pxd.p2p.punch import Upgrades
 from pxd.p2p.refusals import Refusal, Refusals
 from pxd.p2p.relay import Relay
+from pxd.p2p.rerouting import Rerouting
+from pxd.p2p.roaming import Moved, Roaming
+from pxd.p2p.routes import routes
 from pxd.p2p.secure import Identity
 from pxd.p2p.services import Services, decode_response, encode_message
 from pxd.p2p.sessions import Session, Sessions
+from pxd.p2p.sightings import Discovered
 
 log = logging.getLogger("pxd.p2p")
 
@@ -50,8 +55,8 @@ CAST_PATIENCE = 3.0
 
 HANG_UP_TIMEOUT = 3.0
 SAVE_INTERVAL = 1.0
-INTERFACE_INTERVAL = 15.0
 CIRCUIT_ADDRESSES = 4
+MAX_ADDRESSES = 16
 
 
 class Libp2pNetwork:
@@ -101,11 +106,19 @@ class Libp2pNetwork:
         self._host = Host(identity, proof, self._refusals, handlers, self._attend)
         self._circuits = Circuits(self._host)
         self._host.handlers[circuit.STOP] = self._circuits.serve
+        self._roaming = Roaming()
+        self._rerouting = Rerouting(
+            self.peer_id, self._host, self._sessions, self._book, lambda: self._roaming.locals
+        )
+        self._neighbours = Neighbours(
+            self.peer_id, self._admission, self._roaming, self._hosts, self._heard
+        )
         self._bound: list[str] = []
         self._port = 0
         self._nursery: trio.Nursery | None = None
         self._dialer: Dialer | None = None
         self._upgrades: Upgrades | None = None
+        self._discovery: Discovery | None = None
         self._call_streams: dict[Connection, YamuxStream] = {}
         self._late_casts: dict[str, DroppingQueue[tuple[str, bytes]]] = {}
         self._loopback = Loopback(self.peer_id, self._services, self._inbox)
@@ -128,6 +141,7 @@ class Libp2pNetwork:
                     self._refusals,
                     self._circuits,
                     self._relays_for,
+                    lambda: self._roaming.locals,
                 )
                 self._upgrades = Upgrades(nursery, self._host, self._sessions, self._dialer)
                 self._host.handlers[punch.PROTOCOL] = self._upgrades.serve
@@ -135,6 +149,7 @@ class Libp2pNetwork:
                 await nursery.start(self._channels.run, data_listeners)
                 nursery.start_soon(self._loopback.run)
                 nursery.start_soon(self._save_regularly)
+                nursery.start_soon(self._roaming.run, self._on_moved)
                 self._discover(nursery, self._dialer)
                 task_status.started()
         finally:
@@ -147,6 +162,14 @@ class Libp2pNetwork:
     def addresses(self) -> tuple[str, ...]:
         """Own multiaddrs; those of the interfaces that are up now. Empty until `run` listens."""
         return tuple(str(Address(host, self._port, self.peer_id)) for host in self._hosts())
+
+    async def wait_moved(self) -> None:
+        """Return when this machine has moved: `addresses` may tell others than before."""
+        await self._roaming.moved.wait()
+
+    def discovery(self) -> Discovered:
+        """What multicast has shown."""
+        return self._neighbours.sightings.told()
 
     def peers(self) -> frozenset[str]:
         return self._sessions.peers()
@@ -220,7 +243,11 @@ class Libp2pNetwork:
 
     def learn(self, peer: str, addresses: tuple[str, ...]) -> None:
         if peer != self.peer_id:
-            self._book.learn(peer, tuple(parse_peer_addresses(peer, addresses)))
+            self._learn(peer, tuple(parse_peer_addresses(peer, addresses)))
+
+    def _learn(self, peer: str, addresses: tuple[Address, ...]) -> None:
+        if self._book.learn(peer, addresses) and self._nursery:
+            self._nursery.start_soon(self._rerouting.look, peer)
 
     def on_peer(self, handler: PeerHandler) -> None:
         self._sessions.on_peer(handler)
@@ -304,6 +331,7 @@ class Libp2pNetwork:
         try:
             async with trio.open_nursery() as nursery:
                 if len(session.connections) > 1:
+                    nursery.start_soon(self._sessions.check, session, connection)
                     nursery.start_soon(self._sessions.close_surplus, session)
                 if connection.relay and self._upgrades:
                     nursery.start_soon(self._upgrades.run, session, connection)
@@ -347,34 +375,34 @@ class Libp2pNetwork:
             del self._late_casts[peer]
 
     def _discover(self, nursery: trio.Nursery, dialer: Dialer) -> None:
-        discovery = Discovery(nursery, dialer, self._sessions)
+        discovery = self._discovery = Discovery(nursery, dialer, self._sessions)
         for peer in self._join:
             discovery.seek(peer, wanted=True)
         for peer in self._book.remembered():
             discovery.seek(peer)
         if self._mdns:
-            nursery.start_soon(self._announce, discovery)
+            nursery.start_soon(self._neighbours.run, self._port)
 
-    async def _announce(self, discovery: Discovery) -> None:
-        def found(peer: str, addresses: tuple[Address, ...]) -> None:
-            self._book.learn(peer, addresses)
-            discovery.seek(peer)
+    def _heard(self, heard: Heard) -> None:
+        self._learn(heard.peer, heard.addresses)
+        if self._discovery:
+            self._discovery.seek(heard.peer)
 
-        while True:
-            hosts, [key, *_] = self._hosts(), self._admission.keys()
-            async with trio.open_nursery() as nursery:
-                mdns = Mdns(self.peer_id, self._admission.keys, self._port, hosts)
-                nursery.start_soon(mdns.run, found)
-                # A machine that changes networks, or keys, is to be found under the new ones.
-                while set(self._hosts()) == set(hosts) and self._admission.keys()[0] == key:
-                    await trio.sleep(INTERFACE_INTERVAL)
-                nursery.cancel_scope.cancel()
+    def _on_moved(self, moved: Moved) -> None:
+        log.info("this machine %s; looking for all others anew", moved)
+        if self._nursery and self._discovery:
+            if moved.slept or moved.lost:
+                self._nursery.start_soon(self._sessions.check_all, moved.lost)
+            self._discovery.try_again()
+            for peer in self._sessions.peers() if moved.gained else ():
+                self._nursery.start_soon(self._rerouting.look, peer)
 
     def _hosts(self) -> list[str]:
-        return list(dict.fromkeys(h for bound in self._bound for h in reachable_hosts(bound)))
+        return reachable_hosts(self._bound, self._roaming.locals)[:MAX_ADDRESSES]
 
     def _hosts_of(self, peer: str) -> list[str]:
-        return [address.host for address in self._book.addresses(peer)]
+        ways = routes(self._book.addresses(peer), self._roaming.locals)
+        return [address.host for address in ways]
 
     async def _save_regularly(self) -> None:
         while True:

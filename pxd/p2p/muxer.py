@@ -206,11 +206,16 @@ class YamuxStream:
 
 
 class Yamux:
-    """The streams of one secured connection; works while `run` runs."""
+    """The streams of one secured connection; works while `run` runs.
+
+    `orderly` says that one of the two ends meant it to end, `doubted` that `check` is waiting.
+    """
 
     def __init__(self, secured: SecuredConnection, *, initiator: bool) -> None:
         self.closed = trio.Event()
         self.reason = ""
+        self.orderly = False
+        self.doubted = False
         self.window = INITIAL_WINDOW
         self.inbound_limit = 4
         self.receive_limit: int | None = None
@@ -226,6 +231,7 @@ class Yamux:
         self._work = trio.Event()
         self._flushed = trio.Event()
         self._heard = False
+        self._news = trio.Event()
         self._buffer = bytearray()
         self._frame: tuple[YamuxStream | None, int, int] | None = None
         self._on_stream: Callable[[YamuxStream], None] = YamuxStream.reset
@@ -278,6 +284,7 @@ class Yamux:
         if self.closed.is_set():
             return
         self.reason = reason
+        self.doubted = False
         self.closed.set()
         self._secured.abort()
         for stream in tuple(self._streams.values()):
@@ -286,11 +293,28 @@ class Yamux:
     async def close(self, reason: str, *, grace: float = 0.5) -> None:
         """Tell the peer, wait up to `grace` seconds until that is sent, then `abort`."""
         if not self.closed.is_set():
+            self.orderly = True
             self._flushed = trio.Event()
             self.control(GO_AWAY, 0, 0)
             with trio.move_on_after(grace):
                 await self._flushed.wait()
         self.abort(reason)
+
+    async def check(self, within: float) -> None:
+        """Ping, and `abort` unless something is heard within `within` seconds.
+
+        Until then the connection is `doubted`: better use another one where there is one.
+        """
+        if self.doubted or self.closed.is_set():
+            return
+        self.doubted = True
+        news = self._news = trio.Event()
+        self.control(PING, SYN, 0, 0)
+        with trio.move_on_after(within):
+            await news.wait()
+        self.doubted = False
+        if not news.is_set():
+            self.abort(f"the peer does not answer any more ({within:g} s)")
 
     def wake(self, stream: YamuxStream) -> None:
         if stream.can_send and stream not in self._ready:
@@ -364,6 +388,7 @@ class Yamux:
                         raise ProtocolViolation("more than it may send yet")
                 self._buffer += data
                 self._heard = True
+                self._news.set()
                 self._parse()
         except ProtocolViolation as error:
             self.abort(f"the peer broke the muxer's protocol: {error}")
@@ -402,6 +427,7 @@ class Yamux:
             if flags & SYN:
                 self.control(PING, ACK, 0, value)
         elif kind == GO_AWAY:
+            self.orderly = True
             self.abort("the peer closed the connection")
         else:
             stream = self._accept(stream_id) if flags & SYN else self._streams.get(stream_id)

@@ -1,6 +1,7 @@
 """Outgoing frames: one channel per peer, written by a task of its own, opened when first used.
 
-A channel through a relay is given up for a direct one as soon as there can be one, between frames.
+A channel through a relay is given up for a direct one as soon as there can be one, between frames;
+any other one for a better way once nothing was sent for a while.
 """
 
 import logging
@@ -18,6 +19,9 @@ log = logging.getLogger("pxd.p2p")
 
 Opener = Callable[[Session], Awaitable[FrameStream]]
 
+QUIET = 5.0
+"""Seconds without a frame after which a channel may change over to another way."""
+
 
 class _Channel:
     """A cancelled sender takes its frame back whole or not at all: `run` alone writes."""
@@ -32,29 +36,33 @@ class _Channel:
         try:
             async with self._exit, trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_with_session, nursery.cancel_scope)
+                nursery.start_soon(self._end_when_shaken, nursery.cancel_scope)
                 while True:
-                    await self._use(await opener(self.session), nursery.cancel_scope)
+                    host = self.session.connection.host
+                    stream = await opener(self.session)
+                    await self._use(stream, host, nursery.cancel_scope)
         except* (StreamClosed, NetworkError) as group:
             error: BaseException = group
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             self.failure = f"the data channel broke ({error})"
 
-    async def _use(self, stream: FrameStream, scope: trio.CancelScope) -> None:
+    async def _use(self, stream: FrameStream, host: str, scope: trio.CancelScope) -> None:
         """Returns when there is a better way and nothing is left on this one; else cancels `scope`
         or raises."""
         try:
             if isinstance(stream, Libp2pFrames) and stream.relayed:
-                await self._write(stream, scope, self.session.wait_direct)
+                await self._write(stream, host, scope, self.session.wait_direct)
                 await stream.drain()
             else:
-                await self._write(stream, scope, trio.sleep_forever)
+                await self._write(stream, host, scope, trio.sleep_forever)
         finally:
             stream.close()
 
     async def _write(
         self,
         stream: FrameStream,
+        host: str,
         scope: trio.CancelScope,
         wait_better: Callable[[], Awaitable[None]],
     ) -> None:
@@ -71,16 +79,24 @@ class _Channel:
             nursery.start_soon(watch_for_better)
             while not better.is_set():
                 frame = None
-                with trio.CancelScope() as waiting:
+                with trio.CancelScope() as waiting, trio.move_on_after(QUIET) as quiet:
                     frame = await self._exit.receive()
                 if frame:
                     self.used = True
                     await stream.write(*frame)
+                elif quiet.cancelled_caught and self.session.connection.host != host:
+                    break
             nursery.cancel_scope.cancel()
 
     async def _end_with_session(self, scope: trio.CancelScope) -> None:
         await self.session.ended.wait()
         self.failure = "lost the connection"
+        scope.cancel()
+
+    async def _end_when_shaken(self, scope: trio.CancelScope) -> None:
+        """TCP would notice only after a long while that its way is gone."""
+        await self.session.shaken.wait()
+        self.failure = "a connection broke"
         scope.cancel()
 
     async def _watch(self, stream: FrameStream, scope: trio.CancelScope) -> None:

@@ -24,6 +24,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.utils.varint import decode_uvarint, encode_delim
 
+from pxd.p2p.addresses import host_in
 from pxd.p2p.muxer import StreamClosed
 
 YAMUX = "/yamux/1.0.0"
@@ -78,6 +79,7 @@ class TcpStream(Transport):
         super().__init__()
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = stream
+        self.local_host = host_in(stream.socket.getsockname())
 
     async def _receive(self) -> bytes:
         try:
@@ -150,6 +152,11 @@ class NoiseConnection:
 
     def abort(self) -> None:
         self._stream.abort()
+
+    @property
+    def local_host(self) -> str:
+        """This machine's IP address at this end, with its zone; empty where there is none."""
+        return getattr(self._stream, "local_host", "")
 
 
 class Identity:

@@ -135,6 +135,15 @@ def test_a_cluster_without_a_plan() -> None:
     assert "no plan yet" in draw(view, 80)
 
 
+def test_a_node_that_is_alone_says_why() -> None:
+    hint = "cannot connect to 10.0.0.2:8471\x1b[31m: no answer"
+    status = msgspec.structs.replace(serving_status(), hints=[hint])
+    assert overview(status).problems[0][0] == "anna"
+    assert "\x1b" not in overview(status).problems[0][1]
+    assert overview(status).problems[0][1].startswith("cannot connect to 10.0.0.2:8471")
+    assert overview(status).problems[0][1] in render(overview(status))
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_screen_says_every_state_in_words(width: int) -> None:
     text = draw(overview(troubled_status()), width)

@@ -188,7 +188,7 @@ def _circuits() -> Iterator[Target]:
 
 
 def _announcement(data: bytes) -> object:
-    properties = {b"id": data[:60], b"badge": data[60:76]}
+    properties = {b"id": data[:60].rstrip(b"\0"), b"badge": data[60:76]}
     if data[:1] == b"+":
         peer = data[1:60].rstrip(b"\0").decode("utf-8", "ignore")
         properties = {b"id": peer.encode(), b"badge": mdns.badge(KEY, peer).encode()}

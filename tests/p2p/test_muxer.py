@@ -263,6 +263,30 @@ async def test_a_silent_peer_is_noticed_and_what_waits_for_it_fails(
     assert trio.current_time() - started <= muxer.PING_INTERVAL * (muxer.MISSED_PINGS + 1)
 
 
+async def test_a_check_ends_a_connection_that_is_dead_and_no_other(
+    ends: Ends, autojump_clock: MockClock
+) -> None:
+    await ends.a.check(1.5)
+    assert not ends.a.closed.is_set()
+    assert not ends.a.doubted
+    ends.pipe_a.blocked = ends.pipe_b.blocked = True
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ends.a.check, 1.5)
+        await trio.sleep(1)
+        assert ends.a.doubted
+        await ends.a.closed.wait()
+    assert "does not answer" in ends.a.reason
+    assert not ends.a.orderly
+
+
+async def test_both_ends_know_that_an_end_was_meant(ends: Ends) -> None:
+    await ends.stream()
+    await ends.a.close("enough")
+    await ends.b.closed.wait()
+    assert ends.a.orderly
+    assert ends.b.orderly
+
+
 async def test_a_peer_that_asks_without_reading_is_cut_off(nursery: trio.Nursery) -> None:
     _, victim, near, its_pipe = pair()
     its_pipe.blocked = True

@@ -8,7 +8,7 @@ from trio.testing import MockClock
 
 from pxd.cluster.messages import LAST_COUNT
 from pxd.cluster.plans import Epoch, PipelinePlan, Plan
-from pxd.cluster.records import Device, StageReport
+from pxd.cluster.records import Device, PeerLink, StageReport
 from pxd.executors.protocol import ExecutorDied, ModelDescription
 from pxd.models.errors import ModelError
 from pxd.planning.model import ModelCost, NodeOffer
@@ -138,7 +138,8 @@ async def test_figures_measured_while_serving_change_no_plan(clock: MockClock) -
             state="ready",
             decode_s=slow,
         )
-        member.record = msgspec.structs.replace(member.record, stages=(report,))
+        links = tuple(PeerLink(peer, 0.5, 1e-4) for peer in "abc" if peer != stage.node)
+        member.record = msgspec.structs.replace(member.record, stages=(report,), links=links)
     leader.changed.notify()
     await leader.run_for(60)
     assert len(leader.plans) == 1
