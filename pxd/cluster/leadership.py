@@ -71,6 +71,9 @@ class Leadership:
         self._synced_at: float | None = None
         self._office_at = math.inf
         self._contested = False
+        self._candidates = _Candidates()
+        # Those whose terms are too far ahead of this node's to be believed at once.
+        self._ahead: set[str] = set()
 
     @property
     def in_office(self) -> bool:
@@ -81,12 +84,25 @@ class Leadership:
         self.next_wakeup = now
 
     def observe(
-        self, now: float, members: Mapping[str, Member], *, synced: bool
+        self,
+        now: float,
+        members: Mapping[str, Member],
+        *,
+        synced: bool,
+        changed: Iterable[str] | None = None,
     ) -> list[LeadershipEvent]:
-        """Draw the conclusions from a view; `synced` as in `Membership`."""
-        seen = max(map(_greatest_term, members.values()), default=0)
+        """Draw the conclusions from a view; `synced` as in `Membership`.
+
+        `changed` are all nodes of whom something was told since the last call, so that it costs no
+        more than they do; None stands for all there are.
+        """
+        if changed is None:
+            self._candidates.clear()
+        news = self._ahead.union(members if changed is None else changed)
+        seen = max((_greatest_term(members[node]) for node in news if node in members), default=0)
         self.term = max(self.term, min(seen, self.term + _FURTHEST_JUMP))
         self._settle(now, members, synced)
+        self._rank(members, news)
         events = self._follow(now, members)
         events += self._govern(now, members)
         self.next_wakeup = self._wakeup(members)
@@ -107,7 +123,7 @@ class Leadership:
         return self._started + (self._config.settle_alone if alone else self._config.settle_lonely)
 
     def _follow(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
-        leader = self._derive(members.values())
+        leader = self._candidates.first()
         if leader == self.leader:
             return []
         before = members.get(self.leader) if self.leader is not None else None
@@ -150,17 +166,24 @@ class Leadership:
             for plan in (record.plan,)
         )
 
-    def _derive(self, members: Iterable[Member]) -> str | None:
-        candidates = []
-        for member in members:
-            record = member.record
-            own = record.id == self._node
-            seniority = self.seniority if own else record.seniority
-            leads = self.leads if own else record.leads
-            if member.live and not record.leaving and seniority > 0:
-                incumbency = leads if leads <= self.term else 0
-                candidates.append((-record.priority, -incumbency, seniority, record.id))
-        return min(candidates)[3] if candidates else None
+    def _rank(self, members: Mapping[str, Member], news: Iterable[str]) -> None:
+        self._ahead.clear()
+        for node in (self._node, *news):
+            member = members.get(node)
+            self._candidates.put(node, self._rating(member) if member is not None else None)
+            if member is not None and _greatest_term(member) > self.term:
+                self._ahead.add(node)
+
+    def _rating(self, member: Member) -> "_Rating | None":
+        """The smallest one leads; None for who is no candidate."""
+        record = member.record
+        own = record.id == self._node
+        seniority = self.seniority if own else record.seniority
+        leads = self.leads if own else record.leads
+        if not member.live or record.leaving or seniority == 0:
+            return None
+        incumbency = leads if leads <= self.term else 0
+        return -record.priority, -incumbency, seniority, record.id
 
     def _wakeup(self, members: Mapping[str, Member]) -> float:
         if self.seniority == 0:
@@ -172,3 +195,30 @@ class Leadership:
 def _greatest_term(member: Member) -> int:
     record = member.record
     return max(record.term, record.leads, record.plan.term if record.plan is not None else 0)
+
+
+_Rating = tuple[int, int, int, str]
+
+
+class _Candidates:
+    """Who comes first, looked up anew only when the first one falls back."""
+
+    def __init__(self) -> None:
+        self._ratings: dict[str, _Rating] = {}
+        self._first: _Rating | None = None
+
+    def clear(self) -> None:
+        self._ratings.clear()
+        self._first = None
+
+    def put(self, node: str, rating: _Rating | None) -> None:
+        before = self._ratings.pop(node, None)
+        if rating is not None:
+            self._ratings[node] = rating
+        if before is not None and before == self._first and before != rating:
+            self._first = min(self._ratings.values(), default=None)
+        elif rating is not None and (self._first is None or rating < self._first):
+            self._first = rating
+
+    def first(self) -> str | None:
+        return self._first[3] if self._first is not None else None

@@ -69,6 +69,7 @@ class Membership:
         self._prober = Prober(config, self._random, self._awareness)
         self._suspicions = Suspicions(config)
         self._connected: set[str] = set()
+        self._strangers: set[str] = set()
         self._parted: set[str] = set()
         self._asked: set[str] = set()
         self._expelled: frozenset[str] = frozenset()
@@ -121,6 +122,8 @@ class Membership:
         """The transport has an admitted connection: exchange what may have been missed."""
         self._connected.add(peer)
         member = self._table.members.get(peer)
+        if member is None:
+            self._strangers.add(peer)
         # Most connections are made in a running cluster, between members that gossip reaches.
         in_touch = member is not None and member.state == "alive" and peer not in self._parted
         self._parted.discard(peer)
@@ -130,6 +133,7 @@ class Membership:
     def disconnected(self, now: float, peer: str) -> None:
         """The transport lost a connection: ask at once whether the peer is still there."""
         self._connected.discard(peer)
+        self._strangers.discard(peer)
         member = self._table.members.get(peer)
         if member is None:
             return
@@ -151,10 +155,9 @@ class Membership:
         if fixed:
             raise ValueError(f"membership sets {sorted(fixed)} itself")
         old = self._table.own
-        new = msgspec.structs.replace(old, **changes)
-        if new != old:
+        if any(getattr(old, field) != value for field, value in changes.items()):
             version = min(old.version + 1, LAST_COUNT)
-            self._set_own(msgspec.structs.replace(new, version=version), "updated")
+            self._set_own(msgspec.structs.replace(old, **changes, version=version), "updated")
             self._voice.changed(changes)
 
     def expel(self, now: float, nodes: frozenset[str]) -> None:
@@ -272,6 +275,8 @@ class Membership:
             self._parted.discard(node)
             self._sought.pop(node, None)
             self._admission.forget(node)
+            if node in self._connected:
+                self._strangers.add(node)
         self._promised = self.next_wakeup
 
     def _forgive_freeze(self, now: float) -> None:
@@ -390,11 +395,9 @@ class Membership:
     def _greet_strangers(self) -> None:
         """A connected peer that is no member either missed a digest or has to refute its death."""
         members = self._table.members
-        strangers = [
-            peer
-            for peer in sorted(self._connected)
-            if peer not in members or members[peer].state == "dead"
-        ]
+        self._strangers = {peer for peer in self._strangers if peer not in members}
+        dead = [peer for peer in self._table.dead() if peer in self._connected]
+        strangers = sorted((*self._strangers, *dead))
         for peer in self._random.sample(strangers, self._config.gossip_fanout):
             self.join(peer)
 

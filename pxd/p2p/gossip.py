@@ -260,7 +260,10 @@ class Gossip:
         now = trio.current_time()
         if events or now >= leadership.next_wakeup or self._synced != membership.synced:
             self._synced = membership.synced
-            events += leadership.observe(now, membership.members, synced=membership.synced)
+            changed = {event.record.id for event in events if isinstance(event, MemberEvent)}
+            events += leadership.observe(
+                now, membership.members, synced=self._synced, changed=changed
+            )
         for event in events:
             self._handle(event)
         membership.update(seniority=leadership.seniority, term=leadership.term, leads=self.leads)
