@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from pxd.cluster.admission import Admission, Refusal, RefusalReason
-from pxd.cluster.anti_entropy import ENTRIES, compare, deltas, digests
+from pxd.cluster.anti_entropy import ENTRIES, compare, deltas, differing, digests, summary
 from pxd.cluster.awareness import Awareness
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.dissemination import BroadcastQueue
@@ -33,6 +33,7 @@ from pxd.cluster.messages import (
     Ping,
     PingRequest,
     SignedRecord,
+    Summary,
 )
 from pxd.cluster.prng import SplitMix64
 from pxd.cluster.probing import Prober
@@ -155,10 +156,11 @@ class Membership:
         if fixed:
             raise ValueError(f"membership sets {sorted(fixed)} itself")
         old = self._table.own
-        if any(getattr(old, field) != value for field, value in changes.items()):
+        changed = frozenset(name for name in changes if getattr(old, name) != changes[name])
+        if changed:
             version = min(old.version + 1, LAST_COUNT)
             self._set_own(msgspec.structs.replace(old, **changes, version=version), "updated")
-            self._voice.changed(changes)
+            self._voice.changed(changed, self._table.own)
 
     def expel(self, now: float, nodes: frozenset[str]) -> None:
         """From now on exactly these nodes have no part in the cluster, as far as this one goes.
@@ -203,15 +205,16 @@ class Membership:
     def next_wakeup(self) -> float:
         if not self._running:
             return math.inf
+        live = self._live()
         return min(
             self._probe_at,
             self._sync_at,
             self._reconnect_at,
             self._gossip_at if self._queue else math.inf,
-            self._voice.next_wakeup(self._table.own),
+            self._voice.next_wakeup(self._table.own, live),
             self._prober.next_wakeup,
             self._table.next_expiry,
-            self._suspicions.next_deadline(self._live()),
+            self._suspicions.next_deadline(live),
         )
 
     def tick(self, now: float) -> None:
@@ -234,7 +237,7 @@ class Membership:
         if now >= self._sync_at:
             self._sync_at = now + self._sync_interval()
             for peer in self._random.sample(self._table.live_others, 1):
-                self.join(peer)
+                self._synchronise(peer)
         if now >= self._reconnect_at:
             self._reconnect_at = now + self._config.reconnect_interval
             self._seek_lost()
@@ -250,8 +253,9 @@ class Membership:
         if not self._running or peer == self.id or peer in self._expelled:
             return
         self._forgive_freeze(now)
-        if not isinstance(message, Digest):
-            self._absorb(now, peer, message.news)
+        if not isinstance(message, Digest | Summary):
+            answer = isinstance(message, Delta) and message.answer
+            self._absorb(now, peer, message.news, answer=answer)
         match message:
             case Ping():
                 self._outbox.append((peer, Ack(seq=message.seq, news=self._news_for(peer))))
@@ -263,6 +267,9 @@ class Membership:
                 self._ping_for(now, peer, message)
             case Nack():
                 self._prober.deny(peer, message.seq)
+            case Summary():
+                digests = self._admission.answer(now, peer, differing(self._table, message))
+                self._outbox.extend((peer, digest) for digest in digests)
             case Digest():
                 self._answer_digest(now, peer, message)
             case Delta():
@@ -291,16 +298,18 @@ class Membership:
 
     # What is heard
 
-    def _absorb(self, now: float, peer: str, news: News) -> None:
+    def _absorb(self, now: float, peer: str, news: News, *, answer: bool = False) -> None:
         """Take news in; tell the peer what it has missed, and ask it for what is missing here."""
-        heard = [self._hear_record(now, peer, record) for record in news.records]
+        heard = [self._hear_record(now, peer, record, answer) for record in news.records]
         corrections = {claim.node: claim for claim in heard if claim is not None}
         unseen = [claim.node for claim in news.claims if self._hear_claim(now, peer, claim)]
         if corrections or unseen:
             told = list(corrections.values())[:ENTRIES]
             self._outbox.extend((peer, delta) for delta in deltas((), told, unseen[:ENTRIES]))
 
-    def _hear_record(self, now: float, peer: str, signed: SignedRecord) -> Claim | None:
+    def _hear_record(
+        self, now: float, peer: str, signed: SignedRecord, answer: bool
+    ) -> Claim | None:
         """Returns what to tell a peer that has missed the node's end."""
         table, node = self._table, signed.node
         if node in self._expelled:
@@ -316,14 +325,14 @@ class Membership:
             return None
         if table.is_buried(node, signed.incarnation):
             return table.claim_about(node) if peer != node else None
-        known = node in table.members
         record = self._admission.open(now, peer, signed)
         if record is not None and table.learn(now, record, signed):
-            if not known:
+            if held is None:
                 self._prober.admit(node)
             if table.members[node].state == "alive":
                 self._suspicions.end(node)
-            self._queue.push_record(signed, peer)
+            if not answer or held is None or signed.incarnation > held.incarnation:
+                self._queue.push_record(signed, peer)
         return None
 
     def _hear_claim(self, now: float, peer: str, claim: Claim) -> bool:
@@ -465,6 +474,12 @@ class Membership:
         live = len(self._table.live_others)
         if lost and self._random.fraction() * live < len(lost):
             self.join(self._random.sample(lost, 1)[0])
+
+    def _synchronise(self, peer: str) -> None:
+        if self.synced:
+            self._outbox.append((peer, summary(self._table)))
+        else:
+            self.join(peer)
 
     def _answer_digest(self, now: float, peer: str, digest: Digest) -> None:
         heard = tuple(entry for entry in digest.entries if entry.node not in self._expelled)

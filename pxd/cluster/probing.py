@@ -187,11 +187,10 @@ class Prober:
 
     @property
     def next_wakeup(self) -> float:
-        return min(
-            next(iter(self._nacks.values()), math.inf),
-            *(min(probe.indirect_at, probe.deadline) for probe in self._probes.values()),
-            math.inf,
-        )
+        soonest = next(iter(self._nacks.values()), math.inf)
+        for probe in self._probes.values():
+            soonest = min(soonest, probe.indirect_at, probe.deadline)
+        return soonest
 
     def _add(self, probe: Probe) -> int:
         self._seq += 1

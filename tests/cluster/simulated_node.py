@@ -40,7 +40,9 @@ class World(Protocol):
     def uniform(self, low: float, high: float) -> float: ...
     def bits(self) -> int: ...
     def enter_at(self, when: float, process: "Process", step: Step, *args: object) -> None: ...
-    def send(self, source: "Process", target: str, message: GossipMessage | PlanMessage) -> None: ...
+    def send(
+        self, source: "Process", target: str, message: GossipMessage | PlanMessage
+    ) -> None: ...
     def ring_at(self, when: float, process: "Process") -> None: ...
     def told(self, process: "Process", event: GossipEvent) -> None: ...
     def gone(self, process: "Process") -> None: ...
@@ -128,13 +130,14 @@ class Process:
     def introduce(self, others: Iterable["Process"]) -> None:
         """Let it know others without a message. Nothing of that is an event."""
         membership = self.membership
+        membership.synced = self._synced = True
+        self.leadership.seniority = membership.record.seniority
         for other in others:
             record = other.membership.record
             signed = other.membership._table.signed[other.name]
             membership._table.learn(self._now(), record, signed)
             membership._prober.admit(other.name)
         membership.take_events()
-        self._synced = True
         self.leadership.observe(self._now(), self.members, synced=True)
 
     def receive(self, peer: str, message: GossipMessage | PlanMessage) -> None:

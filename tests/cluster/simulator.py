@@ -79,7 +79,7 @@ class Simulator:
         self, name: str, *seeds: str, keep_data: bool = True, place: int | None = None
     ) -> Process:
         """`place` is the machine, and so the address; each name has one of its own by default."""
-        process = self._boot(name, seeds, keep_data, place)
+        process = self._boot(name, seeds, keep_data=keep_data, place=place)
         process.start()
         self._bootstrap(process, seeds)
         process.drain()
@@ -100,12 +100,12 @@ class Simulator:
         Their ids are as long as real ones. Nobody is in office yet.
         """
         names = [_peer_id(index) for index in range(size)]
-        processes = [self._boot(name, names[:1], False, None) for name in names]
-        for place, process in enumerate(processes, start=1):
+        processes = [
+            self._boot(name, names[:1], keep_data=False, seniority=place)
+            for place, name in enumerate(names, start=1)
+        ]
+        for process in processes:
             process.start()
-            process.leadership.seniority = place
-            process.membership.synced = True
-            process.update(seniority=place)
         for process in processes:
             process.introduce(other for other in processes if other is not process)
         for process in processes:
@@ -278,7 +278,13 @@ class Simulator:
     # The inside of a process: nothing happens to one that is over, and to a frozen one only later
 
     def _boot(
-        self, name: str, seeds: Iterable[str], keep_data: bool, place: int | None
+        self,
+        name: str,
+        seeds: Iterable[str],
+        *,
+        keep_data: bool,
+        place: int | None = None,
+        seniority: int = 0,
     ) -> Process:
         if not keep_data or name not in self.disks:
             self.disks[name] = Disk()
@@ -291,6 +297,7 @@ class Simulator:
             name=name[-8:],
             incarnation=disk.incarnation,
             started=self.now,
+            seniority=seniority,
             addresses=(f"/ip4/10.0.{number >> 8}.{number & 255}/tcp/4001/p2p/{name}",),
         )
         process = self.processes[name] = Process(
