@@ -125,11 +125,13 @@ class Membership:
         member = self._table.members.get(peer)
         if member is None:
             self._strangers.add(peer)
-        # Most connections are made in a running cluster, between members that gossip reaches.
-        in_touch = member is not None and member.state == "alive" and peer not in self._parted
+        parted = peer in self._parted
         self._parted.discard(peer)
-        if not (self.synced and in_touch):
+        if member is None or member.state != "alive" or not self.synced:
             self.join(peer)
+        elif parted and self._running:
+            # Other connections are made in a running cluster, between members that gossip reaches.
+            self._outbox.append((peer, summary(self._table)))
 
     def disconnected(self, now: float, peer: str) -> None:
         """The transport lost a connection: ask at once whether the peer is still there."""

@@ -83,6 +83,8 @@ class Simulator:
         process.start()
         self._bootstrap(process, seeds)
         process.drain()
+        if self.bans:
+            self._spread_bans()
         return process
 
     def cluster(self, size: int) -> list[str]:
