@@ -127,7 +127,11 @@ class Membership:
             self._strangers.add(peer)
         parted = peer in self._parted
         self._parted.discard(peer)
-        if member is None or member.state != "alive" or not self.synced:
+        if not self.synced:
+            # Who comes back is met by everybody at once, and a few can tell it all there is.
+            if len(self._asked) < self._config.gossip_fanout:
+                self.join(peer)
+        elif member is None or not member.live:
             self.join(peer)
         elif parted and self._running:
             # Other connections are made in a running cluster, between members that gossip reaches.
@@ -270,8 +274,7 @@ class Membership:
             case Nack():
                 self._prober.deny(peer, message.seq)
             case Summary():
-                digests = self._admission.answer(now, peer, differing(self._table, message))
-                self._outbox.extend((peer, digest) for digest in digests)
+                self._answer_summary(now, peer, message)
             case Digest():
                 self._answer_digest(now, peer, message)
             case Delta():
@@ -333,7 +336,8 @@ class Membership:
                 self._prober.admit(node)
             if table.members[node].state == "alive":
                 self._suspicions.end(node)
-            if not answer or held is None or signed.incarnation > held.incarnation:
+            new_life = held is None or signed.incarnation > held.incarnation
+            if not answer or (new_life and not self._is_newcomer):
                 self._queue.push_record(signed, peer)
         return None
 
@@ -483,6 +487,11 @@ class Membership:
         else:
             self.join(peer)
 
+    def _answer_summary(self, now: float, peer: str, message: Summary) -> None:
+        if self.synced:
+            different = self._admission.answer(now, peer, differing(self._table, message))
+            self._outbox.extend((peer, digest) for digest in different)
+
     def _answer_digest(self, now: float, peer: str, digest: Digest) -> None:
         heard = tuple(entry for entry in digest.entries if entry.node not in self._expelled)
         difference = compare(self._table, peer, msgspec.structs.replace(digest, entries=heard))
@@ -492,7 +501,7 @@ class Membership:
         self._outbox.extend((peer, answer) for answer in answers)
 
     def _answer_delta(self, now: float, peer: str, delta: Delta) -> None:
-        if peer in self._asked:
+        if delta.answer and peer in self._asked:
             self._asked.discard(peer)
             self.synced = True
         wanted = dict.fromkeys(node for node in delta.wants if node in self._table.members)
@@ -517,6 +526,11 @@ class Membership:
         if claim is None:
             return news
         return News(news.records, (*news.claims, claim))
+
+    @property
+    def _is_newcomer(self) -> bool:
+        """What is new to this node is news to nobody else, as far as it can tell."""
+        return not self.synced and self._live() > self._config.flat_members
 
     def _live(self) -> int:
         return len(self._table.live_others) + 1

@@ -55,8 +55,8 @@ class Traffic(msgspec.Struct, frozen=True):
 class Measured(msgspec.Struct, frozen=True):
     """One cluster. `power_loss` is a node that falls silent, `crash` one whose connections close.
 
-    `false_suspicions` in the quiet time and `false_deaths` in all of it are of nodes that were there;
-    `restart_s` is from the start of the last of 10 % restarting nodes until all agree again.
+    `false_suspicions` in the quiet time and `false_deaths` in all of it are of nodes that were
+    there; `restart_s` is from the start of the last of 10 % restarting nodes until all agree again.
     """
 
     nodes: int

@@ -64,7 +64,9 @@ class Schedule:
             simulator.slow_down(name, 0.0)
             if simulator.processes[name].frozen:
                 simulator.thaw(name)
-        simulator.run(GRACE)
+        # A slow node's old work is as much of a fault as its slowness.
+        caught_up = max((p.busy_until for p in simulator.processes.values()), default=0.0)
+        simulator.run(max(0.0, caught_up - simulator.now) + GRACE)
         if not self._running():
             simulator.start("last")
         simulator.discover()

@@ -307,6 +307,8 @@ def test_a_new_connection_synchronises_unless_gossip_has_kept_both_in_touch() ->
     membership.connected("a")
     assert digests_to(membership, "a") == 1
     membership.receive(0.0, "a", Delta(news=News()))
+    assert not membership.synced
+    membership.receive(0.0, "a", Delta(news=News(), answer=True))
     assert membership.synced
     membership.connected("b")
     assert digests_to(membership, "b") == 0
