@@ -46,6 +46,7 @@ class Death(msgspec.Struct, frozen=True):
 class Traffic(msgspec.Struct, frozen=True):
     """Gossip sent per node and second, on average and by the node that sends most."""
 
+    seconds: float
     messages: float
     bytes: float
     busiest_messages: float
@@ -73,6 +74,16 @@ class Measured(msgspec.Struct, frozen=True):
     restart_s: float
     restart: Traffic
     offices: int
+
+    @property
+    def restart_kb(self) -> float:
+        """Kilobytes that a node sends for each that restarts."""
+        return self.restart.bytes * self.restart.seconds / self.restarted / 1000
+
+    @property
+    def false_suspicions_per_hour(self) -> float:
+        """How many a node harbours in an hour."""
+        return self.false_suspicions / self.nodes / self.quiet_s * 3600
 
 
 class Scenario:
@@ -174,6 +185,7 @@ class Scenario:
         def result() -> Traffic:
             seconds, nodes = simulator.now - began, len(self.names)
             return Traffic(
+                seconds,
                 simulator.sent.total() / seconds / nodes,
                 simulator.sent_bytes.total() / seconds / nodes,
                 max(simulator.sent.values(), default=0) / seconds,
