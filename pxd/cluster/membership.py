@@ -337,7 +337,7 @@ class Membership:
             if table.members[node].state == "alive":
                 self._suspicions.end(node)
             new_life = held is None or signed.incarnation > held.incarnation
-            if not answer or (new_life and not self._is_newcomer):
+            if not answer or self._is_rumour(new_life):
                 self._queue.push_record(signed, peer)
         return None
 
@@ -527,10 +527,10 @@ class Membership:
             return news
         return News(news.records, (*news.claims, claim))
 
-    @property
-    def _is_newcomer(self) -> bool:
-        """What is new to this node is news to nobody else, as far as it can tell."""
-        return not self.synced and self._live() > self._config.flat_members
+    def _is_rumour(self, new_life: bool) -> bool:
+        """Whether to pass on what came with an answer. In a crowd others ask for themselves, and
+        what is new to a newcomer is so to nobody else."""
+        return self._live() <= self._config.flat_members or (new_life and self.synced)
 
     def _live(self) -> int:
         return len(self._table.live_others) + 1

@@ -129,7 +129,7 @@ class Summary(msgspec.Struct, frozen=True, tag="summary", kw_only=True):
 
 class Delta(msgspec.Struct, frozen=True, tag="delta", kw_only=True):
     """News on its own: plain gossip, or an `answer` to a digest or a delta, which may want records
-    back. Later versions of records in answers are not passed on: everybody will ask for them."""
+    back. A crowd does not pass answers on: everybody will ask for themselves."""
 
     news: News
     wants: Annotated[tuple[Identifier, ...], msgspec.Meta(max_length=4096)] = ()
