@@ -16,8 +16,8 @@ EVER_FAILED = {
     367: "the same, with an asymmetric partition",
     518: "the same",
     1334: "a slow node still told of the dead what it had been told long before",
-    10186: "what came by synchronisation was not passed on, and took its time to reach everybody",
     1513: "a slow node still answered what it had been asked long before",
+    10186: "what came by synchronisation was not passed on, and took its time to reach everybody",
 }
 RUNS = 200
 
