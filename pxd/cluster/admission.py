@@ -4,18 +4,20 @@ The cheapest checks come first, so that a member gone bad costs others little.
 """
 
 from collections import Counter
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 from pxd.cluster.allowance import Allowance
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.members import MemberTable
-from pxd.cluster.messages import Claim, SignedRecord
+from pxd.cluster.messages import Claim, Digest, SignedRecord
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import Signer, is_genuine, is_proven, unseal
 
 RefusalReason = Literal["forged", "full", "flood"]
+
+AnswerT = TypeVar("AnswerT", SignedRecord, Digest)
 
 _MAX_PEERS = 1024
 _FORGERY_COSTS = 32
@@ -91,9 +93,9 @@ class Admission:
             return False
         return self._judge(now, peer, claim.node, is_proven(claim, self._signer))
 
-    def answer(self, now: float, peer: str, records: list[SignedRecord]) -> list[SignedRecord]:
+    def answer(self, now: float, peer: str, items: list[AnswerT]) -> list[AnswerT]:
         """Those that a peer may be sent because it asked for them."""
-        return records[: self._peer(peer).answers.take_up_to(now, len(records))]
+        return items[: self._peer(peer).answers.take_up_to(now, len(items))]
 
     def forget(self, node: str) -> None:
         """The node is no longer in the table."""

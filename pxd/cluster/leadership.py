@@ -68,6 +68,9 @@ class Leadership:
         self._synced_at: float | None = None
         self._office_at = math.inf
         self._contested = False
+        self._candidates = _Candidates()
+        # Those whose terms are too great to be believed, for now.
+        self._ahead: set[str] = set()
 
     @property
     def in_office(self) -> bool:
@@ -78,16 +81,28 @@ class Leadership:
         self.next_wakeup = now
 
     def observe(
-        self, now: float, members: Mapping[str, Member], *, synced: bool, most: int = LAST_COUNT
+        self,
+        now: float,
+        members: Mapping[str, Member],
+        *,
+        synced: bool,
+        changed: Iterable[str] | None = None,
+        most: int = LAST_COUNT,
     ) -> list[LeadershipEvent]:
         """Draw the conclusions from a view; `synced` as in `Membership`.
 
-        Terms above `most`, for which see `pxd.cluster.stamps`, are passed over: one absurd record
-        must not use up all there are, nor make this node count up to them.
+        `changed` are all nodes of whom something was told since the last call, so that it costs no
+        more than they do; None stands for all there are. Terms above `most`, for which see
+        `pxd.cluster.stamps`, are passed over: one absurd record must not use up all there are, nor
+        make this node count up to them.
         """
-        terms = (term for member in members.values() for term in _terms(member) if term <= most)
-        self.term = max(self.term, max(terms, default=0))
+        if changed is None:
+            self._candidates.clear()
+        news = self._ahead.union(members if changed is None else changed)
+        told = (term for node in news if node in members for term in _terms(members[node]))
+        self.term = max(self.term, max((term for term in told if term <= most), default=0))
         self._settle(now, members, synced)
+        self._rank(members, news)
         events = self._follow(now, members)
         events += self._govern(now, members)
         self.next_wakeup = self._wakeup(members)
@@ -108,7 +123,7 @@ class Leadership:
         return self._started + (self._config.settle_alone if alone else self._config.settle_lonely)
 
     def _follow(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
-        leader = self._derive(members.values())
+        leader = self._candidates.first()
         if leader == self.leader:
             return []
         before = members.get(self.leader) if self.leader is not None else None
@@ -157,17 +172,24 @@ class Leadership:
             for plan in (record.plan,)
         )
 
-    def _derive(self, members: Iterable[Member]) -> str | None:
-        candidates = []
-        for member in members:
-            record = member.record
-            own = record.id == self._node
-            seniority = self.seniority if own else record.seniority
-            leads = self.leads if own else record.leads
-            if member.live and not record.leaving and seniority > 0:
-                incumbency = leads if leads <= self.term else 0
-                candidates.append((-record.priority, -incumbency, seniority, record.id))
-        return min(candidates)[3] if candidates else None
+    def _rank(self, members: Mapping[str, Member], news: Iterable[str]) -> None:
+        self._ahead.clear()
+        for node in (self._node, *news):
+            member = members.get(node)
+            self._candidates.put(node, self._rating(member) if member is not None else None)
+            if member is not None and max(_terms(member)) > self.term:
+                self._ahead.add(node)
+
+    def _rating(self, member: Member) -> "_Rating | None":
+        """The smallest one leads; None for who is no candidate."""
+        record = member.record
+        own = record.id == self._node
+        seniority = self.seniority if own else record.seniority
+        leads = self.leads if own else record.leads
+        if not member.live or record.leaving or seniority == 0:
+            return None
+        incumbency = leads if leads <= self.term else 0
+        return -record.priority, -incumbency, seniority, record.id
 
     def _wakeup(self, members: Mapping[str, Member]) -> float:
         if self.seniority == 0:
@@ -179,3 +201,30 @@ class Leadership:
 def _terms(member: Member) -> tuple[int, int, int]:
     record = member.record
     return record.term, record.leads, record.plan.term if record.plan is not None else 0
+
+
+_Rating = tuple[int, int, int, str]
+
+
+class _Candidates:
+    """Who comes first, looked up anew only when the first one falls back."""
+
+    def __init__(self) -> None:
+        self._ratings: dict[str, _Rating] = {}
+        self._first: _Rating | None = None
+
+    def clear(self) -> None:
+        self._ratings.clear()
+        self._first = None
+
+    def put(self, node: str, rating: _Rating | None) -> None:
+        before = self._ratings.pop(node, None)
+        if rating is not None:
+            self._ratings[node] = rating
+        if before is not None and before == self._first and before != rating:
+            self._first = min(self._ratings.values(), default=None)
+        elif rating is not None and (self._first is None or rating < self._first):
+            self._first = rating
+
+    def first(self) -> str | None:
+        return self._first[3] if self._first is not None else None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from pxd.cluster.admission import Admission, Refusal, RefusalReason
-from pxd.cluster.anti_entropy import ENTRIES, compare, deltas, digests
+from pxd.cluster.anti_entropy import ENTRIES, compare, deltas, differing, digests, summary
 from pxd.cluster.awareness import Awareness
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.dissemination import BroadcastQueue
@@ -33,6 +33,7 @@ from pxd.cluster.messages import (
     Ping,
     PingRequest,
     SignedRecord,
+    Summary,
 )
 from pxd.cluster.prng import SplitMix64
 from pxd.cluster.probing import Prober
@@ -69,6 +70,7 @@ class Membership:
         self._prober = Prober(config, self._random, self._awareness)
         self._suspicions = Suspicions(config)
         self._connected: set[str] = set()
+        self._strangers: set[str] = set()
         self._parted: set[str] = set()
         self._asked: set[str] = set()
         self._expelled: frozenset[str] = frozenset()
@@ -121,15 +123,24 @@ class Membership:
         """The transport has an admitted connection: exchange what may have been missed."""
         self._connected.add(peer)
         member = self._table.members.get(peer)
-        # Most connections are made in a running cluster, between members that gossip reaches.
-        in_touch = member is not None and member.state == "alive" and peer not in self._parted
+        if member is None:
+            self._strangers.add(peer)
+        parted = peer in self._parted
         self._parted.discard(peer)
-        if not (self.synced and in_touch):
+        if not self.synced:
+            # Who comes back is met by everybody at once, and a few can tell it all there is.
+            if len(self._asked) < self._config.gossip_fanout:
+                self.join(peer)
+        elif member is None or not member.live:
             self.join(peer)
+        elif parted and self._running:
+            # Other connections are made in a running cluster, between members that gossip reaches.
+            self._outbox.append((peer, summary(self._table)))
 
     def disconnected(self, now: float, peer: str) -> None:
         """The transport lost a connection: ask at once whether the peer is still there."""
         self._connected.discard(peer)
+        self._strangers.discard(peer)
         member = self._table.members.get(peer)
         if member is None:
             return
@@ -151,11 +162,11 @@ class Membership:
         if fixed:
             raise ValueError(f"membership sets {sorted(fixed)} itself")
         old = self._table.own
-        new = msgspec.structs.replace(old, **changes)
-        if new != old:
+        changed = frozenset(name for name in changes if getattr(old, name) != changes[name])
+        if changed:
             version = min(old.version + 1, LAST_COUNT)
-            self._set_own(msgspec.structs.replace(new, version=version), "updated")
-            self._voice.changed(changes)
+            self._set_own(msgspec.structs.replace(old, **changes, version=version), "updated")
+            self._voice.changed(changed, self._table.own)
 
     def expel(self, now: float, nodes: frozenset[str]) -> None:
         """From now on exactly these nodes have no part in the cluster, as far as this one goes.
@@ -200,15 +211,16 @@ class Membership:
     def next_wakeup(self) -> float:
         if not self._running:
             return math.inf
+        live = self._live()
         return min(
             self._probe_at,
             self._sync_at,
             self._reconnect_at,
             self._gossip_at if self._queue else math.inf,
-            self._voice.next_wakeup(self._table.own),
+            self._voice.next_wakeup(self._table.own, live),
             self._prober.next_wakeup,
             self._table.next_expiry,
-            self._suspicions.next_deadline(self._live()),
+            self._suspicions.next_deadline(live),
         )
 
     def tick(self, now: float) -> None:
@@ -231,7 +243,7 @@ class Membership:
         if now >= self._sync_at:
             self._sync_at = now + self._sync_interval()
             for peer in self._random.sample(self._table.live_others, 1):
-                self.join(peer)
+                self._synchronise(peer)
         if now >= self._reconnect_at:
             self._reconnect_at = now + self._config.reconnect_interval
             self._seek_lost()
@@ -247,8 +259,9 @@ class Membership:
         if not self._running or peer == self.id or peer in self._expelled:
             return
         self._forgive_freeze(now)
-        if not isinstance(message, Digest):
-            self._absorb(now, peer, message.news)
+        if not isinstance(message, Digest | Summary):
+            answer = isinstance(message, Delta) and message.answer
+            self._absorb(now, peer, message.news, answer=answer)
         match message:
             case Ping():
                 self._outbox.append((peer, Ack(seq=message.seq, news=self._news_for(peer))))
@@ -260,6 +273,8 @@ class Membership:
                 self._ping_for(now, peer, message)
             case Nack():
                 self._prober.deny(peer, message.seq)
+            case Summary():
+                self._answer_summary(now, peer, message)
             case Digest():
                 self._answer_digest(now, peer, message)
             case Delta():
@@ -272,6 +287,8 @@ class Membership:
             self._parted.discard(node)
             self._sought.pop(node, None)
             self._admission.forget(node)
+            if node in self._connected:
+                self._strangers.add(node)
         self._promised = self.next_wakeup
 
     def _forgive_freeze(self, now: float) -> None:
@@ -286,16 +303,18 @@ class Membership:
 
     # What is heard
 
-    def _absorb(self, now: float, peer: str, news: News) -> None:
+    def _absorb(self, now: float, peer: str, news: News, *, answer: bool = False) -> None:
         """Take news in; tell the peer what it has missed, and ask it for what is missing here."""
-        heard = [self._hear_record(now, peer, record) for record in news.records]
+        heard = [self._hear_record(now, peer, record, answer) for record in news.records]
         corrections = {claim.node: claim for claim in heard if claim is not None}
         unseen = [claim.node for claim in news.claims if self._hear_claim(now, peer, claim)]
         if corrections or unseen:
             told = list(corrections.values())[:ENTRIES]
             self._outbox.extend((peer, delta) for delta in deltas((), told, unseen[:ENTRIES]))
 
-    def _hear_record(self, now: float, peer: str, signed: SignedRecord) -> Claim | None:
+    def _hear_record(
+        self, now: float, peer: str, signed: SignedRecord, answer: bool
+    ) -> Claim | None:
         """Returns what to tell a peer that has missed the node's end."""
         table, node = self._table, signed.node
         if node in self._expelled:
@@ -311,14 +330,15 @@ class Membership:
             return None
         if table.is_buried(node, signed.incarnation):
             return table.claim_about(node) if peer != node else None
-        known = node in table.members
         record = self._admission.open(now, peer, signed)
         if record is not None and table.learn(now, record, signed):
-            if not known:
+            if held is None:
                 self._prober.admit(node)
             if table.members[node].state == "alive":
                 self._suspicions.end(node)
-            self._queue.push_record(signed, peer)
+            new_life = held is None or signed.incarnation > held.incarnation
+            if not answer or self._is_rumour(new_life):
+                self._queue.push_record(signed, peer)
         return None
 
     def _hear_claim(self, now: float, peer: str, claim: Claim) -> bool:
@@ -390,11 +410,9 @@ class Membership:
     def _greet_strangers(self) -> None:
         """A connected peer that is no member either missed a digest or has to refute its death."""
         members = self._table.members
-        strangers = [
-            peer
-            for peer in sorted(self._connected)
-            if peer not in members or members[peer].state == "dead"
-        ]
+        self._strangers = {peer for peer in self._strangers if peer not in members}
+        dead = [peer for peer in self._table.dead() if peer in self._connected]
+        strangers = sorted((*self._strangers, *dead))
         for peer in self._random.sample(strangers, self._config.gossip_fanout):
             self.join(peer)
 
@@ -463,6 +481,17 @@ class Membership:
         if lost and self._random.fraction() * live < len(lost):
             self.join(self._random.sample(lost, 1)[0])
 
+    def _synchronise(self, peer: str) -> None:
+        if self.synced:
+            self._outbox.append((peer, summary(self._table)))
+        else:
+            self.join(peer)
+
+    def _answer_summary(self, now: float, peer: str, message: Summary) -> None:
+        if self.synced:
+            different = self._admission.answer(now, peer, differing(self._table, message))
+            self._outbox.extend((peer, digest) for digest in different)
+
     def _answer_digest(self, now: float, peer: str, digest: Digest) -> None:
         heard = tuple(entry for entry in digest.entries if entry.node not in self._expelled)
         difference = compare(self._table, peer, msgspec.structs.replace(digest, entries=heard))
@@ -472,7 +501,7 @@ class Membership:
         self._outbox.extend((peer, answer) for answer in answers)
 
     def _answer_delta(self, now: float, peer: str, delta: Delta) -> None:
-        if peer in self._asked:
+        if delta.answer and peer in self._asked:
             self._asked.discard(peer)
             self.synced = True
         wanted = dict.fromkeys(node for node in delta.wants if node in self._table.members)
@@ -497,6 +526,11 @@ class Membership:
         if claim is None:
             return news
         return News(news.records, (*news.claims, claim))
+
+    def _is_rumour(self, new_life: bool) -> bool:
+        """Whether to pass on what came with an answer. In a crowd others ask for themselves, and
+        what is new to a newcomer is so to nobody else."""
+        return self._live() <= self._config.flat_members or (new_life and self.synced)
 
     def _live(self) -> int:
         return len(self._table.live_others) + 1

@@ -80,18 +80,18 @@ class Prober:
         self._order.insert(self._position + self._random.below(rest + 1), node)
 
     def next_target(self, candidates: Collection[str]) -> str | None:
+        """`candidates` are to be such that looking for one in them is quick."""
         busy = {probe.target for probe in self._probes.values()}
-        free = [node for node in candidates if node not in busy]
-        if not free:
+        if len(busy) >= len(candidates) and busy.issuperset(candidates):
             return None
-        wanted = set(free)
         while True:
             # Members that come and go must not make a round longer and longer.
             if len(self._order) <= 2 * len(candidates) + _SLACK:
                 for position in range(self._position, len(self._order)):
-                    if self._order[position] in wanted:
+                    node = self._order[position]
+                    if node in candidates and node not in busy:
                         self._position = position + 1
-                        return self._order[position]
+                        return node
             self._order = self._random.sample(sorted(candidates), len(candidates))
             self._position = 0
 
@@ -187,11 +187,10 @@ class Prober:
 
     @property
     def next_wakeup(self) -> float:
-        return min(
-            next(iter(self._nacks.values()), math.inf),
-            *(min(probe.indirect_at, probe.deadline) for probe in self._probes.values()),
-            math.inf,
-        )
+        soonest = next(iter(self._nacks.values()), math.inf)
+        for probe in self._probes.values():
+            soonest = min(soonest, probe.indirect_at, probe.deadline)
+        return soonest
 
     def _add(self, probe: Probe) -> int:
         self._seq += 1

@@ -262,8 +262,13 @@ class Gossip:
         now = trio.current_time()
         if events or now >= leadership.next_wakeup or self._synced != membership.synced:
             self._synced = membership.synced
+            changed = {event.record.id for event in events if isinstance(event, MemberEvent)}
             events += leadership.observe(
-                now, membership.members, synced=membership.synced, most=ceiling(time.time())
+                now,
+                membership.members,
+                synced=self._synced,
+                changed=changed,
+                most=ceiling(time.time()),
             )
         for event in events:
             self._handle(event)

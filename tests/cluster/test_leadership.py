@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 
@@ -296,3 +297,32 @@ def test_at_the_end_of_all_terms_and_places_nothing_breaks() -> None:
     drive(machine, view, 10.0)
     assert (machine.term, machine.seniority) == (LAST_COUNT, LAST_COUNT)
     assert machine.leader == "me"
+
+
+def test_looking_at_the_changed_alone_leads_to_the_same_conclusions() -> None:
+    dice = random.Random(4)
+    for _ in range(60):
+        view = View()
+        whole, partial = leadership(), leadership()
+        for step in range(40):
+            node = dice.choice(["a", "b", "c", "d"])
+            if node in view.members and dice.random() < 0.2:
+                del view.members[node]
+            else:
+                view.put(
+                    node,
+                    dice.choice(["alive", "suspect", "dead", "left"]),
+                    priority=dice.choice([0, 0, 1]),
+                    seniority=dice.choice([0, 1, 2, 3]),
+                    leads=dice.choice([0, 0, 1, 2, 1 << 22]),
+                    leaving=dice.random() < 0.1,
+                )
+            now = 0.5 * step
+            events = whole.observe(now, view.members, synced=True)
+            assert partial.observe(now, view.members, synced=True, changed=[node]) == events
+            assert (whole.leader, whole.term, whole.leads) == (
+                partial.leader,
+                partial.term,
+                partial.leads,
+            )
+            assert whole.next_wakeup == partial.next_wakeup
