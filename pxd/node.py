@@ -13,20 +13,17 @@ import msgspec
 import trio
 
 import pxd
-from pxd import hardware, identity
+from pxd import identity
 from pxd.api.app import create_app
 from pxd.api.server import serve as serve_http
-from pxd.cluster.bans import BanTable
 from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
 from pxd.cluster.stamps import ceiling
 from pxd.doctor.doctor import Doctor
 from pxd.doctor.findings import Report
-from pxd.executors import describe_model, measure_device, open_executor
-from pxd.executors.protocol import ExecutorDied, ExecutorError
+from pxd.executors import describe_model, open_executor
 from pxd.notify import notify
-from pxd.p2p.addressbook import has_met_others
 from pxd.p2p.addresses import for_tickets
 from pxd.p2p.bandwidth import Meter
 from pxd.p2p.gossip import Gossip, GossipEvent
@@ -34,9 +31,11 @@ from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.listening import endpoint
 from pxd.p2p.signatures import NodeSigner
 from pxd.planning.model import NodeOffer
+from pxd.selfhood import Identity, identify, measured_device, memory_offer
+from pxd.selfhood import StartupError as StartupError
 from pxd.serving.audit import Audit
 from pxd.serving.choice import choose, latest_choice
-from pxd.serving.door import Door, read_bans
+from pxd.serving.door import Door
 from pxd.serving.head import HeadHost
 from pxd.serving.held import Held
 from pxd.serving.hints import hints
@@ -61,10 +60,6 @@ ADDRESSES_EVERY_S = 15.0
 MAX_ADDRESSES = 16
 
 
-class StartupError(Exception):
-    """The daemon cannot start; the message says what to do."""
-
-
 class Started(msgspec.Struct, frozen=True):
     """What a person needs to know once the daemon is up. The ticket holds the cluster key."""
 
@@ -72,16 +67,6 @@ class Started(msgspec.Struct, frozen=True):
     http: str
     ticket: str
     peer_id: str
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What makes this node itself across restarts."""
-
-    node_seed: bytes
-    ring: identity.Keyring
-    bans: BanTable
-    state: identity.State
-    join: tuple[str, ...]
 
 
 class Node:
@@ -169,7 +154,7 @@ class Node:
             incarnation=state.incarnation,
             pxd=pxd.__version__,
             device=device,
-            memory=_offer(settings, device),
+            memory=memory_offer(settings, device),
             max_layers=settings.max_layers,
             priority=settings.priority,
             term=state.term,
@@ -413,41 +398,6 @@ class Node:
                 self.heads.cancel(peer, frame)
 
 
-def _offer(settings: Settings, device: Device) -> int:
-    """Bytes of memory for models, of the device's own memory where it has some of its own."""
-    if device.kind == "cuda":
-        return hardware.memory_offer(device.memory, device.memory, settings.memory)
-    total, available = hardware.memory_total(), hardware.memory_available()
-    return hardware.memory_offer(total, available, settings.memory)
-
-
-def _identify(settings: Settings) -> Identity:
-    files = settings.files
-    ticket = identity.Ticket.parse(settings.join) if settings.join else None
-    alone = not has_met_others(files.peers)
-    ring = identity.read_keyring(files.cluster_key, ticket, alone=alone)
-    bans = read_bans(files.bans)
-    state = identity.read_state(files.state)
-    state = msgspec.structs.replace(state, incarnation=state.incarnation + 1)
-    identity.write_state(files.state, state)
-    addresses = ticket.addresses if ticket else ()
-    return Identity(identity.node_key(files.node_key), ring, bans, state, addresses)
-
-
-async def _device(settings: Settings) -> Device:
-    """What this machine can do; measured at the first start and after an upgrade."""
-    path, key = settings.files.hardware, hardware.machine_key()
-    device = hardware.load_cached(path, key, Device)
-    if device is None:
-        log.info("measuring this machine, once")
-        try:
-            device = await measure_device()
-        except (ExecutorError, ExecutorDied) as error:
-            raise StartupError(f"no executor works on this machine: {error}") from error
-        hardware.store(path, key, device)
-    return device
-
-
 async def _stop_on_signal(stop: Callable[[], None]) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         seen = 0
@@ -486,13 +436,13 @@ async def run(settings: Settings, *, started: Callable[[Started], None]) -> None
 
 async def _run(settings: Settings, started: Callable[[Started], None]) -> None:
     with identity.lock_data_dir(settings.files.lock):
-        who = _identify(settings)
+        who = identify(settings)
         async with trio.open_nursery() as nursery:
             starting = trio.CancelScope()
             stop: Callable[[], None] = starting.cancel
             nursery.start_soon(_stop_on_signal, lambda: stop())
             with starting:
-                device = await _device(settings)
+                device = await measured_device(settings)
             if not starting.cancelled_caught:
                 node = Node(settings, who, device)
                 stop = node.stop
