@@ -117,6 +117,11 @@ class MemberTable:
         return [id_ for id_ in self._drop_times if self.members[id_].state == "dead"]
 
     @property
+    def live(self) -> int:
+        """How many members are there, this node included."""
+        return len(self._live_others) + 1
+
+    @property
     def live_others(self) -> Roster:
         """Members not known to be gone, without this node; not to be changed by the caller."""
         return self._live_others

@@ -11,20 +11,20 @@ so that another member can lie about who answers it, and about nothing else.
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from pxd.cluster.admission import Admission, Refusal, RefusalReason
-from pxd.cluster.anti_entropy import ENTRIES, compare, deltas, differing, digests, summary
+from pxd.cluster.admission import Refusal, RefusalReason
+from pxd.cluster.anti_entropy import compare, deltas, differing, digests, summary
 from pxd.cluster.awareness import Awareness
+from pxd.cluster.beliefs import Beliefs, Occasion
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.dissemination import BroadcastQueue
-from pxd.cluster.members import EventKind, Member, MemberEvent, MemberTable, standing
+from pxd.cluster.members import Member, MemberEvent, MemberTable
 from pxd.cluster.messages import (
     LAST_COUNT,
     Ack,
-    Claim,
     Delta,
     Digest,
     GossipMessage,
@@ -32,15 +32,12 @@ from pxd.cluster.messages import (
     News,
     Ping,
     PingRequest,
-    SignedRecord,
     Summary,
 )
 from pxd.cluster.prng import SplitMix64
 from pxd.cluster.probing import Prober
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import Signer, goodbye, seal
-from pxd.cluster.suspicion import Suspicions
-from pxd.cluster.voice import Voice
 
 _MAX_ASKED = 4096
 
@@ -64,19 +61,17 @@ class Membership:
         self._random = SplitMix64(seed)
         self._signer = signer
         self._table = MemberTable(record, seal(record, signer), config)
-        self._admission = Admission(self._table, signer, config)
         self._queue = BroadcastQueue(config.retransmissions)
         self._awareness = Awareness(config.max_ill_health)
         self._prober = Prober(config, self._random, self._awareness)
-        self._suspicions = Suspicions(config)
+        self._beliefs = Beliefs(
+            config, signer, self._table, self._queue, self._prober, self._awareness
+        )
         self._connected: set[str] = set()
         self._strangers: set[str] = set()
         self._parted: set[str] = set()
         self._asked: set[str] = set()
-        self._expelled: frozenset[str] = frozenset()
         self._outbox: list[tuple[str, GossipMessage]] = []
-        self._voice = Voice(config)
-        self._sought: dict[str, int] = {}
         self._running = False
         self._called_at = self._promised = 0.0
         self._probe_at = self._gossip_at = self._sync_at = self._reconnect_at = math.inf
@@ -98,7 +93,7 @@ class Membership:
     @property
     def refused(self) -> Mapping[RefusalReason, int]:
         """How much of what others sent was not let in, since the start."""
-        return MappingProxyType(self._admission.refused)
+        return MappingProxyType(self._beliefs.admission.refused)
 
     def start(self, now: float) -> None:
         config = self._config
@@ -113,7 +108,7 @@ class Membership:
 
     def join(self, peer: str) -> None:
         """Synchronise fully with a peer, whether it is known yet or not."""
-        if self._running and peer != self.id and peer not in self._expelled:
+        if self._running and peer != self.id and peer not in self._beliefs.expelled:
             if len(self._asked) >= _MAX_ASKED:
                 self._asked.pop()
             self._asked.add(peer)
@@ -165,19 +160,17 @@ class Membership:
         changed = frozenset(name for name in changes if getattr(old, name) != changes[name])
         if changed:
             version = min(old.version + 1, LAST_COUNT)
-            self._set_own(msgspec.structs.replace(old, **changes, version=version), "updated")
-            self._voice.changed(changed, self._table.own)
+            self._beliefs.set_own(
+                msgspec.structs.replace(old, **changes, version=version), "updated"
+            )
+            self._beliefs.voice.changed(changed, self._table.own)
 
     def expel(self, now: float, nodes: frozenset[str]) -> None:
         """From now on exactly these nodes have no part in the cluster, as far as this one goes.
 
         Those that are members leave at once, and nothing is heard from or about them.
         """
-        self._expelled = nodes - {self.id}
-        for node in self._expelled & self._table.members.keys():
-            self._table.expel(now, node)
-            self._suspicions.end(node)
-            self._prober.forget(node)
+        self._beliefs.expel(now, nodes)
         self._finish()
 
     def leave(self, now: float) -> None:
@@ -205,22 +198,22 @@ class Membership:
 
     def take_refusals(self) -> list[Refusal]:
         """What to tell people about news that was not let in."""
-        return self._admission.take_refusals()
+        return self._beliefs.admission.take_refusals()
 
     @property
     def next_wakeup(self) -> float:
         if not self._running:
             return math.inf
-        live = self._live()
+        live = self._table.live
         return min(
             self._probe_at,
             self._sync_at,
             self._reconnect_at,
             self._gossip_at if self._queue else math.inf,
-            self._voice.next_wakeup(self._table.own, live),
+            self._beliefs.voice.next_wakeup(self._table.own, live),
             self._prober.next_wakeup,
             self._table.next_expiry,
-            self._suspicions.next_deadline(live),
+            self._beliefs.suspicions.next_deadline(live),
         )
 
     def tick(self, now: float) -> None:
@@ -228,13 +221,13 @@ class Membership:
         if not self._running:
             return
         self._forgive_freeze(now)
-        self._refute(now)
+        self._beliefs.refute(now)
         for requester, seq in self._prober.due_nacks(now):
             self._outbox.append((requester, Nack(seq=seq, news=self._news_for(requester))))
         self._ask_others(now)
         for target in self._prober.take_failed(now):
             self._accuse(now, target)
-        self._bury_expired(now)
+        self._beliefs.bury_expired(now)
         self._table.expire(now)
         if now >= self._probe_at:
             self._probe_next(now)
@@ -247,7 +240,7 @@ class Membership:
         if now >= self._reconnect_at:
             self._reconnect_at = now + self._config.reconnect_interval
             self._seek_lost()
-        if self._voice.is_due(now, self._live()):
+        if self._beliefs.voice.is_due(now, self._table.live):
             self._queue.push_record(self._table.signed[self.id])
         if self._queue and now >= self._gossip_at:
             self._gossip_at = now + self._config.gossip_interval
@@ -256,12 +249,13 @@ class Membership:
 
     def receive(self, now: float, peer: str, message: GossipMessage) -> None:
         """Handle a message; `peer` must come from the authenticated connection."""
-        if not self._running or peer == self.id or peer in self._expelled:
+        if not self._running or peer == self.id or peer in self._beliefs.expelled:
             return
         self._forgive_freeze(now)
         if not isinstance(message, Digest | Summary):
-            answer = isinstance(message, Delta) and message.answer
-            self._absorb(now, peer, message.news, answer=answer)
+            asked = isinstance(message, Delta) and message.answer
+            answer: Occasion = "answer" if self.synced else "first answers"
+            self._absorb(now, peer, message.news, answer if asked else "gossip")
         match message:
             case Ping():
                 self._outbox.append((peer, Ack(seq=message.seq, news=self._news_for(peer))))
@@ -285,8 +279,7 @@ class Membership:
         for node in self._table.take_dropped():
             self._queue.discard(node)
             self._parted.discard(node)
-            self._sought.pop(node, None)
-            self._admission.forget(node)
+            self._beliefs.forget(node)
             if node in self._connected:
                 self._strangers.add(node)
         self._promised = self.next_wakeup
@@ -299,102 +292,11 @@ class Membership:
         if late > self._config.lateness:
             grace = late + self._config.probe_timeout
             self._prober.postpone(grace)
-            self._suspicions.postpone(grace)
+            self._beliefs.suspicions.postpone(grace)
 
-    # What is heard
-
-    def _absorb(self, now: float, peer: str, news: News, *, answer: bool = False) -> None:
-        """Take news in; tell the peer what it has missed, and ask it for what is missing here."""
-        heard = [self._hear_record(now, peer, record, answer) for record in news.records]
-        corrections = {claim.node: claim for claim in heard if claim is not None}
-        unseen = [claim.node for claim in news.claims if self._hear_claim(now, peer, claim)]
-        if corrections or unseen:
-            told = list(corrections.values())[:ENTRIES]
-            self._outbox.extend((peer, delta) for delta in deltas((), told, unseen[:ENTRIES]))
-
-    def _hear_record(
-        self, now: float, peer: str, signed: SignedRecord, answer: bool
-    ) -> Claim | None:
-        """Returns what to tell a peer that has missed the node's end."""
-        table, node = self._table, signed.node
-        if node in self._expelled:
-            return None
-        held = table.signed.get(node)
-        if held is not None and (signed.order < held.order or signed == held):
-            return None
-        if node == self.id:
-            if self._admission.is_genuine(now, peer, signed):
-                # An earlier life went further than this node remembers.
-                self._voice.slandered(signed.incarnation)
-                self._refute(now)
-            return None
-        if table.is_buried(node, signed.incarnation):
-            return table.claim_about(node) if peer != node else None
-        record = self._admission.open(now, peer, signed)
-        if record is not None and table.learn(now, record, signed):
-            if held is None:
-                self._prober.admit(node)
-            if table.members[node].state == "alive":
-                self._suspicions.end(node)
-            new_life = held is None or signed.incarnation > held.incarnation
-            if not answer or self._is_rumour(new_life):
-                self._queue.push_record(signed, peer)
-        return None
-
-    def _hear_claim(self, now: float, peer: str, claim: Claim) -> bool:
-        """Says whether the claim is about a life that the node has not shown here yet."""
-        if claim.node == self.id:
-            self._hear_slander(now, peer, claim)
-            return False
-        member = self._table.members.get(claim.node)
-        if member is None or claim.incarnation < member.incarnation:
-            return False
-        if claim.state == "left":
-            later = standing("left", claim.incarnation) > member.standing
-            if later and self._admission.is_proven(now, peer, claim):
-                self._bury(now, claim)
-                self._queue.push_claim(claim, claim.by)
-            return False
-        if claim.incarnation > member.record.incarnation:
-            # Once per life: what the peer sends then may be refused here.
-            seeks = claim.incarnation > self._sought.get(claim.node, 0)
-            self._sought[claim.node] = claim.incarnation
-            return seeks
-        if member.live:
-            self._suspect(now, member, claim.incarnation, claim.by)
-        return False
-
-    def _hear_slander(self, now: float, peer: str, claim: Claim) -> None:
-        own = self._table.own.incarnation
-        if claim.incarnation < own:
-            return
-        doubted = claim.incarnation == own and claim.state != "left"
-        if doubted or self._admission.is_proven(now, peer, claim):
-            self._voice.slandered(claim.incarnation)
-            self._refute(now)
-
-    def _refute(self, now: float) -> None:
-        record = self._voice.refutation(now, self._table.own)
-        if record is not None:
-            self._awareness.worsen()
-            self._set_own(record, "refuted")
-            self._queue.push_record(self._table.signed[self.id])
-
-    def _set_own(self, record: NodeRecord, kind: EventKind) -> None:
-        self._table.replace_own(record, seal(record, self._signer), kind)
-
-    def _suspect(self, now: float, member: Member, incarnation: int, accuser: str) -> None:
-        node = member.record.id
-        if self._suspicions.accuse(now, node, incarnation):
-            self._table.suspect(now, node, incarnation)
-        if self._suspicions.confirm(node, accuser):
-            self._queue.push_claim(Claim(node, "suspect", incarnation, accuser), accuser)
-
-    def _bury(self, now: float, claim: Claim) -> None:
-        state: Literal["dead", "left"] = "left" if claim.state == "left" else "dead"
-        self._table.bury(now, claim.node, state, claim.incarnation, claim.proof)
-        self._suspicions.end(claim.node)
-        self._prober.forget(claim.node)
+    def _absorb(self, now: float, peer: str, news: News, occasion: Occasion) -> None:
+        answers = self._beliefs.absorb(now, peer, news, occasion)
+        self._outbox.extend((peer, answer) for answer in answers)
 
     # What is found out
 
@@ -455,12 +357,8 @@ class Membership:
     def _accuse(self, now: float, target: str) -> None:
         member = self._table.members.get(target)
         if member is not None and member.live:
-            self._suspect(now, member, member.incarnation, self.id)
+            self._beliefs.suspect(now, member, member.incarnation, self.id)
             self._tell(target, target)
-
-    def _bury_expired(self, now: float) -> None:
-        for node, incarnation in self._suspicions.expired(now, self._live()):
-            self._bury(now, Claim(node, "dead", incarnation, self.id))
 
     # What is passed on
 
@@ -489,14 +387,14 @@ class Membership:
 
     def _answer_summary(self, now: float, peer: str, message: Summary) -> None:
         if self.synced:
-            different = self._admission.answer(now, peer, differing(self._table, message))
+            different = self._beliefs.admission.answer(now, peer, differing(self._table, message))
             self._outbox.extend((peer, digest) for digest in different)
 
     def _answer_digest(self, now: float, peer: str, digest: Digest) -> None:
-        heard = tuple(entry for entry in digest.entries if entry.node not in self._expelled)
+        heard = tuple(entry for entry in digest.entries if entry.node not in self._beliefs.expelled)
         difference = compare(self._table, peer, msgspec.structs.replace(digest, entries=heard))
-        self._absorb(now, peer, News(claims=tuple(difference.heard)))
-        records = self._admission.answer(now, peer, difference.records)
+        self._absorb(now, peer, News(claims=tuple(difference.heard)), "gossip")
+        records = self._beliefs.admission.answer(now, peer, difference.records)
         answers = deltas(records, difference.claims, difference.wants)
         self._outbox.extend((peer, answer) for answer in answers)
 
@@ -507,7 +405,7 @@ class Membership:
         wanted = dict.fromkeys(node for node in delta.wants if node in self._table.members)
         if wanted:
             held = [self._table.signed[node] for node in wanted]
-            records = self._admission.answer(now, peer, held)
+            records = self._beliefs.admission.answer(now, peer, held)
             claims = [claim for node in wanted if (claim := self._table.claim_about(node))]
             self._outbox.extend((peer, answer) for answer in deltas(records, claims, ()))
 
@@ -527,16 +425,8 @@ class Membership:
             return news
         return News(news.records, (*news.claims, claim))
 
-    def _is_rumour(self, new_life: bool) -> bool:
-        """Whether to pass on what came with an answer. In a crowd others ask for themselves, and
-        what is new to a newcomer is so to nobody else."""
-        return self._live() <= self._config.flat_members or (new_life and self.synced)
-
-    def _live(self) -> int:
-        return len(self._table.live_others) + 1
-
     def _sync_interval(self) -> float:
         """Grows with the logarithm of the members beyond the number for which it is meant."""
-        crowd = self._live() / self._config.flat_members
+        crowd = self._table.live / self._config.flat_members
         doublings = max(0, math.ceil(math.log2(crowd)))
         return self._config.sync_interval * (1 + doublings)
