@@ -4,6 +4,7 @@ The rules are SWIM's: a later life beats an earlier one, a record of a later ver
 and only the node itself can refute what is said against it. See `pxd.cluster.membership`.
 """
 
+import math
 from typing import Literal
 
 from pxd.cluster.admission import Admission
@@ -21,6 +22,10 @@ from pxd.cluster.voice import Voice
 
 Occasion = Literal["gossip", "answer", "first answers"]
 """How news came: unasked, or because this node asked; first of all for all there is."""
+
+
+_STILL_VANISHED = 5.0
+"""Seconds for which it counts that nobody listens where a node was; transports try again."""
 
 
 class Beliefs:
@@ -47,6 +52,7 @@ class Beliefs:
         self._prober = prober
         self._awareness = awareness
         self._sought: dict[str, int] = {}
+        self._vanished: dict[str, float] = {}
 
     def expel(self, now: float, nodes: frozenset[str]) -> None:
         """As `Membership.expel`."""
@@ -59,7 +65,17 @@ class Beliefs:
     def forget(self, node: str) -> None:
         """The node is no longer in the table."""
         self._sought.pop(node, None)
+        self._vanished.pop(node, None)
         self.admission.forget(node)
+
+    def vanished(self, now: float, node: str) -> None:
+        """Nobody listens any more where a member was."""
+        latest = self._vanished[node] = now + self._config.vanished_timeout
+        self.suspicions.hasten(node, latest)
+
+    def reached(self, node: str) -> None:
+        """The transport has a connection with it."""
+        self._vanished.pop(node, None)
 
     def absorb(self, now: float, peer: str, news: News, occasion: Occasion) -> list[Delta]:
         """Take news in; returns what to tell the peer that it has missed, and to ask it for."""
@@ -94,7 +110,7 @@ class Beliefs:
             if held is None:
                 self._prober.admit(node)
             if table.members[node].state == "alive":
-                self.suspicions.end(node)
+                self.exonerate(node)
             new_life = held is None or signed.incarnation > held.incarnation
             if self._is_rumour(occasion, new_life):
                 self._queue.push_record(signed, peer)
@@ -149,16 +165,26 @@ class Beliefs:
     def set_own(self, record: NodeRecord, kind: EventKind) -> None:
         self._table.replace_own(record, seal(record, self._signer), kind)
 
+    def exonerate(self, node: str) -> None:
+        """The node has been heard of as of now."""
+        self.suspicions.end(node)
+        self._vanished.pop(node, None)
+
     def suspect(self, now: float, member: Member, incarnation: int, accuser: str) -> None:
         node = member.record.id
         if self.suspicions.accuse(now, node, incarnation):
             self._table.suspect(now, node, incarnation)
+            if self._vanished.get(node, 0.0) > now:
+                self.suspicions.hasten(node, self._vanished[node])
         if self.suspicions.confirm(node, accuser):
             self._queue.push_claim(Claim(node, "suspect", incarnation, accuser), accuser)
 
     def bury(self, now: float, claim: Claim) -> None:
         state: Literal["dead", "left"] = "left" if claim.state == "left" else "dead"
-        self._table.bury(now, claim.node, state, claim.incarnation, claim.proof)
+        table = self._table
+        # Somebody else may have been first to declare it dead.
+        vanished = self._vanished.get(claim.node, -math.inf) + _STILL_VANISHED > now
+        table.bury(now, claim.node, state, claim.incarnation, claim.proof, vanished=vanished)
         self.suspicions.end(claim.node)
         self._prober.forget(claim.node)
 

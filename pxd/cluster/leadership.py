@@ -3,7 +3,9 @@
 Every node computes the same leader from the same view, among live members that have settled and
 are not about to leave: the greatest priority, then who is in office in the latest term, then the
 smallest seniority (the place in join order), then the smallest id. Whoever was away and has been
-followed does not take the lead back, so that leaders do not take turns. Two leaders for a moment
+followed does not take the lead back, so that leaders do not take turns. Where leaders have just
+changed, a further one that is merely silent is given time: the network may be what is at fault, and
+the members' views with it. Two leaders for a moment
 are harmless: a plan carries its term, and only the derived leader goes on to take terms that are
 greater than all it has seen.
 """
@@ -20,12 +22,15 @@ from pxd.cluster.messages import LAST_COUNT
 class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. A node takes its place in join order `settle_alone` after its start if it expects
     nobody, else `settle` after it has synchronised with a member, or `settle_lonely` after its
-    start. It takes office once it has been the leader for `stable`."""
+    start. It takes office once it has been the leader for `stable`. Within `calm` after a change,
+    a leader that died without a trace is waited for, for `patience`."""
 
     settle_alone: float = 0.3
     settle: float = 1.0
     settle_lonely: float = 6.0
     stable: float = 1.0
+    calm: float = 60.0
+    patience: float = 15.0
 
 
 class LeadershipEvent(msgspec.Struct, frozen=True):
@@ -67,6 +72,8 @@ class Leadership:
         self._started = 0.0
         self._synced_at: float | None = None
         self._office_at = math.inf
+        self._changed_at = -math.inf
+        self._silent_since: float | None = None
         self._contested = False
         self._candidates = _Candidates()
         # Those whose terms are too great to be believed, for now.
@@ -125,13 +132,28 @@ class Leadership:
     def _follow(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
         leader = self._candidates.first()
         if leader == self.leader:
+            self._silent_since = None
             return []
         before = members.get(self.leader) if self.leader is not None else None
+        if self._is_patient(now, before):
+            return []
+        self._silent_since = None
+        if before is not None and before.record.leads:
+            self._changed_at = now
         handed_over = before is not None and (before.state == "left" or before.record.leaving)
         alone = not any(m.live for id_, m in members.items() if id_ != self._node)
         self._office_at = now if handed_over or alone else now + self._config.stable
         self.leader = leader
         return [LeaderChanged(leader, self.term)]
+
+    def _is_patient(self, now: float, leader: Member | None) -> bool:
+        if leader is None or leader.state != "dead" or leader.vanished:
+            return False
+        if self._silent_since is None:
+            if now >= self._changed_at + self._config.calm:
+                return False
+            self._silent_since = now
+        return now < self._silent_since + self._config.patience
 
     def _govern(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
         if self.leader != self._node:
@@ -194,6 +216,8 @@ class Leadership:
     def _wakeup(self, members: Mapping[str, Member]) -> float:
         if self.seniority == 0:
             return self._settle_at
+        if self._silent_since is not None:
+            return self._silent_since + self._config.patience
         waits = self.leader == self._node and (not self.in_office or self._is_contested(members))
         return self._office_at if waits else math.inf
 

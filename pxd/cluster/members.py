@@ -42,6 +42,7 @@ class Member(msgspec.Struct, frozen=True):
 
     `incarnation` is the life that `state` is about: the record's, or a greater one that the node
     said goodbye of. `rtt` in seconds, smoothed; None until measured. `proof` is the node's goodbye.
+    `vanished` says of one that is dead that nobody listens where it was: silence alone may pass.
     """
 
     record: NodeRecord
@@ -50,6 +51,7 @@ class Member(msgspec.Struct, frozen=True):
     incarnation: int
     rtt: float | None = None
     proof: bytes = b""
+    vanished: bool = False
 
     @property
     def live(self) -> bool:
@@ -195,8 +197,10 @@ class MemberTable:
         state: Literal["dead", "left"],
         incarnation: int,
         proof: bytes = b"",
+        *,
+        vanished: bool = False,
     ) -> None:
-        """`proof` is the goodbye of a node that left."""
+        """`proof` is the goodbye of a node that left; `vanished` as in `Member`."""
         member = self.members[node]
         if not member.live:
             # Who died already and is now known to have left first is still gone only once.
@@ -204,7 +208,8 @@ class MemberTable:
             return
         kind: EventKind = "died" if state == "dead" else "left"
         self._events.append(MemberEvent(kind, member.record))
-        self._set(member, state=state, since=now, incarnation=incarnation, proof=proof)
+        changes = {"incarnation": incarnation, "proof": proof, "vanished": vanished}
+        self._set(member, state=state, since=now, **changes)
         if node != self.own_id:
             self._live_others.discard(node)
             self._drop_times[node] = now + self._config.drop_after

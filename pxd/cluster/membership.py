@@ -117,6 +117,7 @@ class Membership:
     def connected(self, peer: str) -> None:
         """The transport has an admitted connection: exchange what may have been missed."""
         self._connected.add(peer)
+        self._beliefs.reached(peer)
         member = self._table.members.get(peer)
         if member is None:
             self._strangers.add(peer)
@@ -145,6 +146,14 @@ class Membership:
             if seq is not None:
                 self._ping(peer, seq)
                 self._ask_others(now)
+            self._promised = self.next_wakeup
+
+    def vanished(self, now: float, peer: str) -> None:
+        """The transport was told that nobody listens any more where the peer was: its process has
+        ended, unless others still reach it elsewhere."""
+        member = self._table.members.get(peer)
+        if self._running and member is not None and member.live and peer not in self._connected:
+            self._beliefs.vanished(now, peer)
             self._promised = self.next_wakeup
 
     def update(self, **changes: Any) -> None:
@@ -230,7 +239,8 @@ class Membership:
         self._beliefs.bury_expired(now)
         self._table.expire(now)
         if now >= self._probe_at:
-            self._probe_next(now)
+            for _ in range(self._prober.width):
+                self._probe_next(now)
             self._greet_strangers()
             self._probe_at = now + self._config.probe_interval * self._awareness.scale
         if now >= self._sync_at:

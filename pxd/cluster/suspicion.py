@@ -15,6 +15,7 @@ class Suspicion:
     def __init__(self, incarnation: int, started: float) -> None:
         self.incarnation = incarnation
         self.started = started
+        self.latest = math.inf
         self._accusers: set[str] = set()
 
     def confirm(self, accuser: str, config: MembershipConfig) -> bool:
@@ -26,7 +27,11 @@ class Suspicion:
         return True
 
     def deadline(self, members: int, config: MembershipConfig) -> float:
-        """When the member is to be declared dead, given the number of live members."""
+        """When the member is to be declared dead, given the number of live members; `latest` says
+        when at the latest."""
+        return min(self.latest, self._regular_deadline(members, config))
+
+    def _regular_deadline(self, members: int, config: MembershipConfig) -> float:
         shortest = (
             config.suspicion_factor * max(1.0, math.log10(max(1, members))) * config.probe_interval
         )
@@ -64,6 +69,12 @@ class Suspicions:
         self._advance(node)
         return news
 
+    def hasten(self, node: str, latest: float) -> None:
+        """If the member is suspected, declare it dead no later than that."""
+        if node in self._running:
+            self._running[node].latest = min(self._running[node].latest, latest)
+            self._advance(node)
+
     def end(self, node: str) -> None:
         ended = self._running.pop(node, None) is not None
         if ended and self._earliest is not None and self._earliest[2] == node:
@@ -72,6 +83,7 @@ class Suspicions:
     def postpone(self, seconds: float) -> None:
         for suspicion in self._running.values():
             suspicion.started += seconds
+            suspicion.latest += seconds
         self._earliest = None
 
     def next_deadline(self, members: int) -> float:

@@ -53,7 +53,8 @@ class Dialer:
     """Dials run in `nursery`, so that giving up waiting for one does not end it for others.
 
     `locals_()` are this machine's addresses now; `relays(peer)` are connections with members that
-    may lead to the peer, the best first.
+    may lead to the peer, the best first; `nobody_there(peer)` is told when nobody listens at an
+    address of the peer.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Dialer:
         circuits: Circuits,
         relays: Callable[[str], Sequence[Connection]],
         locals_: Callable[[], Sequence[Local]],
+        nobody_there: Callable[[str], None],
     ) -> None:
         self._nursery = nursery
         self._host = host
@@ -75,6 +77,7 @@ class Dialer:
         self._circuits = circuits
         self._relays = relays
         self._locals = locals_
+        self._nobody_there = nobody_there
         self._attempts: dict[str, _Attempt] = {}
 
     async def reach(self, peer: str) -> Session:
@@ -164,6 +167,8 @@ class Dialer:
                 self._note(where, peer, error)
                 failures.append(DialFailed(error.reason, f"{where}: {error}"))
                 failed.set()
+                if error.reason == "nobody":
+                    self._nobody_there(peer)
             else:
                 self._book.worked(address)
                 success.cancel()

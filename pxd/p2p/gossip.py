@@ -151,6 +151,7 @@ class Gossip:
         self._running = True
         self._network.serve(GOSSIP, self._receive)
         self._network.on_peer(self._peer_changed)
+        self._network.on_vanished(self._peer_vanished)
         for peer in self._network.peers():
             self._membership.connected(peer)
         try:
@@ -211,6 +212,11 @@ class Gossip:
         else:
             self._membership.disconnected(trio.current_time(), peer)
         self._dispatch()
+
+    def _peer_vanished(self, peer: str) -> None:
+        if self._running:
+            self._membership.vanished(trio.current_time(), peer)
+            self._dispatch()
 
     async def _keep_time(self) -> None:
         while True:

@@ -54,7 +54,8 @@ _HUNG_UP = (
 
 
 class DialFailed(Exception):
-    """`reason` is one word: unreachable, other-peer, not-pxd, or what `ProofFailed` has."""
+    """`reason` is one word: unreachable, nobody (nothing listens there), other-peer, not-pxd, or
+    what `ProofFailed` has."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -236,7 +237,7 @@ class Host:
             try:
                 return TcpStream(await trio.open_tcp_stream(address.host, address.port))
             except OSError as error:
-                raise DialFailed("unreachable", _explain(error)) from error
+                raise _no_connection(error) from error
             except ValueError as error:
                 # Names that cannot be looked up, such as those with a label that is too long.
                 raise DialFailed("unreachable", f"no usable host name ({error})") from error
@@ -421,10 +422,11 @@ async def _close(connection: Connection, reason: str) -> None:
     await connection.muxer.close(reason)
 
 
-def _explain(error: OSError) -> str:
+def _no_connection(error: OSError) -> DialFailed:
     cause = error.__cause__
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
     if isinstance(cause, ConnectionRefusedError) or isinstance(error, ConnectionRefusedError):
-        return "nobody listens there (connection refused); is pxd running on that machine?"
-    return str(cause or error)
+        message = "nobody listens there (connection refused); is pxd running on that machine?"
+        return DialFailed("nobody", message)
+    return DialFailed("unreachable", str(cause or error))

@@ -119,6 +119,7 @@ class Libp2pNetwork:
         self._dialer: Dialer | None = None
         self._upgrades: Upgrades | None = None
         self._discovery: Discovery | None = None
+        self._vanished_handlers: list[Callable[[str], None]] = []
         self._call_streams: dict[Connection, YamuxStream] = {}
         self._late_casts: dict[str, DroppingQueue[tuple[str, bytes]]] = {}
         self._loopback = Loopback(self.peer_id, self._services, self._inbox)
@@ -142,6 +143,7 @@ class Libp2pNetwork:
                     self._circuits,
                     self._relays_for,
                     lambda: self._roaming.locals,
+                    self._nobody_there,
                 )
                 self._upgrades = Upgrades(nursery, self._host, self._sessions, self._dialer)
                 self._host.handlers[punch.PROTOCOL] = self._upgrades.serve
@@ -248,6 +250,13 @@ class Libp2pNetwork:
     def _learn(self, peer: str, addresses: tuple[Address, ...]) -> None:
         if self._book.learn(peer, addresses) and self._nursery:
             self._nursery.start_soon(self._rerouting.look, peer)
+
+    def on_vanished(self, handler: Callable[[str], None]) -> None:
+        self._vanished_handlers.append(handler)
+
+    def _nobody_there(self, peer: str) -> None:
+        for handler in self._vanished_handlers:
+            handler(peer)
 
     def on_peer(self, handler: PeerHandler) -> None:
         self._sessions.on_peer(handler)

@@ -75,6 +75,9 @@ class Network(Protocol):
     def on_peer(self, handler: PeerHandler) -> None:
         """Call `handler(peer, up)` when an admitted connection appears or is gone."""
 
+    def on_vanished(self, handler: Callable[[str], None]) -> None:
+        """Call `handler(peer)` when nobody listens where a peer that is to be reached should be."""
+
     async def call(
         self,
         peer: str,

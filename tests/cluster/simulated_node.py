@@ -152,6 +152,9 @@ class Process:
     def disconnected(self, peer: str) -> None:
         self.membership.disconnected(self._now(), peer)
 
+    def vanished(self, peer: str) -> None:
+        self.membership.vanished(self._now(), peer)
+
     def expel(self, banned: frozenset[str]) -> None:
         self.disk.banned = banned
         self.membership.expel(self._now(), banned)

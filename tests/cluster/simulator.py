@@ -394,6 +394,12 @@ class Simulator:
 
     def _dialled(self, pair: tuple[str, str]) -> None:
         waiting = self.dialling.pop(pair)
+        for here, there in (pair, pair[::-1]):
+            # The machine is there, and says that the process is not.
+            if here in self.processes and there not in self.processes:
+                process = self.processes[here]
+                if not {(here, there), (there, here)} & self.blocked:
+                    self._enter(process, process.vanished, there)
         if not self._reachable(*pair) or any(self.processes[name].frozen for name in pair):
             return
         one, other = pair

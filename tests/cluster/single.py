@@ -1,11 +1,13 @@
 """One membership alone: what it is told, and what it then says and does."""
 
+from collections.abc import Callable
+
 import msgspec
 
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.members import MemberTable
 from pxd.cluster.membership import Membership
-from pxd.cluster.messages import Ack, Claim, Delta, GossipMessage, News, Ping
+from pxd.cluster.messages import Ack, Claim, Delta, GossipMessage, Nack, News, Ping, PingRequest
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import goodbye
 from tests.signers import FakeSigner, signed
@@ -72,14 +74,20 @@ def run(membership: Membership, until: float) -> list[tuple[float, str, GossipMe
     return said
 
 
-def run_answered(membership: Membership, until: float) -> list[tuple[float, str, GossipMessage]]:
-    """As `run`, among members that answer every ping at once."""
+def run_answered(
+    membership: Membership, until: float, answers: Callable[[str], bool] = lambda _: True
+) -> list[tuple[float, str, GossipMessage]]:
+    """As `run`, among members of whom those that do so answer every ping at once."""
     said = []
     while membership.next_wakeup <= until:
         now = membership.next_wakeup
         membership.tick(now)
         for peer, message in membership.take_outbox():
             said.append((now, peer, message))
+            if not answers(peer):
+                continue
+            if isinstance(message, PingRequest):
+                membership.receive(now, peer, Nack(seq=message.seq, news=News()))
             if isinstance(message, Ping):
                 membership.receive(now, peer, Ack(seq=message.seq, news=News()))
     return said

@@ -26,9 +26,16 @@ class View:
         self.members: dict[str, Member] = {}
         self.put("me")
 
-    def put(self, node: str, state: MemberState = "alive", **fields: object) -> None:
+    def put(
+        self,
+        node: str,
+        state: MemberState = "alive",
+        *,
+        vanished: bool = False,
+        **fields: object,
+    ) -> None:
         record = NodeRecord(id=node, name=node, **fields)  # type: ignore[arg-type]
-        self.members[node] = Member(record, state, 0.0, 0)
+        self.members[node] = Member(record, state, 0.0, 0, vanished=vanished)
 
 
 def leadership(term: int = 0, *, expects_peers: bool = False) -> Leadership:
@@ -326,3 +333,52 @@ def test_looking_at_the_changed_alone_leads_to_the_same_conclusions() -> None:
                 partial.leads,
             )
             assert whole.next_wakeup == partial.next_wakeup
+
+
+def three_leaders() -> tuple[Leadership, View]:
+    """ "a" leads, and "b" and "c" would come before this node."""
+    machine, view = leadership(), View()
+    view.put("me", seniority=4)
+    for seniority, node in enumerate("abc", 1):
+        view.put(node, seniority=seniority, leads=1 if node == "a" else 0, term=1)
+    machine.seniority = 4
+    drive(machine, view, 1.0)
+    assert machine.leader == "a"
+    return machine, view
+
+
+def test_a_silent_leader_is_waited_for_when_leaders_have_just_changed() -> None:
+    machine, view = three_leaders()
+    view.put("a", "dead", seniority=1, leads=1)
+    drive(machine, view, 10.0, since=10.0)
+    assert machine.leader == "b"
+    view.put("b", "dead", seniority=2, leads=2, term=2)
+    assert drive(machine, view, 24.9, since=20.0) == []
+    # It is back before anybody has followed it.
+    view.put("b", seniority=2, leads=2, term=2)
+    drive(machine, view, 30.0, since=25.0)
+    assert machine.leader == "b"
+    # The next silence counts from its own beginning.
+    view.put("b", "dead", seniority=2, leads=2, term=2)
+    events = drive(machine, view, 60.0, since=31.0)
+    assert [(when, event.leader) for when, event in events] == [(31.0 + CONFIG.patience, "c")]
+
+
+def test_a_leader_whose_process_has_ended_is_followed_at_once() -> None:
+    machine, view = three_leaders()
+    view.put("a", "dead", seniority=1, leads=1)
+    drive(machine, view, 10.0, since=10.0)
+    view.put("b", "dead", vanished=True, seniority=2, leads=2, term=2)
+    drive(machine, view, 20.0, since=20.0)
+    assert machine.leader == "c"
+
+
+def test_patience_ends_with_the_unrest() -> None:
+    machine, view = three_leaders()
+    view.put("a", "dead", seniority=1, leads=1)
+    drive(machine, view, 10.0, since=10.0)
+    view.put("b", seniority=2, leads=2, term=2)
+    drive(machine, view, 11.0, since=11.0)
+    view.put("b", "dead", seniority=2, leads=2, term=2)
+    drive(machine, view, 80.0, since=10.0 + CONFIG.calm)
+    assert machine.leader == "c"
