@@ -354,6 +354,9 @@ class Membership:
             seq = self._prober.relay(now, request.target, requester, request.seq)
             if seq is not None:
                 self._ping(request.target, seq)
+        else:
+            # Nor can it be found out here; the requester must not take that for its own fault.
+            self._outbox.append((requester, Nack(seq=request.seq, news=self._news_for(requester))))
 
     def _acknowledged(self, now: float, peer: str, seq: int) -> None:
         probe = self._prober.acknowledge(peer, seq)

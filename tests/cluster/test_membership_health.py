@@ -161,3 +161,9 @@ def test_many_who_are_not_there_are_found_out_many_at_a_time() -> None:
     assert len(doubted) == 200
     run_answered(membership, 90.0, lambda node: node == "real")
     assert {node for node, m in membership.members.items() if m.live} == {"me", "real"}
+
+
+def test_a_helper_that_does_not_know_the_target_says_so_at_once() -> None:
+    membership = of_four()
+    membership.receive(1.0, "b", PingRequest(seq=7, target="stranger", news=EMPTY))
+    assert [(peer, m.seq) for peer, m in sent(membership, Nack)] == [("b", 7)]
