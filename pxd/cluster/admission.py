@@ -42,6 +42,7 @@ class _Peer:
     def __init__(self, config: MembershipConfig) -> None:
         self.verifications = Allowance(config.verify_rate, config.verify_burst)
         self.answers = Allowance(config.answer_rate, config.answer_burst)
+        self.newcomers = Allowance(config.newcomer_rate, config.newcomer_burst)
 
 
 class Admission:
@@ -58,8 +59,13 @@ class Admission:
         self._full: Refusal | None = None
         self.refused: Counter[RefusalReason] = Counter()
 
-    def open(self, now: float, peer: str, signed: SignedRecord) -> NodeRecord | None:
-        """The record of another node if it is newer than the one held and let in."""
+    def open(
+        self, now: float, peer: str, signed: SignedRecord, *, expected: bool = False
+    ) -> NodeRecord | None:
+        """The record of another node if it is newer than the one held and let in.
+
+        `expected` says that this node wants to hear of all there are.
+        """
         member = self._table.members.get(signed.node)
         if member is not None and signed.order <= member.record.order:
             return None
@@ -68,6 +74,10 @@ class Admission:
             return None
         changes = self._changes.get(signed.node)
         if changes is not None and not changes.has(now):
+            self._refuse("flood", peer, signed.node)
+            return None
+        if member is None and not expected and not self._peer(peer).newcomers.take(now):
+            # Whoever is really there is still told of when this one asks for all there are.
             self._refuse("flood", peer, signed.node)
             return None
         if not self.is_genuine(now, peer, signed):

@@ -105,7 +105,8 @@ class Beliefs:
             return None
         if table.is_buried(node, signed.incarnation):
             return table.claim_about(node) if peer != node else None
-        record = self.admission.open(now, peer, signed)
+        expected = occasion == "first answers"
+        record = self.admission.open(now, peer, signed, expected=expected)
         if record is not None and table.learn(now, record, signed):
             if held is None:
                 self._prober.admit(node)

@@ -22,8 +22,10 @@ class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     twice that from it. `refutation_rate` and `refutation_burst` are the same for contradictions.
     Of unknown nodes, those beyond `max_members` are refused, and records that would make all of
     them together larger than `record_budget` bytes unless they are no larger than their fair share.
-    Of one peer, `verify_burst` signatures and `verify_rate` per second are looked at; it is sent up
-    to `answer_burst` records and `answer_rate` per second because it asked for them.
+    Of one peer, `verify_burst` signatures and `verify_rate` per second are looked at. Of nodes that
+    are unknown here it may tell `newcomer_burst` and `newcomer_rate` per second, unless this node
+    has just come and asked for all there are. It is sent up to `answer_burst` records and
+    `answer_rate` per second because it asked for them.
     """
 
     probe_interval: float = 1.0
@@ -54,5 +56,7 @@ class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     record_budget: int = 8 << 20
     verify_rate: float = 200.0
     verify_burst: float = 4096.0
+    newcomer_rate: float = 8.0
+    newcomer_burst: float = 256.0
     answer_rate: float = 64.0
     answer_burst: float = 4096.0

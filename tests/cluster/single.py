@@ -30,7 +30,10 @@ def membership_of(own: NodeRecord, **config: float) -> Membership:
 def member(*others: NodeRecord, node: str = "me", **config: float) -> Membership:
     """A running membership that knows `others`, with nothing left to send or to tell."""
     membership = membership_of(record(node), **config)
-    membership.receive(0.0, "teller", news(*others))
+    for start in range(0, len(others), 200):
+        # One alone may not tell of more.
+        teller = f"teller{start}" if start else "teller"
+        membership.receive(0.0, teller, news(*others[start : start + 200]))
     membership.tick(0.0)
     membership.take_outbox()
     membership.take_events()
