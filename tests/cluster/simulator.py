@@ -360,7 +360,8 @@ class Simulator:
             self.after(self.uniform(*HEAR_OF_BAN), self._spread_bans)
 
     def _ban(self, process: Process, banned: frozenset[str]) -> None:
-        process.expel(banned)
+        # As tables of bans do, it only ever learns: old work of a slow node may come late.
+        process.expel(process.disk.banned | banned)
         for name in banned & self.links[process.name].keys():
             self._close(process.name, name)
 
