@@ -70,12 +70,14 @@ class Beliefs:
 
     def vanished(self, now: float, node: str) -> None:
         """Nobody listens any more where a member was."""
-        latest = self._vanished[node] = now + self._config.vanished_timeout
+        crowd = max(1.0, math.log10(self._table.live))
+        latest = self._vanished[node] = now + self._config.vanished_timeout * crowd
         self.suspicions.hasten(node, latest)
 
     def reached(self, node: str) -> None:
         """The transport has a connection with it."""
-        self._vanished.pop(node, None)
+        if self._vanished.pop(node, None) is not None:
+            self.suspicions.relent(node)
 
     def absorb(self, now: float, peer: str, news: News, occasion: Occasion) -> list[Delta]:
         """Take news in; returns what to tell the peer that it has missed, and to ask it for."""

@@ -8,8 +8,9 @@ class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     A helper that has heard nothing from the target for `nack_timeout` says so; it must be well
     below `probe_interval` - `probe_timeout`. `lost_timeout` takes the place of a whole probe when
-    the transport says that a connection is gone; a suspicion ends `vanished_timeout` after nobody
-    listens any more where the node was. All of these but `nack_timeout` grow with this
+    the transport says that a connection is gone; a suspicion ends `vanished_timeout` *
+    log10(members) after nobody listens any more where the node was, which leaves one that restarts
+    at once the time to be heard of by all. All of these but `nack_timeout` grow with this
     node's own ill health, up to 1 + `max_ill_health` times. A suspicion lasts `suspicion_factor` *
     log10(members) * `probe_interval` when enough others confirm it, and up to `suspicion_spread`
     times that otherwise. `reconnect_interval` is how often one of the dead is tried, so that a

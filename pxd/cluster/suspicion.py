@@ -75,6 +75,12 @@ class Suspicions:
             self._running[node].latest = min(self._running[node].latest, latest)
             self._advance(node)
 
+    def relent(self, node: str) -> None:
+        """Undo `hasten`."""
+        if node in self._running:
+            self._running[node].latest = math.inf
+            self._earliest = None
+
     def end(self, node: str) -> None:
         ended = self._running.pop(node, None) is not None
         if ended and self._earliest is not None and self._earliest[2] == node:

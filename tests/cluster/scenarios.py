@@ -97,6 +97,7 @@ class Scenario:
         self._suspected: dict[str, float] = {}
         self._deaths: defaultdict[str, dict[str, float]] = defaultdict(dict)
         self._down: set[str] = set()
+        self._lives: dict[str, int] = {}
         self.names = self.simulator.settled(nodes)
 
     def settle(self) -> None:
@@ -143,6 +144,7 @@ class Scenario:
     def _start(self, name: str, seeds: list[str]) -> None:
         self._down.discard(name)
         self.simulator.start(name, *seeds)
+        self._lives[name] = self.simulator.processes[name].membership.record.incarnation
 
     def _die(self, end: Callable[[str], None]) -> Death:
         leaders = set(self.simulator.in_office())
@@ -200,7 +202,9 @@ class Scenario:
         if not isinstance(event, MemberEvent) or event.kind not in ("suspected", "died"):
             return
         node, now = event.record.id, self.simulator.now
-        false = node not in self._down
+        # Of one that is back its earlier life has ended all the same.
+        present = event.record.incarnation >= self._lives.get(node, 0)
+        false = node not in self._down and present
         if event.kind == "suspected":
             self._suspected.setdefault(node, now)
             self.false_suspicions += false
