@@ -85,10 +85,27 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Opening(msgspec.Struct, frozen=True):
-    """A request that first appears with this step; its first row has position 0."""
+    """A request that first appears with this step; its first row has position `cached`.
+
+    What is before `cached` comes from the blocks `hits`, in their order. Those that are also at the
+    same place of the request's own table stay where they are; the others are copied before anything
+    else of this step.
+    """
 
     request: Count
     sampling: Sampling
+    cached: Count = 0
+    hits: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)] = ()
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """Further blocks of a request's table, in the order of its positions.
+
+    Whatever a granted block held before is forgotten, unless it is among the request's `hits`.
+    """
+
+    request: Count
+    blocks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)]
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
@@ -107,6 +124,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     rows: Annotated[tuple[Row, ...], msgspec.Meta(max_length=4096)]
     tensor: Tensor
     openings: Annotated[tuple[Opening, ...], msgspec.Meta(max_length=4096)] = ()
+    grants: Annotated[tuple[Grant, ...], msgspec.Meta(max_length=4096)] = ()
     releases: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)] = ()
 
 

@@ -1,0 +1,106 @@
+"""What the step scheduler knows of one request."""
+
+import math
+from collections.abc import Sequence as Items
+
+import msgspec
+
+from pxd.engine.hashing import BlockHashes
+from pxd.wire import Finish, Sampling
+
+
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as it is handed to the scheduler. `number` is never used again.
+
+    `tokens` is the prompt, with what an earlier try has generated behind it; `max_new` more may
+    follow. A greater `priority` goes first; requests of one `source` share what other sources
+    leave. `deadline` is on the clock of `Scheduler.expire`.
+    """
+
+    number: int
+    tokens: Items[int]
+    max_new: int
+    sampling: Sampling
+    eos: frozenset[int] = frozenset()
+    priority: int = 0
+    source: str = ""
+    deadline: float = math.inf
+
+
+class Generated(msgspec.Struct, frozen=True):
+    """One step's result for a request. An end-of-sequence token is not among `tokens`."""
+
+    request: int
+    tokens: tuple[int, ...]
+    finish: Finish | None
+
+
+class Sequence:
+    """A request under way.
+
+    Of its positions `sent` are on their way through the pipeline or done, and `done` have been
+    through every stage. `awaiting` says that a step in flight will draw its next token. `blocks` is
+    its block table, of which stages know the first `granted`. `pinned` are blocks of others that
+    its opening copies from.
+    """
+
+    __slots__ = (
+        "admitted",
+        "awaiting",
+        "blocks",
+        "deadline",
+        "done",
+        "eos",
+        "granted",
+        "hashes",
+        "hits",
+        "limit",
+        "number",
+        "opened",
+        "pinned",
+        "preemptions",
+        "priority",
+        "registered",
+        "sampling",
+        "sent",
+        "source",
+        "tokens",
+    )
+
+    def __init__(self, request: NewRequest, hashes: BlockHashes) -> None:
+        self.number = request.number
+        self.tokens = list(request.tokens)
+        self.limit = len(self.tokens) + request.max_new
+        self.sampling = request.sampling
+        self.eos = request.eos
+        self.priority = request.priority
+        self.source = request.source
+        self.deadline = request.deadline
+        self.hashes = hashes
+        self.admitted = 0
+        self.preemptions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing of it is on any stage."""
+        self.sent = self.done = 0
+        self.awaiting = self.opened = False
+        self.blocks: list[int] = []
+        self.hits: tuple[int, ...] = ()
+        self.pinned: list[int] = []
+        self.granted = self.registered = 0
+
+    @property
+    def prefill_left(self) -> int:
+        """Positions before the last known token that no step has taken yet."""
+        return len(self.tokens) - 1 - self.sent
+
+    @property
+    def can_decode(self) -> bool:
+        """Only the last known token is to be fed, and its successor drawn."""
+        return not self.awaiting and self.sent == len(self.tokens) - 1
+
+    @property
+    def is_idle(self) -> bool:
+        """No step in flight has rows of it."""
+        return not self.awaiting and self.sent == self.done
