@@ -5,7 +5,7 @@ one request, block i of its table at positions [i * BLOCK_TOKENS, (i + 1) * BLOC
 outlives it for as long as the head has not granted all of its blocks to others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -61,9 +61,8 @@ class BlockMirror:
                 return place + 1
         return 0
 
-    def check(self, openings: Iterable[Opening], full: Iterable[tuple[int, int]]) -> None:
-        """Raises `MirrorError` unless all hits are there; `full` are pieces with their lengths."""
-        lengths = dict(full)
+    def check(self, openings: Iterable[Opening], lengths: Mapping[int, int]) -> None:
+        """Raises `MirrorError` unless all hits are there; `lengths` are the pieces' positions."""
         for opening in openings:
             if opening.cached != len(opening.hits) * BLOCK_TOKENS:
                 raise MirrorError(f"{len(opening.hits)} blocks for {opening.cached} positions")

@@ -35,12 +35,16 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`."""
+    """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`.
+
+    `prefix_cache` says that requests can begin with blocks that others have left.
+    """
 
     layers: int
     hidden_size: int
     weight_bytes: int
     kv_tokens: int
+    prefix_cache: bool = False
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ def check_rows(step: Step, lengths: Mapping[int, int]) -> None:
     request may have several rows, one behind the other, of which only the last may sample.
     """
     _check_openings(step, lengths)
-    expected = {**lengths, **{opening.request: 0 for opening in step.openings}}
+    expected = {**lengths, **{opening.request: opening.cached for opening in step.openings}}
     unknown = tuple({row.request for row in step.rows} - expected.keys())
     if unknown:
         raise StepRejected("unknown-request", f"requests {unknown} are not open", unknown)

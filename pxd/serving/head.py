@@ -15,9 +15,17 @@ import msgspec
 import trio
 
 from pxd.cluster.plans import PipelinePlan, Plan
-from pxd.engine.scheduler import Generated, NeverFits, PlannedStep, Scheduler, SchedulerConfig
+from pxd.engine.continuous import Continuous, ContinuousConfig
+from pxd.engine.scheduler import (
+    Generated,
+    NeverFits,
+    NewRequest,
+    PlannedStep,
+    QueueFull,
+    Scheduler,
+)
 from pxd.p2p.network import CallFailed, Method, Network, NetworkError
-from pxd.serving.readiness import Members, readiness
+from pxd.serving.readiness import Members, Readiness, readiness
 from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
     Buffer,
@@ -116,17 +124,22 @@ class Head:
         state = readiness(self.pipeline, members)
         self.reason = state.reason
         if state.ready and self._scheduler is None:
-            self._open(state.kv_tokens)
+            self._open(state)
         elif not state.ready and self._scheduler is not None:
             died = "executor-died: " if "restarting" in state.states else ""
             self.close_session(died + state.reason)
 
-    def _open(self, kv_tokens: int) -> None:
-        config = SchedulerConfig(kv_tokens=kv_tokens, max_in_flight=len(self.pipeline.stages))
-        self._scheduler = Scheduler(config)
+    def _open(self, state: Readiness) -> None:
+        config = ContinuousConfig(
+            kv_tokens=state.kv_tokens,
+            max_in_flight=len(self.pipeline.stages),
+            prefix_cache=state.prefix_cache,
+            root=self.pipeline.id.encode(),
+        )
+        self._scheduler = Scheduler(Continuous(config))
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
-        log.info("pipeline %s serves: %d KV token positions", self.pipeline.id, kv_tokens)
+        log.info("pipeline %s serves: %d KV token positions", self.pipeline.id, state.kv_tokens)
 
     def close_session(self, reason: str) -> None:
         """Give every request back to its ingress, which may submit it again elsewhere."""
@@ -150,16 +163,20 @@ class Head:
         if len(self._clients) >= MAX_REQUESTS:
             raise CallFailed("overloaded", f"this pipeline holds {MAX_REQUESTS} requests already")
         number = self._next_request
+        request = NewRequest(
+            number=number,
+            tokens=submission.tokens,
+            max_new=submission.max_new,
+            sampling=submission.sampling,
+            eos=frozenset(submission.eos),
+            source=peer,
+        )
         try:
-            scheduler.add(
-                number,
-                submission.tokens,
-                submission.max_new,
-                submission.sampling,
-                frozenset(submission.eos),
-            )
+            scheduler.add(request)
         except NeverFits as error:
             raise CallFailed("never-fits", str(error)) from error
+        except QueueFull as error:
+            raise CallFailed("overloaded", str(error)) from error
         self._next_request += 1
         self._timings.submitted(
             trio.current_time(), number, len(submission.tokens), alone=not self._clients
@@ -250,7 +267,7 @@ class Head:
         """Send steps as the scheduler gives them, until cancelled."""
         with self.cancel_scope:
             while True:
-                step = self._scheduler.next_step() if self._scheduler else None
+                step = self._next_step()
                 if step is None:
                     self._wake = trio.Event()
                     with trio.move_on_after(STEP_DEADLINE_S / 4):
@@ -262,6 +279,14 @@ class Head:
                     self._timings.sent(step.number, step.rows, alone=alone)
                     await self._feed(self._self_id, self._frame(step), self._body(step))
         self.close_session("the plan no longer has this pipeline")
+
+    def _next_step(self) -> PlannedStep | None:
+        if self._scheduler is None:
+            return None
+        step = self._scheduler.next_step()
+        for number, reason in self._scheduler.take_refused():
+            self._fail(number, reason)
+        return step
 
     def _check_deadline(self) -> None:
         oldest = min(self._sent_at.values(), default=None)
@@ -276,6 +301,7 @@ class Head:
             rows=step.rows,
             tensor=Tensor("i32", (len(step.tokens),)),
             openings=step.openings,
+            grants=step.grants,
             releases=step.releases,
         )
 

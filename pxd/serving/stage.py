@@ -197,7 +197,13 @@ class StageRunner:
             self._requests.clear()
             self._timings = StageTimings()
             log.info("stage %s is ready (executor pid %d)", self._label(), executor.pid)
-            self._set(state="ready", progress=1.0, kv_tokens=info.kv_tokens, reason="")
+            self._set(
+                state="ready",
+                progress=1.0,
+                kv_tokens=info.kv_tokens,
+                prefix_cache=info.prefix_cache,
+                reason="",
+            )
             async with trio.open_nursery() as nursery:
                 results, outgoing = trio.open_memory_channel[Sampled | tuple[Step, Buffer]](
                     OUTBOX_STEPS

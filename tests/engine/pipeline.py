@@ -53,7 +53,7 @@ class Pipeline:
 
     def run(self, step: PlannedStep) -> list[SampledToken]:
         self._forget(step)
-        self.mirror.check(step.openings, ((k, len(v)) for k, v in self.pieces.items()))
+        self.mirror.check(step.openings, {k: len(v) for k, v in self.pieces.items()})
         for opening in step.openings:
             assert opening.request not in self.open
             runs = self.mirror.open(opening)

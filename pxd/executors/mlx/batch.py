@@ -80,6 +80,14 @@ def own_caches(request: Request) -> Caches:
     return request.caches
 
 
+def copy_of(request: Request) -> Caches:
+    """Caches with what the request has now; it stays where it is."""
+    if request.batch is not None:
+        row = request.batch.members.index(request)
+        return [cache.extract(row) for cache in request.batch.caches]
+    return own_caches(request)
+
+
 def batch_of(requests: Sequence[Request]) -> Batch:
     """The batch of exactly these requests, made from what there is with the least copying."""
     best = _most_shared(requests)

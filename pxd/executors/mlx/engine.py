@@ -17,6 +17,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from pxd.executors.mlx.batch import Request, batch_of, drop, own_caches
 from pxd.executors.mlx.decode import draw_tokens
 from pxd.executors.mlx.loader import load_stage
+from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
 from pxd.executors.mlx.split import cache_token_bytes
 from pxd.executors.mlx.stage import Stage
 from pxd.executors.mlx.tensors import from_wire, to_wire
@@ -62,6 +63,8 @@ class MlxEngine:
     def __init__(self) -> None:
         self._stage: Stage | None = None
         self._requests: dict[int, Request] = {}
+        self._prefixes: PrefixStore | None = None
+        self._session = -1
         self._batching = False
         self._kv_tokens: int | None = None
         self._steps = 0
@@ -90,6 +93,8 @@ class MlxEngine:
             ) from error
         self._stage = loaded.stage
         self._batching = supports_batches(loaded.stage, loaded.dtype)
+        if can_share_prefixes(loaded.stage.make_caches()):
+            self._prefixes = PrefixStore(self._requests)
         mx.clear_cache()
         token_bytes = _token_bytes(loaded.stage, loaded.dtype)
         kv_tokens = spec.kv_bytes // token_bytes if token_bytes else 1 << 40
@@ -99,20 +104,19 @@ class MlxEngine:
             hidden_size=loaded.stage.hidden_size,
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
+            prefix_cache=self._prefixes is not None,
         )
 
     def step(self, step: Step, body: Buffer) -> StepOutput:
         """Run a step. Raises `StepRejected`; one that is rejected before it runs changes nothing,
         except that its `releases` are freed."""
+        self._follow_session(step)
         self.release(step.releases)
         stage = self._stage
         if stage is None:
             raise StepRejected("not-ready", "no layers are loaded")
         self._check(stage, step, body)
-        for opening in step.openings:
-            self._requests[opening.request] = Request(
-                opening.request, opening.sampling, stage.make_caches()
-            )
+        self._open(stage, step)
         if not step.rows:
             return () if stage.last else (Tensor("i32", (0,)), b"")
         try:
@@ -127,9 +131,33 @@ class MlxEngine:
 
     def release(self, requests: tuple[int, ...]) -> None:
         """Free requests; unknown ones are ignored."""
-        known = [self._requests.pop(number) for number in requests if number in self._requests]
+        known = [self._requests[number] for number in requests if number in self._requests]
+        if self._prefixes is not None:
+            for request in known:
+                self._prefixes.release(request)
+        for request in known:
+            del self._requests[request.number]
         if known:
             drop(known)
+
+    def _follow_session(self, step: Step) -> None:
+        """What an earlier life of the head knew is of no use to this one."""
+        if step.session != self._session:
+            self.release(tuple(self._requests))
+            if self._prefixes is not None:
+                self._prefixes.clear()
+            self._session = step.session
+
+    def _open(self, stage: Stage, step: Step) -> None:
+        for opening in step.openings:
+            caches, length = stage.make_caches(), 0
+            if self._prefixes is not None:
+                caches, length = self._prefixes.open(opening, caches), opening.cached
+            request = Request(opening.request, opening.sampling, caches)
+            request.length = length
+            self._requests[opening.request] = request
+        if self._prefixes is not None:
+            self._prefixes.grant(step)
 
     def memory(self) -> MemoryReport:
         return MemoryReport(
@@ -141,6 +169,10 @@ class MlxEngine:
     def _check(self, stage: Stage, step: Step, body: Buffer) -> None:
         lengths = {number: request.length for number, request in self._requests.items()}
         check_rows(step, lengths)
+        if self._prefixes is not None:
+            self._prefixes.check(step)
+        elif any(opening.cached for opening in step.openings):
+            raise StepRejected("bad-step", "this model's caches cannot be shared")
         if not step.rows:
             return
         if self._kv_tokens is not None:
@@ -160,6 +192,8 @@ class MlxEngine:
         for number in lost:
             request = self._requests.pop(number)
             request.batch = request.caches = None
+            if self._prefixes is not None:
+                self._prefixes.lose(number)
         return tuple(lost)
 
     def _run(self, stage: Stage, step: Step, body: Buffer) -> StepOutput:
