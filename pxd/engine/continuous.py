@@ -45,14 +45,14 @@ class ContinuousConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Continuous:
-    """See `pxd.engine.scheduler.Policy`. `step_tokens`, the budget of positions in one step, and
-    `max_in_flight` may be changed at any time."""
+    """See `pxd.engine.scheduler.Policy`. `mixed_tokens`, the budget of positions in a step while
+    somebody waits for its next token, and `max_in_flight` may be changed at any time."""
 
     def __init__(self, config: ContinuousConfig) -> None:
         self.config = config
         self.pool = BlockPool(config.kv_tokens // BLOCK_TOKENS)
         self.max_in_flight = config.max_in_flight
-        self.step_tokens = config.step_tokens
+        self.mixed_tokens = config.step_tokens
 
     def hashes(self) -> BlockHashes:
         return BlockHashes(self.config.root, BLOCK_TOKENS)
@@ -100,7 +100,8 @@ class Continuous:
     def compose(self, running: dict[int, Sequence], batch: Batch) -> list[Sequence]:
         preempted: list[Sequence] = []
         decoding = sum(s.awaiting or s.can_decode for s in running.values())
-        share = min(-(-decoding // self.max_in_flight), self.step_tokens)
+        budget = self.mixed_tokens if decoding else self.config.step_tokens
+        share = min(-(-decoding // self.max_in_flight), self.config.step_tokens)
         for sequence in list(running.values()):
             if len(batch.rows) >= share:
                 break
@@ -109,7 +110,7 @@ class Continuous:
             if self._grow(sequence, running, preempted):
                 self._take(sequence, 1, running, batch)
         for sequence in list(running.values()):
-            room = self.step_tokens - len(batch.tokens)
+            room = budget - len(batch.tokens)
             if room <= 0:
                 break
             if sequence.prefill_left > 0 and sequence not in preempted:

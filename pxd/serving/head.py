@@ -45,6 +45,10 @@ log = logging.getLogger("pxd.serving.head")
 
 STEP_DEADLINE_S = 300.0
 HEARTBEAT_S = 15.0
+PACE_S = 0.25
+"""How long a step's share of prompts may hold up those who wait for their next token."""
+
+LEAST_PREFILL = 64
 OUTBOX_FRAMES = 4096
 OUTPUT_RETRIES_S = (0.1, 0.5, 2.0, 5.0)
 MAX_REQUESTS = 4096
@@ -99,6 +103,7 @@ class Head:
         self._emit = emit
         self._self_id = self_id
         self._scheduler: Scheduler | None = None
+        self._policy = Continuous(ContinuousConfig(kv_tokens=0))
         self._session = 0
         self._next_request = 0
         self._clients: dict[int, _Client] = {}
@@ -136,7 +141,8 @@ class Head:
             prefix_cache=state.prefix_cache,
             root=self.pipeline.id.encode(),
         )
-        self._scheduler = Scheduler(Continuous(config))
+        self._policy = Continuous(config)
+        self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
         log.info("pipeline %s serves: %d KV token positions", self.pipeline.id, state.kv_tokens)
@@ -216,9 +222,16 @@ class Head:
         results = self._scheduler.step_done(frame.step, frame.tokens)
         if sent is not None:
             self._timings.returned(trio.current_time(), frame.step, sent, results)
+            self._keep_pace()
         for result in results:
             self._deliver(result)
         self._wake.set()
+
+    def _keep_pace(self) -> None:
+        positions = self._timings.positions_within(PACE_S)
+        if positions is not None:
+            most = self._policy.config.step_tokens
+            self._policy.mixed_tokens = min(max(positions, LEAST_PREFILL), most)
 
     def nack(self, frame: Nack) -> None:
         if self._scheduler is None or frame.session != self._session:

@@ -84,6 +84,22 @@ def test_prefills_share_the_budget_in_turns() -> None:
     assert [[row.request for row in step.rows] for step in steps if step] == [[0], [1], [0], [1]]
 
 
+def test_prompts_take_little_of_a_step_while_somebody_waits_for_a_token() -> None:
+    scheduler = make(step_tokens=100)
+    scheduler.policy.mixed_tokens = 10  # type: ignore[attr-defined]
+    scheduler.add(request(0, range(300), 9))
+    first = scheduler.next_step()
+    assert first is not None
+    assert len(first.tokens) == 100
+    scheduler.cancel(0)
+    scheduler.step_done(first.number, [])
+    scheduler.add(request(1, [1], 9))
+    scheduler.add(request(2, range(300), 9))
+    second = scheduler.next_step()
+    assert second is not None
+    assert [row.count for row in second.rows] == [1, 9]
+
+
 def test_end_of_sequence_is_not_part_of_the_answer() -> None:
     scheduler = make()
     scheduler.add(request(3, [1, 2], 10, eos=frozenset({EOS})))

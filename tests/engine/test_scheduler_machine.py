@@ -105,7 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             step = self.scheduler.next_step()
             if step is None:
                 return
-            assert len(step.tokens) <= self.policy.step_tokens
+            assert len(step.tokens) <= self.policy.config.step_tokens
             self.flying.append((step.number, self.pipeline.run(step)))
             assert len(self.flying) <= self.policy.max_in_flight
 
