@@ -104,7 +104,7 @@ class Continuous:
         for sequence in list(running.values()):
             if len(batch.rows) >= share:
                 break
-            if sequence in preempted or not sequence.can_decode:
+            if sequence in preempted or not sequence.can_decode or not batch.accepts(sequence):
                 continue
             if self._grow(sequence, running, preempted):
                 self._take(sequence, 1, running, batch)
@@ -112,7 +112,7 @@ class Continuous:
             room = self.step_tokens - len(batch.tokens)
             if room <= 0:
                 break
-            if sequence.prefill_left > 0 and sequence not in preempted:
+            if sequence.prefill_left > 0 and sequence not in preempted and batch.accepts(sequence):
                 chunk = min(sequence.prefill_left, self.config.prefill_chunk, room)
                 self._take(sequence, chunk, running, batch)
         return preempted

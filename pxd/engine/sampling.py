@@ -1,19 +1,65 @@
 """Draws tokens from logits by counter-based random numbers.
 
-A token's random number is a function of its request's seed and its position alone. So a replay, on
-another pipeline or in another batch, draws the same token from the same logits.
+A token's random number is a function of its request's seed and its position alone, and every row is
+computed in float64 by itself. So a replay, on another pipeline or in another batch, draws the same
+token from the same logits.
+
+A row's logits are changed in this order, which is vLLM's: barred tokens, logit bias, repetition
+penalty (positive logits are divided by it, others multiplied, as in CTRL, Keskar et al. 2019, and
+Hugging Face's transformers; prompt and answer), presence and frequency penalty (subtracted, as
+OpenAI defines them; answer only). With temperature 0 the greatest is taken, the first of equals.
+Otherwise they are divided by the temperature, and of the probabilities there stay those of at least
+`min_p` times the greatest, then the `top_k` greatest with all that equal the last of them, then the
+fewest that have `top_p` of what is left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pxd.wire import Sampling
+from pxd.engine.history import TokenCounts
+from pxd.wire import LEAST_LOGPROB, History, Logprobs, Sampling
 
 Floats = NDArray[np.float64]
 Tokens = NDArray[np.int64]
+Logits = NDArray[np.floating[Any]]
+
+
+class Sampler:
+    """How one request's tokens are drawn from a vocabulary, and what was drawn so far.
+
+    Tokens beyond the vocabulary mean nothing, whatever the `sampling` says of them.
+    """
+
+    __slots__ = ("barred", "bias", "biased", "counts", "sampling")
+
+    def __init__(self, sampling: Sampling, vocabulary: int, history: History | None = None) -> None:
+        self.sampling = sampling
+        known = [(token, bias) for token, bias in sampling.logit_bias if token < vocabulary]
+        self.biased: Tokens = np.array([token for token, _ in known], np.int64)
+        self.bias: Floats = np.array([bias for _, bias in known], np.float64)
+        barred = [token for token in sampling.barred if token < vocabulary]
+        self.barred: Tokens = np.array(barred, np.int64)
+        self.counts = None if history is None else TokenCounts(history, vocabulary)
+
+    def takes_greatest(self, position: int) -> bool:
+        """Whether the token at `position` is simply that of the greatest logit."""
+        return (
+            self.sampling.temperature == 0
+            and not self.biased.size
+            and self.counts is None
+            and not self.bars(position)
+        )
+
+    def bars(self, position: int) -> bool:
+        return position < self.sampling.min_length and self.barred.size > 0
+
+    def drawn(self, token: int) -> None:
+        """The request's next token."""
+        if self.counts is not None:
+            self.counts.add(token)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -22,21 +68,100 @@ def uniform(seed: int, position: int) -> float:
     return int(bits.random_raw() >> 11) * 2.0**-53
 
 
-def sample(
-    logits: NDArray[np.floating[Any]], samplings: Sequence[Sampling], positions: Sequence[int]
-) -> Tokens:
-    """Draw one token per row of `logits` ``(rows, vocabulary)``.
+def sample(logits: Logits, samplers: Sequence[Sampler], positions: Sequence[int]) -> Tokens:
+    """Draw one token per row of `logits` ``(rows, vocabulary)``; see above for how.
 
-    Filters in the usual order: temperature, then top-k (ties with the k-th token stay), then top-p
-    on what remains. Temperature 0 takes the greatest logit, the first of equals. Logits may be
-    -inf, but neither NaN nor +inf nor all -inf in a row.
+    Logits may be -inf, but neither NaN nor +inf nor all -inf in a row. Where all but the barred
+    tokens are -inf, none is barred.
     """
+    tokens = np.asarray(np.argmax(logits, axis=-1), np.int64)
+    busy = [
+        row
+        for row, (sampler, position) in enumerate(zip(samplers, positions, strict=True))
+        if not sampler.takes_greatest(position)
+    ]
+    if busy:
+        chosen, places = [samplers[row] for row in busy], [positions[row] for row in busy]
+        scores = logits[busy].astype(np.float64)
+        _bar(
+            scores, [s.barred if s.bars(p) else _NONE for s, p in zip(chosen, places, strict=True)]
+        )
+        _add_bias(scores, chosen)
+        _penalise(scores, chosen)
+        tokens[busy] = _choose(scores, [sampler.sampling for sampler in chosen], places)
+    return tokens
+
+
+def logprobs(logits: Logits, tokens: Sequence[int], tops: Sequence[int]) -> list[Logprobs]:
+    """What each row's model thinks of its token, and of the `tops` likeliest; ties by token id.
+
+    These are of the logits as they are: before temperature, bias, penalties and filters.
+    """
+    scores = logits.astype(np.float64)
+    scores -= scores.max(axis=-1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+    own = np.maximum(np.take_along_axis(scores, np.array(tokens)[:, None], axis=-1), LEAST_LOGPROB)
+    most = min(max(tops), scores.shape[1])
+    kept = scores >= _kth(scores, most) if most else np.zeros(scores.shape, np.bool_)
+    ids, ranked = _rank(scores, kept)
+    likeliest = zip(ids.tolist(), np.maximum(ranked, LEAST_LOGPROB).tolist(), tops, strict=True)
+    return [
+        Logprobs(value, tuple(zip(best[:top], values[:top], strict=True)))
+        for value, (best, values, top) in zip(own[:, 0].tolist(), likeliest, strict=True)
+    ]
+
+
+_NONE: Tokens = np.array([], np.int64)
+
+
+def _spread(parts: Sequence[Tokens]) -> tuple[Tokens, Tokens]:
+    """Row and column of every token, row after row."""
+    rows = np.repeat(np.arange(len(parts)), [part.size for part in parts])
+    return rows, np.concatenate(parts)
+
+
+def _bar(scores: Floats, barred: Sequence[Tokens]) -> None:
+    rows, columns = _spread(barred)
+    if not rows.size:
+        return
+    before = scores[rows, columns]
+    scores[rows, columns] = -np.inf
+    lost = np.isneginf(scores.max(axis=-1))[rows]
+    scores[rows[lost], columns[lost]] = before[lost]
+
+
+def _add_bias(scores: Floats, samplers: Sequence[Sampler]) -> None:
+    rows, columns = _spread([sampler.biased for sampler in samplers])
+    if rows.size:
+        np.add.at(scores, (rows, columns), np.concatenate([sampler.bias for sampler in samplers]))
+
+
+def _penalise(scores: Floats, samplers: Sequence[Sampler]) -> None:
+    rows, columns = _spread([s.counts.tokens if s.counts else _NONE for s in samplers])
+    if not rows.size:
+        return
+    counts = np.concatenate([s.counts.counts if s.counts else _NONE for s in samplers])
+
+    def each(penalty: Callable[[Sampling], float]) -> Floats:
+        return np.array([penalty(sampler.sampling) for sampler in samplers])[rows]
+
+    values = scores[rows, columns]
+    repetition = each(lambda sampling: sampling.repetition_penalty)
+    values = np.where(values > 0, values / repetition, values * repetition)
+    values -= each(lambda sampling: sampling.presence_penalty) * (counts > 0)
+    values -= each(lambda sampling: sampling.frequency_penalty) * counts
+    scores[rows, columns] = values
+
+
+def _choose(scores: Floats, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tokens:
+    """By temperature, filters and random numbers; overwrites `scores`."""
+    tokens = np.asarray(np.argmax(scores, axis=-1), np.int64)
     temperatures = np.array([sampling.temperature for sampling in samplings])
     greedy = temperatures == 0
-    filtered = np.array([s.top_p < 1 or 0 < s.top_k < logits.shape[1] for s in samplings])
+    filtered = np.array(
+        [s.top_p < 1 or s.min_p > 0 or 0 < s.top_k < scores.shape[1] for s in samplings]
+    )
     draws = np.array([uniform(s.seed, p) for s, p in zip(samplings, positions, strict=True)])
-    tokens = np.asarray(np.argmax(logits, axis=-1), np.int64)
-    scores = logits.astype(np.float64)
     scores -= scores.max(axis=-1, keepdims=True)
     # After the maximum, so that a tiny temperature leads to -inf and never to NaN.
     with np.errstate(over="ignore"):
@@ -63,6 +188,8 @@ def _draw(weights: Floats, draws: Floats) -> Tokens:
 def _draw_filtered(scores: Floats, samplings: Sequence[Sampling], draws: Floats) -> Tokens:
     _apply_top_k(scores, samplings)
     weights = np.exp(scores)
+    # The greatest weight is 1.
+    weights[weights < np.array([sampling.min_p for sampling in samplings])[:, None]] = 0
     mass = weights.sum(axis=-1, keepdims=True)
     top_p = np.array([sampling.top_p for sampling in samplings])[:, None]
     # Of n tokens, those below (1 - top_p)/n of the mass have less than 1 - top_p of it together,
@@ -88,8 +215,14 @@ def _apply_top_k(scores: Floats, samplings: Sequence[Sampling]) -> None:
     for k in set(top_k.tolist()):
         if 0 < k < vocabulary:
             rows = np.flatnonzero(top_k == k)
-            kth = np.partition(scores[rows], vocabulary - k, axis=-1)[:, vocabulary - k]
-            scores[rows] = np.where(scores[rows] >= kth[:, None], scores[rows], -np.inf)
+            chosen = scores[rows]
+            scores[rows] = np.where(chosen >= _kth(chosen, k), chosen, -np.inf)
+
+
+def _kth(scores: Floats, k: int) -> Floats:
+    """The k-th greatest score of each row, in a column."""
+    place = scores.shape[1] - k
+    return np.partition(scores, place, axis=-1)[:, place, None]
 
 
 def _rank(scores: Floats, keep: NDArray[np.bool_]) -> tuple[Tokens, Floats]:
