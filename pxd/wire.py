@@ -239,6 +239,10 @@ class Output(msgspec.Struct, frozen=True, tag="output", kw_only=True, omit_defau
     finish: Finish | None = None
     failure: Reason | None = None
 
+    def __post_init__(self) -> None:
+        if self.logprobs and len(self.logprobs) != len(self.tokens):
+            raise ValueError("log probabilities are for all tokens or for none")
+
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", kw_only=True):
     """The ingress no longer wants a request; the head frees it on every stage."""
