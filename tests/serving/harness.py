@@ -6,7 +6,7 @@ right: a stage passes each value on plus one, and the next token depends on all 
 
 import contextlib
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -163,7 +163,7 @@ class ServingNode:
         self.gate = trio.Event()
         self.gate.set()
         self.refuse_load = ""
-        self.executor_type = ArithmeticExecutor
+        self.executor_type: Callable[[ServingNode], ArithmeticExecutor] = ArithmeticExecutor
         self.pace = 0.0
         self.changed = Signal()
         self.scope = trio.CancelScope()
