@@ -37,6 +37,17 @@ logit = st.one_of(st.integers(-12, 12).map(lambda n: n / 2), st.just(-math.inf))
 row = st.lists(logit, min_size=VOCABULARY, max_size=VOCABULARY).filter(lambda r: max(r) > -math.inf)
 
 
+def long_row(seed: int, spread: float) -> list[float]:
+    """Long enough for shortcuts on the way to the greatest."""
+    generator = np.random.default_rng(seed)
+    values = (generator.normal(size=900) * spread).astype(np.float32).round(1)
+    values[generator.random(900) < 0.1] = -np.inf
+    return values.tolist()
+
+
+long_rows = st.builds(long_row, st.integers(0, 1 << 32), st.floats(0, 8))
+
+
 class Case(NamedTuple):
     logits: list[float]
     sampling: Sampling
@@ -56,6 +67,22 @@ class Case(NamedTuple):
 cases = st.builds(
     Case, row, samplings, st.lists(tokens, max_size=20), st.lists(tokens, max_size=20)
 )
+long_cases = st.builds(
+    Case,
+    long_rows,
+    st.one_of(
+        samplings,
+        st.builds(
+            Sampling,
+            temperature=st.floats(0.05, 2),
+            top_p=st.floats(0, 1),
+            top_k=st.integers(0, 20),
+            seed=st.integers(0, 99),
+        ),
+    ),
+    st.lists(st.integers(0, 950), max_size=9),
+    st.lists(st.integers(0, 950), max_size=9),
+)
 
 
 def adjusted(case: Case) -> list[float]:
@@ -67,12 +94,12 @@ def adjusted(case: Case) -> list[float]:
     for token, bias in sampling.logit_bias:
         if token < len(scores):
             scores[token] += bias
-    counts = Counter(case.answer)
+    counts, seen = Counter(case.answer), {*case.prompt, *case.answer}
     for token in range(len(scores)):
-        if token in case.prompt or token in case.answer:
+        if token in seen:
             factor = sampling.repetition_penalty
             scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
-        if token in case.answer:
+        if counts[token]:
             scores[token] -= sampling.presence_penalty
         scores[token] -= sampling.frequency_penalty * counts[token]
     return scores
@@ -115,13 +142,15 @@ def draw(*drawn: Case) -> list[int]:
 
 
 @settings(deadline=None, max_examples=400)
-@given(cases)
+@given(st.one_of(cases, long_cases))
 def test_equals_the_definition(case: Case) -> None:
     assert draw(case) == [naive(case)]
 
 
 @settings(deadline=None)
-@given(st.lists(cases, min_size=1, max_size=6))
+@given(
+    st.one_of(st.lists(cases, min_size=1, max_size=6), st.lists(long_cases, min_size=1, max_size=6))
+)
 def test_a_row_draws_the_same_alone_and_in_any_batch(batch: list[Case]) -> None:
     assert draw(*batch) == [token for case in batch for token in draw(case)]
 
