@@ -6,8 +6,10 @@ Only the model is none: it draws the tokens of a script.
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import trio
 
 from pxd.api.app import create_app
 from pxd.api.server import serve
+from pxd.executors.protocol import ExecutorDied
 from pxd.models.chat import ChatTokenizer
 from pxd.wire import Buffer, Logprobs, Nack, Opening, Sampled, Step
 from tests.api.fakes import FakeDaemon
@@ -37,33 +40,47 @@ class DemoModels(FakeModels):
         return demo()
 
 
+@dataclass
+class Script:
+    """What the model draws, and what it heard; its process dies once, before token `dies_at`."""
+
+    tokens: list[int]
+    dies_at: int = -1
+    prompt: int = 0
+    openings: list[Opening] = field(default_factory=list)
+
+
 class ScriptedExecutor(ArithmeticExecutor):
     """Draws the tokens of a script, and then the end. Log probabilities tell the place."""
 
-    def __init__(self, script: list[int], openings: list[Opening], node: ServingNode) -> None:
+    def __init__(self, script: Script, node: ServingNode) -> None:
         super().__init__(node)
-        self.script, self.openings = script, openings
-        self.prompt = 0
+        self.script = script
 
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         result = await super().step(step, body)
         assert isinstance(result, Sampled)
-        self.openings += step.openings
+        script = self.script
+        script.openings += step.openings
         tokens = []
         for item in result.tokens:
-            self.prompt = self.prompt or item.position
-            place = item.position - self.prompt
-            token = self.script[place] if place < len(self.script) else demo().eos[0]
+            script.prompt = script.prompt or item.position
+            place = item.position - script.prompt
+            if place == script.dies_at:
+                script.dies_at = -1
+                self.die("killed by signal 9")
+                raise ExecutorDied("killed by signal 9")
+            token = script.tokens[place] if place < len(script.tokens) else demo().eos[0]
             scores = Logprobs(-place / 8, ((token, -place / 8), (demo().eos[0], -9.0)))
             tokens.append(msgspec.structs.replace(item, token=token, logprobs=scores))
         return msgspec.structs.replace(result, tokens=tuple(tokens))
 
 
 class Client:
-    """Asks one node over HTTP; `openings` are what the last stage heard of the requests."""
+    """Asks one node over HTTP."""
 
-    def __init__(self, http: httpx.AsyncClient, openings: list[Opening]) -> None:
-        self._http, self.openings = http, openings
+    def __init__(self, http: httpx.AsyncClient, script: Script) -> None:
+        self._http, self.script = http, script
 
     async def ask(self, *, stream: bool = False, **fields: Any) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": "go"}], "stream": stream, **fields}
@@ -101,13 +118,12 @@ class Answer(msgspec.Struct):
 
 
 @contextlib.asynccontextmanager
-async def serving(script: str | list[int]) -> AsyncIterator[Client]:
+async def serving(text: str, *, dies_at: int = -1) -> AsyncIterator[Client]:
     """A model that answers everything with this text."""
-    tokens = demo()._tokenizer.encode(script) if isinstance(script, str) else script
+    script = Script(encode(text), dies_at)
     cluster = ServingCluster("a")
     node = cluster.nodes["a"]
-    openings: list[Opening] = []
-    node.executor_type = partial(ScriptedExecutor, tokens, openings)
+    node.executor_type = partial(ScriptedExecutor, script)
     node.ingress.models = DemoModels()  # type: ignore[assignment]
     daemon = FakeDaemon()
     daemon.ingress = node.ingress  # type: ignore[assignment]
@@ -117,18 +133,19 @@ async def serving(script: str | list[int]) -> AsyncIterator[Client]:
             partial(serve, create_app(daemon), "127.0.0.1", 0, shutdown=daemon.shutdown, grace=0.0)
         )
         async with httpx.AsyncClient(base_url=url, timeout=20) as http:
-            yield Client(http, openings)
+            yield Client(http, script)
         nursery.cancel_scope.cancel()
 
 
-def tokens_of(text: str) -> int:
-    return len(demo()._tokenizer.encode(text))
+def encode(text: str) -> list[int]:
+    tokens: list[int] = demo()._tokenizer.encode(text)
+    return tokens
 
 
 @BOTH
 async def test_characters_of_several_tokens_come_whole(stream: bool) -> None:
     text = "a🙂b👩‍👩‍👧é 東京🙂"
-    assert tokens_of("🙂") == 4, "the demo's tokenizer has a token for each of its bytes"
+    assert len(encode("🙂")) == 4, "the demo's tokenizer has a token for each of its bytes"
     async with serving(text) as client:
         answer = await client.answer(stream=stream)
     assert (answer.text, answer.finish) == (text, "stop")
@@ -143,7 +160,7 @@ async def test_a_character_cut_off_by_max_tokens_shows_as_one_that_could_not_be_
 ) -> None:
     """Which is what decoding these tokens gives."""
     async with serving("ab🙂") as client:
-        answer = await client.answer(stream=stream, max_tokens=tokens_of("ab") + 2)
+        answer = await client.answer(stream=stream, max_tokens=len(encode("ab")) + 2)
     assert (answer.text, answer.finish) == ("ab\N{REPLACEMENT CHARACTER}", "length")
 
 
@@ -162,7 +179,7 @@ async def test_a_character_cut_off_by_max_tokens_shows_as_one_that_could_not_be_
 async def test_nothing_of_a_stop_string_is_sent(
     text: str, stop: str, seen: str, stream: bool
 ) -> None:
-    assert tokens_of(stop) > 1 or text == "one two"
+    assert len(encode(stop)) > 1 or text == "one two"
     async with serving(text) as client:
         answer = await client.answer(stream=stream, stop=[stop, "never"], logprobs=True)
     assert (answer.text, answer.finish) == (seen, "stop")
@@ -201,10 +218,25 @@ async def test_without_logprobs_there_are_none(stream: bool) -> None:
 
 
 async def test_stop_tokens_end_the_answer() -> None:
-    tokens = demo()._tokenizer.encode("one two x")
-    async with serving(tokens) as client:
-        answer = await client.answer(stream=False, stop_token_ids=[tokens[-1]])
-    assert (answer.text, answer.finish) == (demo()._tokenizer.decode(tokens[:-1]), "stop")
+    async with serving("one two x") as client:
+        answer = await client.answer(stream=False, stop_token_ids=[encode("x")[0]])
+    assert (answer.text, answer.finish) == ("one two ", "stop")
+
+
+@BOTH
+async def test_an_answer_that_goes_on_elsewhere_says_what_it_has_already(stream: bool) -> None:
+    """And neither text nor log probabilities come twice or get lost."""
+    text = "aab🙂🙂"
+    async with serving(text, dies_at=6) as client:
+        answer = await client.answer(stream=stream, logprobs=True, repetition_penalty=1.5)
+    assert (answer.text, answer.finish) == (text, "stop")
+    assert answer.logprobs is not None
+    assert bytes(b for e in answer.logprobs["content"] for b in e["bytes"]) == text.encode()
+    first, again = client.script.openings
+    assert first.history is not None
+    assert again.history is not None
+    assert (first.history.answer, again.history.prompt) == ((), first.history.prompt)
+    assert list(accumulate(again.history.answer)) == sorted(encode(text)[:6])
 
 
 async def test_every_parameter_reaches_the_last_stage() -> None:
@@ -227,7 +259,7 @@ async def test_every_parameter_reaches_the_last_stage() -> None:
             min_tokens=2,
             stop_token_ids=[7],
         )
-    [opening] = client.openings
+    [opening] = client.script.openings
     prompt = response.json()["usage"]["prompt_tokens"]
     assert msgspec.structs.asdict(opening.sampling) == {
         **fields,
@@ -258,4 +290,4 @@ async def test_what_cannot_be_is_refused(fields: dict[str, Any], param: str, mes
     error = response.json()["error"]
     assert error["param"] == param
     assert message in error["message"]
-    assert client.openings == []
+    assert client.script.openings == []
