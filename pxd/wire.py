@@ -39,8 +39,6 @@ class Limits(msgspec.Struct, frozen=True):
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-MAX_HISTORY = 1 << 19
-"""Tokens of a request with penalties: what its `History` takes stays within a header's limit."""
 Name = Annotated[str, msgspec.Meta(max_length=512)]
 Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Reason = Annotated[str, msgspec.Meta(max_length=2000)]
@@ -61,7 +59,7 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 LogitBias = tuple[TokenId, Annotated[float, msgspec.Meta(ge=-100, le=100)]]
-OpenAIPenalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 MAX_LOGPROBS = 20
 LEAST_LOGPROB = -9999.0
 MAX_BIASES = 1024
@@ -85,12 +83,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     seed: Seed = 0
     repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100)] = 1.0
-    presence_penalty: OpenAIPenalty = 0.0
-    frequency_penalty: OpenAIPenalty = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
     logit_bias: Annotated[tuple[LogitBias, ...], msgspec.Meta(max_length=MAX_BIASES)] = ()
     min_length: Count = 0
     barred: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_ENDS)] = ()
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+MAX_HISTORY = 1 << 19
+"""Tokens of a request with penalties: what its `History` takes stays within a header's limit."""
 
 
 class History(msgspec.Struct, frozen=True, omit_defaults=True):

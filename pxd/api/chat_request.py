@@ -124,7 +124,8 @@ def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
     """msgspec's message, with the place it names as the error's `param`."""
     text = str(error)
     place = _PLACE.search(text)
-    path = place["path"] if place else ""
+    # An entry of a map has no name of its own there.
+    path = place["path"].removesuffix("[...]") if place else ""
     text = _PLACE.sub("", text)
     if missing := _MISSING.search(text):
         path = f"{path}.{missing['field']}" if path else missing["field"]
