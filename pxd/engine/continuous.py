@@ -105,7 +105,7 @@ class Continuous:
         for sequence in list(running.values()):
             if len(batch.rows) >= share:
                 break
-            if sequence in preempted or not sequence.can_decode:
+            if sequence in preempted or not sequence.can_decode or not batch.accepts(sequence):
                 continue
             if self._grow(sequence, running, preempted):
                 self._take(sequence, 1, running, batch)
@@ -113,7 +113,7 @@ class Continuous:
             room = budget - len(batch.tokens)
             if room <= 0:
                 break
-            if sequence.prefill_left > 0 and sequence not in preempted:
+            if sequence.prefill_left > 0 and sequence not in preempted and batch.accepts(sequence):
                 chunk = min(sequence.prefill_left, self.config.prefill_chunk, room)
                 self._take(sequence, chunk, running, batch)
         return preempted

@@ -6,21 +6,23 @@ from collections.abc import Sequence as Items
 import msgspec
 
 from pxd.engine.hashing import BlockHashes
-from pxd.wire import Finish, Sampling
+from pxd.engine.history import history_of
+from pxd.wire import Finish, History, Logprobs, Sampling
 
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as it is handed to the scheduler. `number` is never used again.
 
-    `tokens` is the prompt, with what an earlier try has generated behind it; `max_new` more may
-    follow. A greater `priority` goes first; requests of one `source` share what other sources
-    leave. `deadline` is on the clock of `Scheduler.expire`.
+    `tokens` is the prompt, with what an earlier try has generated behind it; that are the last
+    `generated`, and `max_new` more may follow. A greater `priority` goes first; requests of one
+    `source` share what other sources leave. `deadline` is on the clock of `Scheduler.expire`.
     """
 
     number: int
     tokens: Items[int]
     max_new: int
     sampling: Sampling
+    generated: int = 0
     eos: frozenset[int] = frozenset()
     priority: int = 0
     source: str = ""
@@ -28,11 +30,15 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Generated(msgspec.Struct, frozen=True):
-    """One step's result for a request. An end-of-sequence token is not among `tokens`."""
+    """One step's result for a request. An end-of-sequence token is not among `tokens`.
+
+    `logprobs` are those of `tokens`, where the request asked for them.
+    """
 
     request: int
     tokens: tuple[int, ...]
     finish: Finish | None
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 class Sequence:
@@ -41,7 +47,7 @@ class Sequence:
     Of its positions `sent` are on their way through the pipeline or done, and `done` have been
     through every stage. `awaiting` says that a step in flight will draw its next token. `blocks` is
     its block table, of which stages know the first `granted`. `pinned` are blocks of others that
-    its opening copies from.
+    its opening copies from. The first `prompt` of `tokens` are not answer.
     """
 
     __slots__ = (
@@ -60,6 +66,7 @@ class Sequence:
         "pinned",
         "preemptions",
         "priority",
+        "prompt",
         "registered",
         "sampling",
         "sent",
@@ -70,6 +77,7 @@ class Sequence:
     def __init__(self, request: NewRequest, hashes: BlockHashes) -> None:
         self.number = request.number
         self.tokens = list(request.tokens)
+        self.prompt = max(len(self.tokens) - request.generated, 0)
         self.limit = len(self.tokens) + request.max_new
         self.sampling = request.sampling
         self.eos = request.eos
@@ -89,6 +97,10 @@ class Sequence:
         self.hits: tuple[int, ...] = ()
         self.pinned: list[int] = []
         self.granted = self.registered = 0
+
+    def history(self) -> History | None:
+        """What the last stage needs to go on from here; None where it needs nothing."""
+        return history_of(self.sampling, self.tokens, self.prompt)
 
     @property
     def prefill_left(self) -> int:

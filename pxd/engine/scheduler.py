@@ -26,6 +26,11 @@ __all__ = [
 ]
 
 
+MAX_OPENING_COST = 1 << 17
+"""Bytes in a step's openings beyond which no further one is added. The largest `History` on top
+still leaves room in a header."""
+
+
 class NeverFits(Exception):
     """The request needs more than the pipeline has, even when it is alone."""
 
@@ -49,13 +54,25 @@ class Batch:
         self.tokens: list[int] = []
         self.openings: list[Opening] = []
         self.grants: list[Grant] = []
+        self._opening_cost = 0
+
+    def accepts(self, sequence: Sequence) -> bool:
+        """Whether there is room in the step's header, if the sequence must be opened first."""
+        return sequence.opened or self._opening_cost < MAX_OPENING_COST
 
     def take(self, sequence: Sequence, count: int, *, sample: bool) -> None:
         """Run the next `count` positions of a sequence; with `sample` draw what follows them."""
         if not sequence.opened:
             sequence.opened = True
-            opening = Opening(sequence.number, sequence.sampling, sequence.sent, sequence.hits)
+            opening = Opening(
+                sequence.number,
+                sequence.sampling,
+                sequence.sent,
+                sequence.hits,
+                sequence.history(),
+            )
             self.openings.append(opening)
+            self._opening_cost += _opening_cost(opening)
         if sequence.granted < len(sequence.blocks):
             blocks = tuple(sequence.blocks[sequence.granted :])
             self.grants.append(Grant(sequence.number, blocks))
@@ -64,6 +81,13 @@ class Batch:
         self.tokens += sequence.tokens[sequence.sent : sequence.sent + count]
         sequence.sent += count
         sequence.awaiting = sample
+
+
+def _opening_cost(opening: Opening) -> int:
+    """Bytes that it may take, beside what every opening takes. Distances are mostly of one byte."""
+    sampling, history = opening.sampling, opening.history
+    numbers = 5 * (len(opening.hits) + len(sampling.barred)) + 15 * len(sampling.logit_bias)
+    return numbers + (len(history.prompt) + len(history.answer) if history else 0)
 
 
 class Policy(Protocol):
@@ -201,7 +225,7 @@ class Scheduler:
             if sequence is None or not sequence.awaiting or item.position != len(sequence.tokens):
                 continue
             sequence.awaiting = False
-            results.append(self._append(sequence, item.token))
+            results.append(self._append(sequence, item))
         return results
 
     def step_failed(self, number: int, also: Iterable[int] = ()) -> list[int]:
@@ -255,15 +279,17 @@ class Scheduler:
             tuple(batch.grants),
         )
 
-    def _append(self, sequence: Sequence, token: int) -> Generated:
+    def _append(self, sequence: Sequence, drawn: SampledToken) -> Generated:
+        token = drawn.token
+        logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
         if token in sequence.eos:
             self._end(sequence)
             return Generated(sequence.number, (), "stop")
         sequence.tokens.append(token)
         if len(sequence.tokens) >= sequence.limit:
             self._end(sequence)
-            return Generated(sequence.number, (token,), "length")
-        return Generated(sequence.number, (token,), None)
+            return Generated(sequence.number, (token,), "length", logprobs)
+        return Generated(sequence.number, (token,), None, logprobs)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Its blocks are gone already; what it has generated is part of its prompt from now on."""

@@ -5,11 +5,11 @@ asynchronous, and owns that process (`process.py`). Between them run the frames 
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pxd.wire import Buffer, Nack, Reason, Sampled, Step, Tensor
+from pxd.wire import Buffer, Logprobs, Nack, Reason, Sampled, Step, Tensor
 
 
 class ExecutorError(Exception):
@@ -81,8 +81,16 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     unsupported: Reason = ""
 
 
+class Scored(NamedTuple):
+    """A token id with the log probabilities that its request asked for."""
+
+    token: int
+    logprobs: Logprobs
+
+
 Progress = Callable[[float], None]
-StepOutput = tuple[Tensor, Buffer] | tuple[int, ...]
+Drawn = int | Scored
+StepOutput = tuple[Tensor, Buffer] | tuple[Drawn, ...]
 """Hidden states, or on a last stage one token id per row with `sample`, in row order."""
 
 

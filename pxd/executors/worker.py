@@ -35,16 +35,18 @@ from pxd.executors.messages import (
     Reply,
     command_decoder,
 )
-from pxd.executors.protocol import Engine, ExecutorError, StepRejected
+from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
 from pxd.wire import (
     PREFIX_SIZE,
     Buffer,
     Limits,
+    Logprobs,
     Nack,
     NackCode,
     Sampled,
     SampledToken,
     Step,
+    Tensor,
     WireError,
     decode_header,
     decode_prefix,
@@ -101,16 +103,20 @@ def run_step(engine: Engine, step: Step, body: Buffer) -> tuple[Sampled | Nack |
             requests=error.requests,
         )
         return nack, b""
-    if len(output) == 2 and not isinstance(output[0], int):
+    if len(output) == 2 and isinstance(output[0], Tensor):
         tensor, hidden = output
         return msgspec.structs.replace(step, tensor=tensor), hidden
     drawn = [row for row in step.rows if row.sample]
     tokens = tuple(
-        SampledToken(row.request, row.position + row.count, token)
+        SampledToken(row.request, row.position + row.count, *_parts(token))
         for row, token in zip(drawn, output, strict=True)
     )
     sampled = Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=tokens)
     return sampled, b""
+
+
+def _parts(drawn: Drawn) -> tuple[int, Logprobs | None]:
+    return drawn if isinstance(drawn, Scored) else (drawn, None)
 
 
 class Worker:

@@ -16,6 +16,7 @@ import trio
 
 from pxd.cluster.plans import PipelinePlan, Plan
 from pxd.engine.continuous import Continuous, ContinuousConfig
+from pxd.engine.history import has_penalties
 from pxd.engine.scheduler import (
     Generated,
     NeverFits,
@@ -28,6 +29,8 @@ from pxd.p2p.network import CallFailed, Method, Network, NetworkError
 from pxd.serving.readiness import Members, Readiness, readiness
 from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
+    MAX_ENDS,
+    MAX_HISTORY,
     Buffer,
     Cancel,
     Count,
@@ -65,7 +68,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     generated: Count
     max_new: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     sampling: Sampling
-    eos: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=256)]
+    eos: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_ENDS)]
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -168,12 +171,19 @@ class Head:
             raise CallFailed("duplicate", "the head already has a request of this name")
         if len(self._clients) >= MAX_REQUESTS:
             raise CallFailed("overloaded", f"this pipeline holds {MAX_REQUESTS} requests already")
+        longest = len(submission.tokens) + submission.max_new
+        if has_penalties(submission.sampling) and longest > MAX_HISTORY:
+            raise CallFailed(
+                "never-fits",
+                f"with penalties, prompt and answer may take {MAX_HISTORY} tokens, not {longest}",
+            )
         number = self._next_request
         request = NewRequest(
             number=number,
             tokens=submission.tokens,
             max_new=submission.max_new,
             sampling=submission.sampling,
+            generated=submission.generated,
             eos=frozenset(submission.eos),
             source=peer,
         )
@@ -255,6 +265,7 @@ class Head:
                 request=client.request,
                 index=client.index,
                 tokens=result.tokens,
+                logprobs=result.logprobs,
                 finish=result.finish,
             ),
         )

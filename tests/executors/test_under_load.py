@@ -75,7 +75,13 @@ def make_requests(rng: random.Random) -> list[NewRequest]:
     for number in range(REQUESTS):
         shared = rng.choice(families)[: rng.choice([0, 64, 100, 128, 200])]
         own = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 80))]
-        sampling = Sampling(temperature=rng.choice([0.0, 0.8]), top_p=0.95, seed=number)
+        sampling = Sampling(
+            temperature=rng.choice([0.0, 0.8]),
+            top_p=0.95,
+            seed=number,
+            repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+        )
         requests.append(
             NewRequest(
                 number=number, tokens=shared + own, max_new=rng.randint(1, 24), sampling=sampling

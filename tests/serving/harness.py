@@ -6,7 +6,7 @@ right: a stage passes each value on plus one, and the next token depends on all 
 
 import contextlib
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -50,6 +50,8 @@ class FakeTokenizer:
     eos = (EOS,)
     temperature = 0.0
     top_p = 1.0
+    top_k = 0
+    min_p = 0.0
 
     def encode_chat(self, messages: tuple[Message, ...]) -> list[int]:
         return [ord(c) % 90 for message in messages for c in message.content]
@@ -62,6 +64,12 @@ class FakeTokenizer:
 
     def finish(self) -> str:
         return ""
+
+    def knows(self, token: int) -> bool:
+        return token < VOCABULARY
+
+    def piece(self, token: int) -> bytes:
+        return self.add([token]).encode()
 
 
 class FakeModels:
@@ -155,6 +163,7 @@ class ServingNode:
         self.gate = trio.Event()
         self.gate.set()
         self.refuse_load = ""
+        self.executor_type: Callable[[ServingNode], ArithmeticExecutor] = ArithmeticExecutor
         self.pace = 0.0
         self.changed = Signal()
         self.scope = trio.CancelScope()
@@ -175,7 +184,7 @@ class ServingNode:
 
     @contextlib.asynccontextmanager
     async def open_executor(self) -> AsyncIterator[ArithmeticExecutor]:
-        executor = ArithmeticExecutor(self)
+        executor = self.executor_type(self)
         self.executors.append(executor)
         yield executor
 

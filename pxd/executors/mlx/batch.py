@@ -8,21 +8,21 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
+from pxd.engine.sampling import Sampler
 from pxd.executors.mlx.stage import Caches
-from pxd.wire import Sampling
 
 
 class Request:
-    """One request on this stage: `length` positions are in its caches.
+    """One request on this stage: `length` positions are in its caches. Only the last stage draws.
 
     The caches are its own, or while it is in a batch one row of the batch's.
     """
 
-    __slots__ = ("batch", "caches", "length", "number", "sampling")
+    __slots__ = ("batch", "caches", "length", "number", "sampler")
 
-    def __init__(self, number: int, sampling: Sampling, caches: Caches) -> None:
+    def __init__(self, number: int, sampler: Sampler | None, caches: Caches) -> None:
         self.number = number
-        self.sampling = sampling
+        self.sampler = sampler
         self.length = 0
         self.caches: Caches | None = caches
         self.batch: Batch | None = None

@@ -14,6 +14,7 @@ import mlx.core as mx
 import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from pxd.engine.sampling import Sampler
 from pxd.executors.mlx.batch import Request, batch_of, drop, own_caches
 from pxd.executors.mlx.decode import draw_tokens
 from pxd.executors.mlx.loader import load_stage
@@ -23,6 +24,7 @@ from pxd.executors.mlx.stage import Stage
 from pxd.executors.mlx.tensors import from_wire, to_wire
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches
 from pxd.executors.protocol import (
+    Drawn,
     ExecutorError,
     LoadSpec,
     MemoryReport,
@@ -153,7 +155,10 @@ class MlxEngine:
             caches, length = stage.make_caches(), 0
             if self._prefixes is not None:
                 caches, length = self._prefixes.open(opening, caches), opening.cached
-            request = Request(opening.request, opening.sampling, caches)
+            sampler = (
+                Sampler(opening.sampling, stage.vocabulary, opening.history) if stage.last else None
+            )
+            request = Request(opening.request, sampler, caches)
             request.length = length
             self._requests[opening.request] = request
         if self._prefixes is not None:
@@ -202,7 +207,7 @@ class MlxEngine:
         outputs: list[tuple[_Part, mx.array]] = []
         for part in prefills:
             outputs.append((part, self._prefill(stage, part, inputs)))
-        tokens: dict[int, int] = {}
+        tokens: dict[int, Drawn] = {}
         for group in self._groups(decodes):
             rows = mx.array([part.begin for part in group])
             decoded = self._decode(stage, group, inputs[rows][:, None])
@@ -252,7 +257,7 @@ class MlxEngine:
         part.request.length += part.end - part.begin
         return output[0]
 
-    def _decode(self, stage: Stage, group: list[_Part], inputs: mx.array) -> mx.array | list[int]:
+    def _decode(self, stage: Stage, group: list[_Part], inputs: mx.array) -> mx.array | list[Drawn]:
         """Hidden states ``(rows, 1, hidden)``, or on the last stage tokens, in group order."""
         requests = [part.request for part in group]
         order = list(range(len(group)))
