@@ -4,6 +4,7 @@ import base64
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import secrets
 import tempfile
@@ -16,11 +17,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from pxd.wire import DECODE_ERRORS, Count
 
+log = logging.getLogger("pxd.identity")
+
 KEY_BYTES = 32
 TICKET_PREFIX = "pxd1"
 CLUSTER_BYTES = 8
-MAX_GENERATION_STEP = 1024
-"""By how much one message may raise the generation, so that nobody can use the numbers up."""
 
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 ClusterId = Annotated[bytes, msgspec.Meta(max_length=CLUSTER_BYTES)]
@@ -120,8 +121,7 @@ class Keyring(msgspec.Struct, frozen=True, kw_only=True):
 
     def accepts(self, other: "Keyring") -> bool:
         """Whether `other`, as another member holds it, is to replace this one."""
-        is_near = other.generation <= self.generation + MAX_GENERATION_STEP
-        return is_near and other.order > self.order
+        return other.order > self.order
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +133,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file atomically, mode 0600, durable before it takes its name."""
+    """Replace a file atomically, mode 0600; durable when this returns, where directories can be
+    synchronised."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -141,10 +142,21 @@ def write_private(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some network file systems cannot, and by now the file has its name.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_key(path: Path) -> bytes | None:
@@ -213,11 +225,12 @@ def node_key_pem(seed: bytes) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def read_keyring(path: Path, ticket: Ticket | None) -> Keyring:
+def read_keyring(path: Path, ticket: Ticket | None, *, alone: bool = False) -> Keyring:
     """The keys of the cluster: the ticket's, else the remembered ones, else a new one's.
 
     A ticket with a later key of the cluster that this node knows replaces the remembered key, one
-    with an earlier key does not. Raises `IdentityError` when it belongs to another cluster.
+    with an earlier key does not. Raises `IdentityError` when it belongs to another cluster, unless
+    it has always been `alone` in that one.
     """
     known = _known_keyring(path)
     if ticket is None:
@@ -228,6 +241,17 @@ def read_keyring(path: Path, ticket: Ticket | None) -> Keyring:
         ring = known
     elif ticket.cluster and ticket.cluster == known.cluster:
         ring = _keyring_of(ticket) if ticket.generation >= known.generation else known
+        if ring is known:
+            log.warning(
+                "the ticket has an earlier key of this cluster (number %d) than this node (number "
+                "%d) and does not replace it; if the other members go on with the earlier one, "
+                "stop this node, delete %s and start it with the ticket again",
+                ticket.generation + 1,
+                known.generation + 1,
+                path,
+            )
+    elif alone:
+        ring = _keyring_of(ticket)
     else:
         raise IdentityError(
             f"this node already belongs to another cluster (its key is {path}); "
@@ -262,7 +286,7 @@ def _known_keyring(path: Path) -> Keyring | None:
         return Keyring.first(data)
     try:
         return msgspec.json.decode(data, type=Keyring)
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise _damaged(path, str(error)) from error
 
 

@@ -5,7 +5,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
@@ -14,49 +13,51 @@ import msgspec
 import trio
 
 import pxd
-from pxd import hardware, identity
+from pxd import identity
 from pxd.api.app import create_app
 from pxd.api.server import serve as serve_http
-from pxd.cluster.bans import BanTable
 from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
+from pxd.cluster.stamps import ceiling
 from pxd.doctor.doctor import Doctor
 from pxd.doctor.findings import Report
-from pxd.executors import describe_model, measure_device, open_executor
-from pxd.executors.protocol import ExecutorDied, ExecutorError
+from pxd.executors import describe_model, open_executor
 from pxd.notify import notify
+from pxd.p2p.addresses import for_tickets
+from pxd.p2p.bandwidth import Meter
 from pxd.p2p.gossip import Gossip, GossipEvent
 from pxd.p2p.libp2p_network import Libp2pNetwork
+from pxd.p2p.listening import endpoint
 from pxd.p2p.signatures import NodeSigner
 from pxd.planning.model import NodeOffer
+from pxd.selfhood import Identity, identify, measured_device, memory_offer
+from pxd.selfhood import StartupError as StartupError
 from pxd.serving.audit import Audit
 from pxd.serving.choice import choose, latest_choice
-from pxd.serving.door import Door, read_bans
+from pxd.serving.door import Door
 from pxd.serving.head import HeadHost
 from pxd.serving.held import Held
+from pxd.serving.hints import hints
 from pxd.serving.ingress import ChatIngress
 from pxd.serving.models import ModelSource
 from pxd.serving.planner import Office, Planner
 from pxd.serving.plansync import PlanSync
+from pxd.serving.report import LoadReport
 from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
 from pxd.serving.status import ClusterStatus
-from pxd.serving.timings import partners, rtts_to_publish
-from pxd.serving.view import Planning, model_views, node_view, planning
-from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings, parse_endpoint
-from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, Step
+from pxd.serving.survey import Survey
+from pxd.serving.timings import partners
+from pxd.serving.view import Planning, model_views, node_views, planning, turned_away
+from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings
+from pxd.wire import Buffer, Cancel, Filler, Frame, Nack, Output, Sampled, Step
 
 log = logging.getLogger("pxd.node")
 
 LEAVE_DEADLINE_S = 1.5
-LOAD_EVERY_S = 1.0
 ADDRESSES_EVERY_S = 15.0
 MAX_ADDRESSES = 16
-
-
-class StartupError(Exception):
-    """The daemon cannot start; the message says what to do."""
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -66,16 +67,6 @@ class Started(msgspec.Struct, frozen=True):
     http: str
     ticket: str
     peer_id: str
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What makes this node itself across restarts."""
-
-    node_seed: bytes
-    ring: identity.Keyring
-    bans: BanTable
-    state: identity.State
-    join: tuple[str, ...]
 
 
 class Node:
@@ -90,16 +81,18 @@ class Node:
         self._stop = trio.Event()
         self._http_done = trio.Event()
         self._model_asked = settings.model
+        self._expects_peers = bool(settings.join) or settings.files.peers.exists()
         self._lives: dict[str, float] = {}
         self._saving = trio.Lock()
         self.changed = Signal()
         self.network = Libp2pNetwork(
             node_seed=who.node_seed,
             cluster_key=who.ring.key,
-            listen=_endpoint(settings.listen, DEFAULT_LISTEN),
+            listen=endpoint(settings.listen, DEFAULT_LISTEN),
             mdns=settings.mdns,
             peers_file=settings.files.peers,
             join=who.join,
+            relay=settings.relay,
         )
         self.gossip = Gossip(
             self.network,
@@ -107,7 +100,7 @@ class Node:
             signer=NodeSigner(who.node_seed),
             term=who.state.term,
             seed=secrets.randbits(32),
-            expects_peers=bool(who.join) or settings.files.peers.exists(),
+            expects_peers=self._expects_peers,
             persist=self._persist,
         )
         self.gossip.on_event(self._on_event)
@@ -115,7 +108,7 @@ class Node:
         self.door = Door(
             self.network, self._members, settings.files, who.ring, who.bans, self._on_door
         )
-        self.plans = PlanSync(self.network, self._members, self._on_plan)
+        self.plans = PlanSync(self.network, self._members, self._on_plan, lambda: self.gossip.leads)
         self.stages = StageHost(
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
@@ -136,10 +129,21 @@ class Node:
             lambda: [stage.model for stage in self.gossip.record.stages if stage.state == "ready"],
             lambda models: self.gossip.update(models=models),
         )
+        self._survey = Survey(
+            self.network.peer_id,
+            self._members,
+            self.network.host_of,
+            self._partners,
+            self._occupied,
+            partial(Meter, self.network),
+        )
+        self._report = LoadReport(
+            self.gossip, self.heads, self.stages, self._survey, self._partners
+        )
         self._doctor = Doctor(
             self.network, self._members, self.status, lambda: [self._choice().name], settings
         )
-        self.network.on_frame(self._on_frame)
+        self.network.on_frame(self._on_frame, self.stages.expects)
         self.network.on_peer(self._on_peer)
 
     def _first_record(self, device: Device) -> NodeRecord:
@@ -150,11 +154,12 @@ class Node:
             incarnation=state.incarnation,
             pxd=pxd.__version__,
             device=device,
-            memory=_offer(settings, device),
+            memory=memory_offer(settings, device),
             max_layers=settings.max_layers,
             priority=settings.priority,
             term=state.term,
             choice=ModelChoice(*state.choice) if state.choice else None,
+            relay=settings.relay,
             started=time.time(),
         )
 
@@ -167,7 +172,7 @@ class Node:
         async with trio.open_nursery() as nursery:
             try:
                 await nursery.start(self.network.run)
-                http = _endpoint(self.settings.http, DEFAULT_HTTP)
+                http = endpoint(self.settings.http, DEFAULT_HTTP)
                 server = partial(serve_http, create_app(self), *http, shutdown=self._stop)
                 self._http_url = await nursery.start(self._serve_http, server)
             except OSError as error:
@@ -182,7 +187,8 @@ class Node:
             nursery.start_soon(self._follow_addresses)
             nursery.start_soon(self.planner.run, self.changed)
             nursery.start_soon(self._audit.run)
-            nursery.start_soon(self._report_load)
+            nursery.start_soon(self._survey.run)
+            nursery.start_soon(self._report.run)
             nursery.start_soon(self._remember_choice)
             nursery.start_soon(self._held.run, self.changed)
             with self._announced():
@@ -225,35 +231,40 @@ class Node:
         return self._ingress
 
     def ticket(self) -> str:
-        ring = self.door.ring
-        return str(
-            identity.Ticket(ring.key, self.network.addresses(), ring.cluster, ring.generation)
-        )
+        ring, network = self.door.ring, self.network
+        addresses = (*for_tickets(network.addresses()), *network.circuit_addresses())
+        return str(identity.Ticket(ring.key, addresses, ring.cluster, ring.generation))
 
     def status(self) -> ClusterStatus:
         peers = self.network.peers()
-        now = trio.current_time()
+        now, uptime = trio.current_time(), time.monotonic() - self._began
         epoch = self.plans.plan.epoch if self.plans.plan else None
-        nodes = [
-            node_view(
-                member.record,
-                state=member.state,
-                since=now - member.since,
-                rtt=member.rtt,
-                connected=peer in peers or peer == self.network.peer_id,
-            )
-            for peer, member in self.gossip.members.items()
-        ]
+        nodes = node_views(
+            self.gossip.members,
+            now,
+            own_id=self.network.peer_id,
+            routes={peer: self.network.route_of(peer) for peer in peers},
+            bandwidths=self._survey.bandwidths(),
+            refused="" if peers else turned_away(self.network.refusals(), time.time()),
+        )
         return ClusterStatus(
             self_id=self.network.peer_id,
             leader=self.gossip.leader,
             term=self.gossip.term,
             epoch=str(epoch) if epoch else None,
-            nodes=sorted(nodes, key=lambda node: (node.name, node.id)),
+            nodes=nodes,
             models=model_views(self.plans.plan, self._members()),
             http=self._http_url,
             version=pxd.__version__,
-            uptime=round(time.monotonic() - self._began, 1),
+            uptime=round(uptime, 1),
+            hints=hints(
+                self.network.discovery(),
+                self.network.refusals(),
+                connected=bool(peers),
+                expects_peers=self._expects_peers,
+                uptime=uptime,
+                now=time.time(),
+            ),
         )
 
     async def doctor(self) -> Report:
@@ -269,7 +280,8 @@ class Node:
         return Office(held=self.gossip.leads > 0, term=self.gossip.leads)
 
     def _choice(self) -> ModelChoice:
-        return latest_choice(member.record.choice for member in self.gossip.members.values())
+        choices = (member.record.choice for member in self.gossip.members.values())
+        return latest_choice(choices, ceiling(time.time()))
 
     def _on_event(self, _event: GossipEvent) -> None:
         """The view of the cluster is another one: everybody who lives by it looks at it anew."""
@@ -284,6 +296,7 @@ class Node:
             if lives.get(peer) != life:
                 self.heads.peer_gone(peer)
         self._lives = lives
+        self.network.use_relays(frozenset(peer for peer in lives if members[peer].record.relay))
         self.plans.follow()
         self.door.follow()
         self.heads.follow(members)
@@ -353,34 +366,25 @@ class Node:
     async def _follow_addresses(self) -> None:
         """Laptops change networks; members must learn of it."""
         while True:
-            await trio.sleep(ADDRESSES_EVERY_S)
+            with trio.move_on_after(ADDRESSES_EVERY_S):
+                await self.network.wait_moved()
             self._tell_addresses()
 
     def _tell_addresses(self) -> None:
         self.gossip.update(addresses=self.network.addresses()[:MAX_ADDRESSES])
 
-    async def _report_load(self) -> None:
-        told_at = float("-inf")
-        while True:
-            await trio.sleep(LOAD_EVERY_S)
-            self.gossip.update(running=self.heads.running, waiting=self.heads.waiting)
-            self.stages.publish_figures(self.heads.figures())
-            own, now = self.gossip.record, trio.current_time()
-            near = partners(self.plans.plan, own.id)
-            rtts = rtts_to_publish(own.links, self._rtts(), near, since=now - told_at)
-            if rtts is not own.links:
-                told_at = now
-                self.gossip.update(links=rtts)
+    def _partners(self) -> frozenset[str]:
+        return partners(self.plans.plan, self.network.peer_id)
 
-    def _rtts(self) -> dict[str, float]:
-        """Round-trip times to all other nodes that are there, as far as they are measured."""
-        return {
-            peer: member.rtt
-            for peer, member in self.gossip.members.items()
-            if member.live and member.rtt is not None and peer != self.network.peer_id
-        }
+    def _occupied(self) -> bool:
+        loading = any(stage.state == "loading" for stage in self.gossip.record.stages)
+        return loading or self.heads.running > 0 or self.heads.waiting > 0
 
     async def _on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
+        if isinstance(frame, Filler):
+            self._survey.meter.arrived(peer, frame, len(body))
+            return
+        self._survey.frame_arrived()
         match frame:
             case Step():
                 await self.stages.feed(peer, frame, body)
@@ -392,53 +396,6 @@ class Node:
                 self._ingress.output(peer, frame)
             case Cancel():
                 self.heads.cancel(peer, frame)
-
-
-def _endpoint(wanted: str | None, default: str) -> tuple[str, int]:
-    """The wanted HOST:PORT; else the default, with any free port if that one is taken."""
-    if wanted is not None:
-        return parse_endpoint(wanted)
-    host, port = parse_endpoint(default)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return host, 0
-    return host, port
-
-
-def _offer(settings: Settings, device: Device) -> int:
-    """Bytes of memory for models, of the device's own memory where it has some of its own."""
-    if device.kind == "cuda":
-        return hardware.memory_offer(device.memory, device.memory, settings.memory)
-    total, available = hardware.memory_total(), hardware.memory_available()
-    return hardware.memory_offer(total, available, settings.memory)
-
-
-def _identify(settings: Settings) -> Identity:
-    files = settings.files
-    ticket = identity.Ticket.parse(settings.join) if settings.join else None
-    ring, bans = identity.read_keyring(files.cluster_key, ticket), read_bans(files.bans)
-    state = identity.read_state(files.state)
-    state = msgspec.structs.replace(state, incarnation=state.incarnation + 1)
-    identity.write_state(files.state, state)
-    addresses = ticket.addresses if ticket else ()
-    return Identity(identity.node_key(files.node_key), ring, bans, state, addresses)
-
-
-async def _device(settings: Settings) -> Device:
-    """What this machine can do; measured at the first start and after an upgrade."""
-    path, key = settings.files.hardware, hardware.machine_key()
-    device = hardware.load_cached(path, key, Device)
-    if device is None:
-        log.info("measuring this machine, once")
-        try:
-            device = await measure_device()
-        except (ExecutorError, ExecutorDied) as error:
-            raise StartupError(f"no executor works on this machine: {error}") from error
-        hardware.store(path, key, device)
-    return device
 
 
 async def _stop_on_signal(stop: Callable[[], None]) -> None:
@@ -479,13 +436,13 @@ async def run(settings: Settings, *, started: Callable[[Started], None]) -> None
 
 async def _run(settings: Settings, started: Callable[[Started], None]) -> None:
     with identity.lock_data_dir(settings.files.lock):
-        who = _identify(settings)
+        who = identify(settings)
         async with trio.open_nursery() as nursery:
             starting = trio.CancelScope()
             stop: Callable[[], None] = starting.cancel
             nursery.start_soon(_stop_on_signal, lambda: stop())
             with starting:
-                device = await _device(settings)
+                device = await measured_device(settings)
             if not starting.cancelled_caught:
                 node = Node(settings, who, device)
                 stop = node.stop

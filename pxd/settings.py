@@ -8,7 +8,7 @@ import msgspec
 import platformdirs
 
 DEFAULT_HTTP = "127.0.0.1:8470"
-DEFAULT_LISTEN = "0.0.0.0:8471"
+DEFAULT_LISTEN = "*:8471"
 DEFAULT_MODEL = "demo"
 
 
@@ -24,6 +24,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One daemon's settings. Units: `memory` GiB.
 
     `http` and `listen` are HOST:PORT; None means the default port, or any free one if it is taken.
+    `relay`: pass traffic on for members that cannot reach each other. The host `*` of `listen`
+    stands for all addresses, IPv4 and IPv6.
     """
 
     data_dir: Path
@@ -36,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_layers: int | None = None
     priority: int = 0
     mdns: bool = True
+    relay: bool = False
     log_format: Literal["text", "json"] = "text"
 
     @property

@@ -16,6 +16,7 @@ PROTOCOL_VERSION = 2
 
 _PREFIX = struct.Struct(">II")
 PREFIX_SIZE = _PREFIX.size
+_PIECE = 256 << 10
 
 Buffer = bytes | bytearray | memoryview
 HeaderT = TypeVar("HeaderT")
@@ -252,7 +253,18 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", kw_only=True):
     request: Identifier
 
 
-Frame = Step | Sampled | Nack | Output | Cancel
+class Filler(msgspec.Struct, frozen=True, tag="filler", kw_only=True):
+    """A body of no meaning, one of round `round` of a measurement of bandwidth.
+
+    Sent only with the receiver's leave.
+    """
+
+    number: Count
+    round: Count
+    tensor: Tensor
+
+
+Frame = Step | Sampled | Nack | Output | Cancel | Filler
 """Everything that travels on a data channel."""
 
 _encoder = msgspec.msgpack.Encoder()
@@ -299,10 +311,17 @@ async def read_frame(
     read_exactly: Callable[[int], Awaitable[Buffer]],
     decoder: "msgspec.msgpack.Decoder[HeaderT]",
     limits: Limits | None = None,
+    wants: Callable[[HeaderT], bool] = lambda _: True,
 ) -> tuple[HeaderT, Buffer]:
-    """Read one frame with `read_exactly(n)`, which must return n bytes or raise."""
+    """Read one frame with `read_exactly(n)`, which must return n bytes or raise.
+
+    Where the header does not make `wants` want the body, it is read past and returned empty.
+    """
     limits = limits or Limits()
     header_size, body_size = decode_prefix(await read_exactly(PREFIX_SIZE), limits)
     header = decode_header(await read_exactly(header_size), body_size, decoder)
-    body = await read_exactly(body_size) if body_size else b""
-    return header, body
+    if body_size and wants(header):
+        return header, await read_exactly(body_size)
+    for passed in range(0, body_size, _PIECE):
+        await read_exactly(min(_PIECE, body_size - passed))
+    return header, b""

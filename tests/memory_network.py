@@ -14,6 +14,7 @@ from pxd.p2p.casts import DroppingQueue
 from pxd.p2p.network import (
     CallFailed,
     CallTimeout,
+    FrameFilter,
     FrameHandler,
     Method,
     PeerHandler,
@@ -81,6 +82,9 @@ class MemoryHub:
         for other in tuple(self._running):
             self._disconnect(network.peer_id, other)
         del self._running[network.peer_id]
+        for other in self._running.values():
+            if frozenset((network.peer_id, other.peer_id)) not in self._cut:
+                other.nobody_there(network.peer_id)
 
     def _disconnect(self, one: str, other: str) -> None:
         for here, there in ((one, other), (other, one)):
@@ -128,6 +132,7 @@ class MemoryNetwork:
         self._known: dict[str, tuple[str, ...]] = {}
         self._services = Services()
         self._peer_handlers: list[PeerHandler] = []
+        self._vanished_handlers: list[Callable[[str], None]] = []
         self._frame_handler: FrameHandler | None = None
         self._nursery: trio.Nursery | None = None
 
@@ -171,6 +176,13 @@ class MemoryNetwork:
     def on_peer(self, handler: PeerHandler) -> None:
         self._peer_handlers.append(handler)
 
+    def on_vanished(self, handler: Callable[[str], None]) -> None:
+        self._vanished_handlers.append(handler)
+
+    def nobody_there(self, peer: str) -> None:
+        for handler in self._vanished_handlers:
+            handler(peer)
+
     def serve(
         self,
         method: Method[RequestT, ResponseT],
@@ -178,7 +190,7 @@ class MemoryNetwork:
     ) -> None:
         self._services.add(method, handler)
 
-    def on_frame(self, handler: FrameHandler) -> None:
+    def on_frame(self, handler: FrameHandler, wants: FrameFilter = lambda *_: True) -> None:
         self._frame_handler = handler
 
     async def call(

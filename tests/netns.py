@@ -6,6 +6,7 @@ network is touched: the switch is a bridge in a namespace, too.
 
 import ctypes
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ def why_not() -> str:
     """Why there can be no namespaces here; empty if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    for tool in ("ip", "nft"):
+    for tool in ("ip", "nft", "tc"):
         if shutil.which(tool) is None:
             return f"`{tool}` is not installed"
     probe = f"pxd-probe-{os.getpid()}"
@@ -54,7 +55,7 @@ class Namespace:
     def __init__(self, name: str) -> None:
         self.name = name
         self.netns = f"pxd{os.getpid()}-{next(_counter)}-{name}"
-        self._inside = ThreadPoolExecutor(1, initializer=self._enter)
+        self._inside = ThreadPoolExecutor(1, initializer=self.enter)
         _sh("ip", "netns", "add", self.netns)
         for setting in ("ipv6.conf.all.accept_dad=0", "ipv6.conf.default.accept_dad=0"):
             self.sh("sysctl", "-qw", f"net.{setting}")
@@ -80,6 +81,11 @@ class Namespace:
     def route(self, via: str) -> None:
         self.sh("ip", "route", "replace", "default", "via", via)
 
+    def limit(self, interface: str, mbit: int) -> None:
+        """Send no more than that through the interface, as a slow link does."""
+        self.sh("tc", "qdisc", "add", "dev", interface, "root", "tbf",
+                "rate", f"{mbit}mbit", "burst", "32kb", "latency", "400ms")  # fmt: skip
+
     def nft(self, *rules: str) -> None:
         """Add rules such as "incoming ip saddr 10.0.0.2 drop"; there are the chains `incoming`,
         `outgoing` and `passing`, all of which let through what no rule drops."""
@@ -92,13 +98,12 @@ class Namespace:
 
     def block(self, *others: str) -> None:
         """Hear nothing from these addresses and send them nothing."""
-        self.nft(
-            *(
-                rule
-                for o in others
-                for rule in (f"incoming ip saddr {o} drop", f"outgoing ip daddr {o} drop")
-            )
-        )
+        rules = []
+        for other in others:
+            family = "ip6" if ":" in other else "ip"
+            rules.append(f"incoming {family} saddr {other} drop")
+            rules.append(f"outgoing {family} daddr {other} drop")
+        self.nft(*rules)
 
     def lose(self, percent: int) -> None:
         """Lose that share of all that arrives from others."""
@@ -111,7 +116,8 @@ class Namespace:
             check=False,
         )
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Move the calling thread in here, for good."""
         descriptor = os.open(f"/var/run/netns/{self.netns}", os.O_RDONLY)
         try:
             libc = ctypes.CDLL(None, use_errno=True)
@@ -122,9 +128,20 @@ class Namespace:
 
 
 class Machine(Namespace):
-    """A host with one interface, `eth0`, at `ip` on a switch."""
+    """A host; usually with an interface `eth0` at `ip` on a switch."""
 
-    ip: str
+    ip: str = ""
+
+    @property
+    def addresses(self) -> list[str]:
+        """All but those of loopback."""
+        shown = self.sh("ip", "-json", "address", "show", "up")
+        return [
+            address["local"]
+            for interface in json.loads(shown)
+            for address in interface["addr_info"]
+            if address["scope"] != "host"
+        ]
 
 
 class Switch(Namespace):
@@ -137,13 +154,18 @@ class Switch(Namespace):
         self.sh("ip", "link", "set", "br0", "up")
         self._ports = itertools.count()
 
-    def plug(self, other: Namespace, interface: str, host: int) -> str:
-        """Give `other` an interface here with the address `subnet`.`host`; returns the address."""
+    def plug(self, other: Namespace, interface: str, host: int | None, *, prefix: int = 24) -> str:
+        """Give `other` an interface here with the address `subnet`.`host`; returns the address.
+
+        Without a host it has none but the link-local one of IPv6.
+        """
         port = f"p{next(self._ports)}"
         link(self, port, other, interface)
         self.sh("ip", "link", "set", port, "master", "br0")
+        if host is None:
+            return ""
         address = f"{self.subnet}.{host}"
-        other.address(interface, f"{address}/24")
+        other.address(interface, f"{address}/{prefix}")
         return address
 
 
@@ -158,9 +180,14 @@ class Network:
         self._made.append(switch)
         return switch
 
-    def machine(self, name: str, switch: Switch, host: int, *, gateway: str = "") -> Machine:
+    def bare(self, name: str) -> Machine:
+        """A machine without any interface."""
         machine = Machine(name)
         self._made.append(machine)
+        return machine
+
+    def machine(self, name: str, switch: Switch, host: int, *, gateway: str = "") -> Machine:
+        machine = self.bare(name)
         machine.ip = switch.plug(machine, "eth0", host)
         # mDNS wants a way for 224.0.0.0/4 even where there is no default route.
         machine.sh("ip", "route", "add", "224.0.0.0/4", "dev", "eth0")
@@ -168,9 +195,12 @@ class Network:
             machine.route(gateway)
         return machine
 
-    def router(self, name: str, inner: Switch, outer: Switch, outer_host: int) -> Namespace:
+    def router(
+        self, name: str, inner: Switch, outer: Switch, outer_host: int, *, symmetric: bool = False
+    ) -> Namespace:
         """Masquerades `inner` behind `outer`.`outer_host` and lets nothing in that was not asked
-        for, as a home router does; its inner address ends in .1."""
+        for, as a home router does; its inner address ends in .1. It keeps port numbers, or, if
+        `symmetric`, gives every connection one that nobody can guess."""
         router = Namespace(name)
         self._made.append(router)
         inner.plug(router, "lan", 1)
@@ -178,7 +208,8 @@ class Network:
         router.sh("sysctl", "-qw", "net.ipv4.ip_forward=1")
         router.sh("nft", "add table ip nat")
         router.sh("nft", "add chain ip nat post { type nat hook postrouting priority 100; }")
-        router.sh("nft", 'add rule ip nat post oifname "wan" masquerade')
+        ports = "masquerade random,fully-random" if symmetric else "masquerade"
+        router.sh("nft", f'add rule ip nat post oifname "wan" {ports}')
         router.nft(
             'passing iifname "wan" ct state established,related accept',
             'passing iifname "wan" drop',
@@ -210,6 +241,20 @@ def network() -> Iterator[Network]:
 
 
 @contextmanager
+def homes(*symmetric: bool) -> Iterator[tuple[list[Machine], list[Machine]]]:
+    """A machine at home for each of `symmetric`, behind a router of that kind, and two machines
+    that all of them can reach."""
+    with network() as made:
+        world = made.switch("world", "198.51.100")
+        private = []
+        for n, random_ports in enumerate(symmetric, 1):
+            home = made.switch(f"home{n}", f"192.168.{n}")
+            made.router(f"r{n}", home, world, n, symmetric=random_ports)
+            private.append(made.machine(f"m{n}", home, 2, gateway=f"192.168.{n}.1"))
+        yield private, [made.machine(f"pub{n}", world, 100 + n) for n in (1, 2)]
+
+
+@contextmanager
 def lan(names: Sequence[str]) -> Iterator[list[Machine]]:
     """Machines on one switch, at 10.77.0.2 and on."""
     with network() as made:
@@ -220,6 +265,12 @@ def lan(names: Sequence[str]) -> Iterator[list[Machine]]:
 def partition(*groups: Sequence[Machine]) -> None:
     """Cut every group off from all others."""
     for group in groups:
-        strangers = [machine.ip for other in groups if other is not group for machine in other]
+        strangers = [
+            address
+            for other in groups
+            if other is not group
+            for machine in other
+            for address in machine.addresses
+        ]
         for machine in group:
             machine.block(*strangers)

@@ -28,6 +28,7 @@ FLOORS = {
     "p2p": 2,
     "serving": 3,
     "doctor": 3,
+    "selfhood": 3,
     "node": 4,
     "api": 5,
     "cli": 5,

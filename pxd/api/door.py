@@ -11,7 +11,7 @@ from pxd.api.control import require_control
 from pxd.api.daemon import Daemon
 from pxd.api.errors import INVALID, SERVER, ApiError, json_response
 from pxd.serving.door import DoorError
-from pxd.wire import Identifier
+from pxd.wire import DECODE_ERRORS, Identifier
 
 _STATUS = {"unknown_node": 404, "own_node": 409, "full": 409, "storage": 500}
 
@@ -74,10 +74,15 @@ class DoorRoutes:
 
     async def _body(self, request: Request, kind: type[BodyT]) -> BodyT:
         self._check(request)
-        try:
-            return msgspec.json.decode(await read_json_body(request), type=kind)
-        except msgspec.DecodeError as error:
-            raise ApiError(400, f"Bad request: {error}", code="bad_request") from error
+        return parse_body(await read_json_body(request), kind)
+
+
+def parse_body(data: bytes, kind: type[BodyT]) -> BodyT:
+    """Raises `ApiError` 400."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except DECODE_ERRORS as error:
+        raise ApiError(400, f"Bad request: {error}", code="bad_request") from error
 
 
 def _answer(content: object) -> Response:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,7 +26,7 @@ class NotRunning(NoDaemon):
 class DaemonFile(msgspec.Struct, frozen=True):
     """What a daemon writes into its data directory while it runs. `started` is Unix time."""
 
-    pid: int
+    pid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     http: str
     started: float
     token: str = ""

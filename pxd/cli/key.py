@@ -24,6 +24,11 @@ ROTATE_HELP = with_examples(
     ("pxd ticket", "then, for new nodes: a ticket with the new key"),
 )
 
+SUPERSEDED = (
+    "The key before the old one counted until now, and does no more: nodes that have been off "
+    "since then need a fresh ticket."
+)
+
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
@@ -83,13 +88,16 @@ def report(rotation: "Rotation") -> str:
     """What a person needs to know after a rotation."""
     if rotation.grace:
         old = f"The old key still opens the door for {duration(rotation.grace)}."
+        tickets = "So do the tickets printed before"
         remedy = "They get the new key when they come back before the old one ends."
     else:
         old = "The old key opens the door no more."
+        tickets = "Tickets printed before are void"
         remedy = "Start them with `pxd start --join TICKET` and a fresh ticket if they stay out."
     lines = [
         f"The cluster has a new key, its number {rotation.generation + 1}. {old}",
-        "Tickets printed before are void; `pxd ticket` prints a new one.",
+        f"{tickets}; `pxd ticket` prints a new one.",
+        *([SUPERSEDED] if rotation.superseded else []),
         *told(rotation.told, remedy),
     ]
     return "\n".join(lines) + "\n"

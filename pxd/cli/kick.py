@@ -24,6 +24,11 @@ HELP = with_examples(
     ("pxd kick --undo ben", "let it in again"),
 )
 
+NOT_STORED = (
+    "This node could not write that down (its log says why) and forgets it when it restarts, until "
+    "another member tells it."
+)
+
 Who = Annotated[
     str | None,
     typer.Argument(metavar="NODE", help="A name, a peer id, or the beginning of a peer id."),
@@ -84,10 +89,11 @@ def _kick(client: "Client", who: str, undo: bool, rotate: bool, as_json: bool) -
 def _report(result: "Kick") -> str:
     name = f"{clean(result.node.name) or 'The node'} ({clean(result.node.id)})"
     remedy = "They learn of it as soon as they meet a member that knows."
+    stored = [] if result.stored else [NOT_STORED]
     if not result.banned:
-        lines = [f"{name} may come in again; it tries by itself within two minutes."]
+        lines = [f"{name} may come in again; it tries by itself within two minutes.", *stored]
         return "\n".join([*lines, *key.told(result.told, remedy)]) + "\n"
-    lines = [f"{name} is banned from the cluster.", *key.told(result.told, remedy)]
+    lines = [f"{name} is banned from the cluster.", *stored, *key.told(result.told, remedy)]
     text = "\n".join(lines) + "\n"
     if result.rotation:
         return text + key.report(result.rotation)

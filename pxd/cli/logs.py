@@ -3,8 +3,15 @@
 import json
 import logging
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal
+
+from pxd.cluster.allowance import Allowance
+
+BURST = 100.0
 
 
 class TextFormatter(logging.Formatter):
@@ -37,10 +44,35 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(content, ensure_ascii=False)
 
 
+class Throttle(logging.Filter):
+    """Lets each place in the code log `BURST` lines at once and one per second in the long run:
+    what peers do is logged, and they must not be able to fill the disk."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._allowances: dict[tuple[str, int], Allowance] = {}
+        self._withheld: Counter[tuple[str, int]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        place = (record.pathname, record.lineno)
+        allowance = self._allowances.setdefault(place, Allowance(1.0, BURST))
+        if not allowance.take(self._clock()):
+            self._withheld[place] += 1
+            return False
+        if withheld := self._withheld.pop(place, 0):
+            record.msg = f"{record.getMessage()} [{withheld} more like it not shown]"
+            record.args = ()
+        return True
+
+
 def set_up(kind: Literal["text", "json"]) -> None:
     """Log to stderr: pxd from INFO on, libraries from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Throttle())
     handler.setFormatter(JsonFormatter() if kind == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("pxd").setLevel(logging.INFO)
+    # It shows a stack for every packet that an interface which went away does not take.
+    logging.getLogger("zeroconf").setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)

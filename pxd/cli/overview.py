@@ -190,13 +190,17 @@ class _Reader:
 
     def problems(self) -> list[tuple[str, str]]:
         """(node, what is wrong with it)"""
-        found = []
+        own = self.name(self._status.self_id)
+        found = [(own, clean(hint)) for hint in self._status.hints]
         for node in self._status.nodes:
             name = self.name(node.id)
             if node.state == "suspect":
                 found.append((name, f"has not answered for {duration(node.since)}"))
             elif node.state == "alive" and not node.connected:
                 found.append((name, "is known to be alive, but this node has no connection to it"))
+            elif node.path == "relayed":
+                way = f"is reached through {self.name(node.through)} only, which is slower"
+                found.append((name, way))
             if node.problem:
                 found.append((name, clean(node.problem)))
             for stage in node.stages:

@@ -93,6 +93,13 @@ Priority = Annotated[
     ),
 ]
 NoMdns = Annotated[bool, typer.Option("--no-mdns", help="Do not look for nodes on the LAN.")]
+Relay = Annotated[
+    bool,
+    typer.Option(
+        "--relay",
+        help="Pass traffic on for members that cannot reach each other; for a node that all can.",
+    ),
+]
 Format = Annotated[LogFormat, typer.Option("--log-format", help="How to log, to stderr.")]
 
 
@@ -151,6 +158,7 @@ def build_settings(
     max_layers: int | None = None,
     priority: int = 0,
     mdns: bool = True,
+    relay: bool = False,
     log_format: LogFormat = LogFormat.text,
 ) -> Settings:
     """Raises `BadOption`."""
@@ -174,6 +182,7 @@ def build_settings(
         max_layers=max_layers,
         priority=priority,
         mdns=mdns,
+        relay=relay,
         log_format=log_format.value,
     )
 
@@ -189,6 +198,7 @@ def start(
     max_layers: MaxLayers = None,
     priority: Priority = 0,
     no_mdns: NoMdns = False,
+    relay: Relay = False,
     log_format: Format = LogFormat.text,
 ) -> None:
     try:
@@ -203,6 +213,7 @@ def start(
             max_layers=max_layers,
             priority=priority,
             mdns=not no_mdns,
+            relay=relay,
             log_format=log_format,
         )
     except BadOption as error:

@@ -4,18 +4,20 @@ The cheapest checks come first, so that a member gone bad costs others little.
 """
 
 from collections import Counter
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 from pxd.cluster.allowance import Allowance
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.members import MemberTable
-from pxd.cluster.messages import Claim, SignedRecord
+from pxd.cluster.messages import Claim, Digest, SignedRecord
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import Signer, is_genuine, is_proven, unseal
 
 RefusalReason = Literal["forged", "full", "flood"]
+
+AnswerT = TypeVar("AnswerT", SignedRecord, Digest)
 
 _MAX_PEERS = 1024
 _FORGERY_COSTS = 32
@@ -40,6 +42,7 @@ class _Peer:
     def __init__(self, config: MembershipConfig) -> None:
         self.verifications = Allowance(config.verify_rate, config.verify_burst)
         self.answers = Allowance(config.answer_rate, config.answer_burst)
+        self.newcomers = Allowance(config.newcomer_rate, config.newcomer_burst)
 
 
 class Admission:
@@ -56,8 +59,13 @@ class Admission:
         self._full: Refusal | None = None
         self.refused: Counter[RefusalReason] = Counter()
 
-    def open(self, now: float, peer: str, signed: SignedRecord) -> NodeRecord | None:
-        """The record of another node if it is newer than the one held and let in."""
+    def open(
+        self, now: float, peer: str, signed: SignedRecord, *, expected: bool = False
+    ) -> NodeRecord | None:
+        """The record of another node if it is newer than the one held and let in.
+
+        `expected` says that this node wants to hear of all there are.
+        """
         member = self._table.members.get(signed.node)
         if member is not None and signed.order <= member.record.order:
             return None
@@ -66,6 +74,10 @@ class Admission:
             return None
         changes = self._changes.get(signed.node)
         if changes is not None and not changes.has(now):
+            self._refuse("flood", peer, signed.node)
+            return None
+        if member is None and not expected and not self._peer(peer).newcomers.take(now):
+            # Whoever is really there is still told of when this one asks for all there are.
             self._refuse("flood", peer, signed.node)
             return None
         if not self.is_genuine(now, peer, signed):
@@ -91,9 +103,9 @@ class Admission:
             return False
         return self._judge(now, peer, claim.node, is_proven(claim, self._signer))
 
-    def answer(self, now: float, peer: str, records: list[SignedRecord]) -> list[SignedRecord]:
+    def answer(self, now: float, peer: str, items: list[AnswerT]) -> list[AnswerT]:
         """Those that a peer may be sent because it asked for them."""
-        return records[: self._peer(peer).answers.take_up_to(now, len(records))]
+        return items[: self._peer(peer).answers.take_up_to(now, len(items))]
 
     def forget(self, node: str) -> None:
         """The node is no longer in the table."""

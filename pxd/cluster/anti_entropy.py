@@ -1,9 +1,13 @@
 """Full synchronisation: two members exchange what they hold, then only what differs.
 
 After the digest exchange of Cassandra's gossip: a digest costs some 80 bytes per node, records
-travel only where the other side lacks them.
+travel only where the other side lacks them. Members that agree already, as most do that synchronise
+every now and then, find out for some 3 bytes per node, by hashes of ranges as in a Merkle tree of
+two levels.
 """
 
+import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
@@ -11,10 +15,23 @@ import msgspec
 
 from pxd.cluster.dissemination import NEWS_BUDGET, encoded_size
 from pxd.cluster.members import Member, MemberTable, standing
-from pxd.cluster.messages import Claim, Delta, Digest, DigestEntry, News, SignedRecord
+from pxd.cluster.messages import (
+    Claim,
+    Delta,
+    Digest,
+    DigestEntry,
+    News,
+    Part,
+    SignedRecord,
+    Summary,
+)
 
 ENTRIES = 150
 """Digest entries, claims or wanted ids per message; none takes more than 420 bytes."""
+
+
+_PART = 32
+_encoder = msgspec.msgpack.Encoder()
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -32,9 +49,15 @@ class Difference(msgspec.Struct, frozen=True):
 
 def digests(table: MemberTable) -> list[Digest]:
     """All that is held, in parts that each fit a message."""
-    nodes = sorted(table.members)
-    parts = [nodes[start : start + ENTRIES] for start in range(0, len(nodes), ENTRIES)]
-    cuts = [None, *(part[-1] for part in parts[:-1]), None]
+    return _split(table, sorted(table.members), None, None)
+
+
+def _split(
+    table: MemberTable, nodes: list[str], first: str | None, last: str | None
+) -> list[Digest]:
+    """Digests of these nodes, which are all that count between the bounds."""
+    parts = [nodes[start : start + ENTRIES] for start in range(0, len(nodes), ENTRIES)] or [[]]
+    cuts = [first, *(part[-1] for part in parts[:-1]), last]
     return [
         Digest(
             after=after,
@@ -43,6 +66,30 @@ def digests(table: MemberTable) -> list[Digest]:
         )
         for part, (after, until) in zip(parts, pairwise(cuts), strict=True)
     ]
+
+
+def summary(table: MemberTable) -> Summary:
+    """All that is held of the living, as hashes."""
+    nodes = sorted(table.members)
+    bounds = [*nodes[_PART - 1 : -1 : _PART], None]
+    parts = zip(bounds, _ranges(nodes, bounds), strict=True)
+    return Summary(parts=tuple(Part(until, _hash(table, held)) for until, held in parts))
+
+
+def differing(table: MemberTable, summary: Summary) -> list[Digest]:
+    """All that is held in the parts where the sender of a summary holds something else."""
+    bounds = [part.until for part in summary.parts]
+    inner = [until for until in bounds[:-1] if until is not None]
+    if bounds != [*inner, None] or any(one >= other for one, other in pairwise(inner)):
+        return []
+    held = _ranges(sorted(table.members), bounds)
+    found = []
+    for part, nodes, (after, until) in zip(
+        summary.parts, held, pairwise([None, *bounds]), strict=True
+    ):
+        if _hash(table, nodes) != part.digest:
+            found += _split(table, nodes, after, until)
+    return found
 
 
 def compare(table: MemberTable, sender: str, digest: Digest) -> Difference:
@@ -65,17 +112,34 @@ def compare(table: MemberTable, sender: str, digest: Digest) -> Difference:
 def deltas(
     records: Iterable[SignedRecord], claims: Iterable[Claim], wants: Iterable[str]
 ) -> Iterator[Delta]:
-    """Messages that carry all this, each within the size limit; always at least one."""
+    """Answers that carry all this, each within the size limit; always at least one."""
     told = tuple(claims)
     # Claims about a node mean nothing to a receiver that does not have its record yet.
     news = [News(records=batch) for batch in _batches(records)]
     news += [News(claims=told[i : i + ENTRIES]) for i in range(0, len(told), ENTRIES)]
     wanted = tuple(wants)
-    parts = [Delta(news=part) for part in news]
+    parts = [Delta(news=part, answer=True) for part in news]
     parts += [
-        Delta(news=News(), wants=wanted[i : i + ENTRIES]) for i in range(0, len(wanted), ENTRIES)
+        Delta(news=News(), wants=wanted[i : i + ENTRIES], answer=True)
+        for i in range(0, len(wanted), ENTRIES)
     ]
-    yield from parts or [Delta(news=News())]
+    yield from parts or [Delta(news=News(), answer=True)]
+
+
+def _ranges(nodes: list[str], bounds: list[str | None]) -> Iterator[list[str]]:
+    """Sorted nodes cut after each bound."""
+    start = 0
+    for bound in bounds:
+        end = len(nodes) if bound is None else bisect_right(nodes, bound)
+        yield nodes[start:end]
+        start = end
+
+
+def _hash(table: MemberTable, nodes: list[str]) -> bytes:
+    # Who is gone is forgotten sooner here and later there.
+    members = (table.members[node] for node in nodes)
+    views = [(m.record.id, m.record.order, m.state, m.incarnation) for m in members if m.live]
+    return hashlib.blake2b(_encoder.encode(views), digest_size=8).digest()
 
 
 def _batches(records: Iterable[SignedRecord]) -> Iterator[tuple[SignedRecord, ...]]:

@@ -10,11 +10,10 @@ from typing import Annotated
 
 import msgspec
 
+from pxd.cluster.messages import LAST_COUNT
 from pxd.wire import Count, Identifier
 
 MAX_BANS = 1024
-MAX_STEP = 1 << 20
-"""By how much one message may raise the greatest stamp, so that nobody can use the numbers up."""
 
 
 class Ban(msgspec.Struct, frozen=True, array_like=True):
@@ -66,15 +65,15 @@ class BanTable:
 
     def next(self, peer: str, *, banned: bool, by: str, name: str = "") -> Ban:
         """An entry that replaces whatever is held about `peer`."""
-        return Ban(peer, self._greatest() + 1, banned, by, name)
+        return Ban(peer, min(self._greatest() + 1, LAST_COUNT), banned, by, name)
 
-    def merge(self, others: Iterable[Ban]) -> "BanTable":
-        """A table that knows both; this one stays as it is."""
-        limit = self._greatest() + MAX_STEP
+    def merge(self, others: Iterable[Ban], ceiling: int = LAST_COUNT) -> "BanTable":
+        """A table that knows both; this one stays as it is. Stamps above `ceiling`, for which see
+        `pxd.cluster.stamps`, are passed over."""
         merged = dict(self._bans)
         for ban in others:
             held = merged.get(ban.peer)
-            if ban.stamp <= limit and (held is None or ban.order > held.order):
+            if ban.stamp <= ceiling and (held is None or ban.order > held.order):
                 merged[ban.peer] = ban
         kept = sorted(merged.values(), key=lambda ban: (ban.banned, ban.stamp, ban.peer))
         return BanTable(kept[-MAX_BANS:])

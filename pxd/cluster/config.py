@@ -8,7 +8,8 @@ class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     A helper that has heard nothing from the target for `nack_timeout` says so; it must be well
     below `probe_interval` - `probe_timeout`. `lost_timeout` takes the place of a whole probe when
-    the transport says that a connection is gone. All of these but `nack_timeout` grow with this
+    the transport says that a connection is gone; a suspicion ends `vanished_timeout` after nobody
+    listens any more where the node was. All of these but `nack_timeout` grow with this
     node's own ill health, up to 1 + `max_ill_health` times. A suspicion lasts `suspicion_factor` *
     log10(members) * `probe_interval` when enough others confirm it, and up to `suspicion_spread`
     times that otherwise. `reconnect_interval` is how often one of the dead is tried, so that a
@@ -21,14 +22,17 @@ class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     twice that from it. `refutation_rate` and `refutation_burst` are the same for contradictions.
     Of unknown nodes, those beyond `max_members` are refused, and records that would make all of
     them together larger than `record_budget` bytes unless they are no larger than their fair share.
-    Of one peer, `verify_burst` signatures and `verify_rate` per second are looked at; it is sent up
-    to `answer_burst` records and `answer_rate` per second because it asked for them.
+    Of one peer, `verify_burst` signatures and `verify_rate` per second are looked at. Of nodes that
+    are unknown here it may tell `newcomer_burst` and `newcomer_rate` per second, unless this node
+    has just come and asked for all there are. It is sent up to `answer_burst` records and
+    `answer_rate` per second because it asked for them.
     """
 
     probe_interval: float = 1.0
     probe_timeout: float = 0.5
     nack_timeout: float = 0.3
     lost_timeout: float = 0.5
+    vanished_timeout: float = 1.0
     indirect_probes: int = 3
     max_ill_health: int = 8
     suspicion_factor: float = 3.0
@@ -52,5 +56,7 @@ class MembershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     record_budget: int = 8 << 20
     verify_rate: float = 200.0
     verify_burst: float = 4096.0
+    newcomer_rate: float = 8.0
+    newcomer_burst: float = 256.0
     answer_rate: float = 64.0
     answer_burst: float = 4096.0

@@ -16,6 +16,7 @@ _LOOKED_AT = 256
 
 ItemT = TypeVar("ItemT", SignedRecord, Claim)
 
+_NO_NEWS = News()
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -65,6 +66,8 @@ class _Shelf(Generic[ItemT]):
         """What of it to tell `peer`, and its bytes. Forgets what has been told often enough."""
         taken: list[ItemT] = []
         used = 0
+        if not self._items:
+            return taken, used
         for node in self._neediest():
             item = self._items[node]
             if peer not in item.known_to and used + item.size <= room:
@@ -134,6 +137,8 @@ class BroadcastQueue:
 
         `others` are all members that news should reach.
         """
+        if not self:
+            return _NO_NEWS
         limit = self._factor * math.ceil(math.log10(len(others) + 2))
         # Claims are small and urgent, so records get what they leave of the budget.
         claims, used = self._claims.take(peer, others, limit, budget)

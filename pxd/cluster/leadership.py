@@ -3,7 +3,9 @@
 Every node computes the same leader from the same view, among live members that have settled and
 are not about to leave: the greatest priority, then who is in office in the latest term, then the
 smallest seniority (the place in join order), then the smallest id. Whoever was away and has been
-followed does not take the lead back, so that leaders do not take turns. Two leaders for a moment
+followed does not take the lead back, so that leaders do not take turns. Where leaders have just
+changed, a further one that is merely silent is given time: the network may be what is at fault, and
+the members' views with it. Two leaders for a moment
 are harmless: a plan carries its term, and only the derived leader goes on to take terms that are
 greater than all it has seen.
 """
@@ -16,19 +18,19 @@ import msgspec
 from pxd.cluster.members import Member
 from pxd.cluster.messages import LAST_COUNT
 
-_FURTHEST_JUMP = 1 << 20
-"""By how much a term may grow at once: one absurd record must not use up all there are."""
-
 
 class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. A node takes its place in join order `settle_alone` after its start if it expects
     nobody, else `settle` after it has synchronised with a member, or `settle_lonely` after its
-    start. It takes office once it has been the leader for `stable`."""
+    start. It takes office once it has been the leader for `stable`. Within `calm` after a change,
+    a leader that died without a trace is waited for, for `patience`."""
 
     settle_alone: float = 0.3
     settle: float = 1.0
     settle_lonely: float = 6.0
     stable: float = 1.0
+    calm: float = 60.0
+    patience: float = 15.0
 
 
 class LeadershipEvent(msgspec.Struct, frozen=True):
@@ -70,7 +72,12 @@ class Leadership:
         self._started = 0.0
         self._synced_at: float | None = None
         self._office_at = math.inf
+        self._changed_at = -math.inf
+        self._silent_since: float | None = None
         self._contested = False
+        self._candidates = _Candidates()
+        # Those whose terms are too great to be believed, for now.
+        self._ahead: set[str] = set()
 
     @property
     def in_office(self) -> bool:
@@ -81,12 +88,28 @@ class Leadership:
         self.next_wakeup = now
 
     def observe(
-        self, now: float, members: Mapping[str, Member], *, synced: bool
+        self,
+        now: float,
+        members: Mapping[str, Member],
+        *,
+        synced: bool,
+        changed: Iterable[str] | None = None,
+        most: int = LAST_COUNT,
     ) -> list[LeadershipEvent]:
-        """Draw the conclusions from a view; `synced` as in `Membership`."""
-        seen = max(map(_greatest_term, members.values()), default=0)
-        self.term = max(self.term, min(seen, self.term + _FURTHEST_JUMP))
+        """Draw the conclusions from a view; `synced` as in `Membership`.
+
+        `changed` are all nodes of whom something was told since the last call, so that it costs no
+        more than they do; None stands for all there are. Terms above `most`, for which see
+        `pxd.cluster.stamps`, are passed over: one absurd record must not use up all there are, nor
+        make this node count up to them.
+        """
+        if changed is None:
+            self._candidates.clear()
+        news = self._ahead.union(members if changed is None else changed)
+        told = (term for node in news if node in members for term in _terms(members[node]))
+        self.term = max(self.term, max((term for term in told if term <= most), default=0))
         self._settle(now, members, synced)
+        self._rank(members, news)
         events = self._follow(now, members)
         events += self._govern(now, members)
         self.next_wakeup = self._wakeup(members)
@@ -107,15 +130,30 @@ class Leadership:
         return self._started + (self._config.settle_alone if alone else self._config.settle_lonely)
 
     def _follow(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
-        leader = self._derive(members.values())
+        leader = self._candidates.first()
         if leader == self.leader:
+            self._silent_since = None
             return []
         before = members.get(self.leader) if self.leader is not None else None
+        if self._is_patient(now, before):
+            return []
+        self._silent_since = None
+        if before is not None and before.record.leads:
+            self._changed_at = now
         handed_over = before is not None and (before.state == "left" or before.record.leaving)
         alone = not any(m.live for id_, m in members.items() if id_ != self._node)
         self._office_at = now if handed_over or alone else now + self._config.stable
         self.leader = leader
         return [LeaderChanged(leader, self.term)]
+
+    def _is_patient(self, now: float, leader: Member | None) -> bool:
+        if leader is None or leader.state != "dead" or leader.vanished:
+            return False
+        if self._silent_since is None:
+            if now >= self._changed_at + self._config.calm:
+                return False
+            self._silent_since = now
+        return now < self._silent_since + self._config.patience
 
     def _govern(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
         if self.leader != self._node:
@@ -143,32 +181,74 @@ class Leadership:
         """Whether somebody's plans could beat those of this node's term."""
         if self.term > self.leads:
             return True
+        # Somebody else may have made up a plan in this node's name.
+        own = members[self._node].record.plan
         return any(
             (record.id != self._node and record.leads == self.leads)
-            or (plan is not None and plan.term == self.leads and plan.leader != self._node)
+            or (
+                plan is not None
+                and plan.term == self.leads
+                and (plan.leader != self._node or own is None or plan > own)
+            )
             for record in (member.record for member in members.values())
             for plan in (record.plan,)
         )
 
-    def _derive(self, members: Iterable[Member]) -> str | None:
-        candidates = []
-        for member in members:
-            record = member.record
-            own = record.id == self._node
-            seniority = self.seniority if own else record.seniority
-            leads = self.leads if own else record.leads
-            if member.live and not record.leaving and seniority > 0:
-                incumbency = leads if leads <= self.term else 0
-                candidates.append((-record.priority, -incumbency, seniority, record.id))
-        return min(candidates)[3] if candidates else None
+    def _rank(self, members: Mapping[str, Member], news: Iterable[str]) -> None:
+        self._ahead.clear()
+        for node in (self._node, *news):
+            member = members.get(node)
+            self._candidates.put(node, self._rating(member) if member is not None else None)
+            if member is not None and max(_terms(member)) > self.term:
+                self._ahead.add(node)
+
+    def _rating(self, member: Member) -> "_Rating | None":
+        """The smallest one leads; None for who is no candidate."""
+        record = member.record
+        own = record.id == self._node
+        seniority = self.seniority if own else record.seniority
+        leads = self.leads if own else record.leads
+        if not member.live or record.leaving or seniority == 0:
+            return None
+        incumbency = leads if leads <= self.term else 0
+        return -record.priority, -incumbency, seniority, record.id
 
     def _wakeup(self, members: Mapping[str, Member]) -> float:
         if self.seniority == 0:
             return self._settle_at
+        if self._silent_since is not None:
+            return self._silent_since + self._config.patience
         waits = self.leader == self._node and (not self.in_office or self._is_contested(members))
         return self._office_at if waits else math.inf
 
 
-def _greatest_term(member: Member) -> int:
+def _terms(member: Member) -> tuple[int, int, int]:
     record = member.record
-    return max(record.term, record.leads, record.plan.term if record.plan is not None else 0)
+    return record.term, record.leads, record.plan.term if record.plan is not None else 0
+
+
+_Rating = tuple[int, int, int, str]
+
+
+class _Candidates:
+    """Who comes first, looked up anew only when the first one falls back."""
+
+    def __init__(self) -> None:
+        self._ratings: dict[str, _Rating] = {}
+        self._first: _Rating | None = None
+
+    def clear(self) -> None:
+        self._ratings.clear()
+        self._first = None
+
+    def put(self, node: str, rating: _Rating | None) -> None:
+        before = self._ratings.pop(node, None)
+        if rating is not None:
+            self._ratings[node] = rating
+        if before is not None and before == self._first and before != rating:
+            self._first = min(self._ratings.values(), default=None)
+        elif rating is not None and (self._first is None or rating < self._first):
+            self._first = rating
+
+    def first(self) -> str | None:
+        return self._first[3] if self._first is not None else None

@@ -14,6 +14,7 @@ from pxd.cluster.config import MembershipConfig
 from pxd.cluster.endpoints import Endpoints
 from pxd.cluster.messages import Claim, MemberState, SignedRecord
 from pxd.cluster.records import NodeRecord
+from pxd.cluster.roster import Roster
 from pxd.cluster.signing import evidence
 
 EventKind = Literal[
@@ -41,6 +42,7 @@ class Member(msgspec.Struct, frozen=True):
 
     `incarnation` is the life that `state` is about: the record's, or a greater one that the node
     said goodbye of. `rtt` in seconds, smoothed; None until measured. `proof` is the node's goodbye.
+    `vanished` says of one that is dead that nobody listens where it was: silence alone may pass.
     """
 
     record: NodeRecord
@@ -49,6 +51,7 @@ class Member(msgspec.Struct, frozen=True):
     incarnation: int
     rtt: float | None = None
     proof: bytes = b""
+    vanished: bool = False
 
     @property
     def live(self) -> bool:
@@ -94,7 +97,7 @@ class MemberTable:
         self.tombstones: dict[str, Tombstone] = {}
         self._bytes = len(signed.content)
         self._endpoints = Endpoints()
-        self._live_others: list[str] = []
+        self._live_others = Roster()
         # In order of time, since everybody stays equally long.
         self._drop_times: dict[str, float] = {}
         self._endpoints.put(own)
@@ -108,11 +111,20 @@ class MemberTable:
 
     def lost(self) -> list[str]:
         """Nodes that went silent without a goodbye, dropped ones included."""
-        dead = [id_ for id_, member in self.members.items() if member.state == "dead"]
-        return dead + [id_ for id_, stone in self.tombstones.items() if stone.state == "dead"]
+        buried = [id_ for id_, stone in self.tombstones.items() if stone.state == "dead"]
+        return self.dead() + buried
+
+    def dead(self) -> list[str]:
+        """Members that went silent without a goodbye."""
+        return [id_ for id_ in self._drop_times if self.members[id_].state == "dead"]
 
     @property
-    def live_others(self) -> list[str]:
+    def live(self) -> int:
+        """How many members are there, this node included."""
+        return len(self._live_others) + 1
+
+    @property
+    def live_others(self) -> Roster:
         """Members not known to be gone, without this node; not to be changed by the caller."""
         return self._live_others
 
@@ -185,8 +197,10 @@ class MemberTable:
         state: Literal["dead", "left"],
         incarnation: int,
         proof: bytes = b"",
+        *,
+        vanished: bool = False,
     ) -> None:
-        """`proof` is the goodbye of a node that left."""
+        """`proof` is the goodbye of a node that left; `vanished` as in `Member`."""
         member = self.members[node]
         if not member.live:
             # Who died already and is now known to have left first is still gone only once.
@@ -194,9 +208,10 @@ class MemberTable:
             return
         kind: EventKind = "died" if state == "dead" else "left"
         self._events.append(MemberEvent(kind, member.record))
-        self._set(member, state=state, since=now, incarnation=incarnation, proof=proof)
+        changes = {"incarnation": incarnation, "proof": proof, "vanished": vanished}
+        self._set(member, state=state, since=now, **changes)
         if node != self.own_id:
-            self._live_others = [other for other in self._live_others if other != node]
+            self._live_others.discard(node)
             self._drop_times[node] = now + self._config.drop_after
             if any(self.members[other].live for other in self._endpoints.sharing(node)):
                 self._drop_replaced(now, node)
@@ -291,7 +306,7 @@ class MemberTable:
 
     def _admit(self, member: Member) -> None:
         self.members[member.record.id] = member
-        self._live_others.append(member.record.id)
+        self._live_others.add(member.record.id)
         self._events.append(MemberEvent("joined", member.record))
 
     def _set(self, member: Member, **changes: object) -> None:

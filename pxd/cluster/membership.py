@@ -11,20 +11,20 @@ so that another member can lie about who answers it, and about nothing else.
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from pxd.cluster.admission import Admission, Refusal, RefusalReason
-from pxd.cluster.anti_entropy import ENTRIES, compare, deltas, digests
+from pxd.cluster.admission import Refusal, RefusalReason
+from pxd.cluster.anti_entropy import compare, deltas, differing, digests, summary
 from pxd.cluster.awareness import Awareness
+from pxd.cluster.beliefs import Beliefs, Occasion
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.dissemination import BroadcastQueue
-from pxd.cluster.members import EventKind, Member, MemberEvent, MemberTable, standing
+from pxd.cluster.members import Member, MemberEvent, MemberTable
 from pxd.cluster.messages import (
     LAST_COUNT,
     Ack,
-    Claim,
     Delta,
     Digest,
     GossipMessage,
@@ -32,14 +32,12 @@ from pxd.cluster.messages import (
     News,
     Ping,
     PingRequest,
-    SignedRecord,
+    Summary,
 )
 from pxd.cluster.prng import SplitMix64
 from pxd.cluster.probing import Prober
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import Signer, goodbye, seal
-from pxd.cluster.suspicion import Suspicions
-from pxd.cluster.voice import Voice
 
 _MAX_ASKED = 4096
 
@@ -63,18 +61,17 @@ class Membership:
         self._random = SplitMix64(seed)
         self._signer = signer
         self._table = MemberTable(record, seal(record, signer), config)
-        self._admission = Admission(self._table, signer, config)
         self._queue = BroadcastQueue(config.retransmissions)
         self._awareness = Awareness(config.max_ill_health)
         self._prober = Prober(config, self._random, self._awareness)
-        self._suspicions = Suspicions(config)
+        self._beliefs = Beliefs(
+            config, signer, self._table, self._queue, self._prober, self._awareness
+        )
         self._connected: set[str] = set()
+        self._strangers: set[str] = set()
         self._parted: set[str] = set()
         self._asked: set[str] = set()
-        self._expelled: frozenset[str] = frozenset()
         self._outbox: list[tuple[str, GossipMessage]] = []
-        self._voice = Voice(config)
-        self._sought: dict[str, int] = {}
         self._running = False
         self._called_at = self._promised = 0.0
         self._probe_at = self._gossip_at = self._sync_at = self._reconnect_at = math.inf
@@ -96,7 +93,7 @@ class Membership:
     @property
     def refused(self) -> Mapping[RefusalReason, int]:
         """How much of what others sent was not let in, since the start."""
-        return MappingProxyType(self._admission.refused)
+        return MappingProxyType(self._beliefs.admission.refused)
 
     def start(self, now: float) -> None:
         config = self._config
@@ -111,7 +108,7 @@ class Membership:
 
     def join(self, peer: str) -> None:
         """Synchronise fully with a peer, whether it is known yet or not."""
-        if self._running and peer != self.id and peer not in self._expelled:
+        if self._running and peer != self.id and peer not in self._beliefs.expelled:
             if len(self._asked) >= _MAX_ASKED:
                 self._asked.pop()
             self._asked.add(peer)
@@ -120,16 +117,26 @@ class Membership:
     def connected(self, peer: str) -> None:
         """The transport has an admitted connection: exchange what may have been missed."""
         self._connected.add(peer)
+        self._beliefs.reached(peer)
         member = self._table.members.get(peer)
-        # Most connections are made in a running cluster, between members that gossip reaches.
-        in_touch = member is not None and member.state == "alive" and peer not in self._parted
+        if member is None:
+            self._strangers.add(peer)
+        parted = peer in self._parted
         self._parted.discard(peer)
-        if not (self.synced and in_touch):
+        if not self.synced:
+            # Who comes back is met by everybody at once, and a few can tell it all there is.
+            if len(self._asked) < self._config.gossip_fanout:
+                self.join(peer)
+        elif member is None or not member.live:
             self.join(peer)
+        elif parted and self._running:
+            # Other connections are made in a running cluster, between members that gossip reaches.
+            self._outbox.append((peer, summary(self._table)))
 
     def disconnected(self, now: float, peer: str) -> None:
         """The transport lost a connection: ask at once whether the peer is still there."""
         self._connected.discard(peer)
+        self._strangers.discard(peer)
         member = self._table.members.get(peer)
         if member is None:
             return
@@ -139,6 +146,14 @@ class Membership:
             if seq is not None:
                 self._ping(peer, seq)
                 self._ask_others(now)
+            self._promised = self.next_wakeup
+
+    def vanished(self, now: float, peer: str) -> None:
+        """The transport was told that nobody listens any more where the peer was: its process has
+        ended, unless others still reach it elsewhere."""
+        member = self._table.members.get(peer)
+        if self._running and member is not None and member.live and peer not in self._connected:
+            self._beliefs.vanished(now, peer)
             self._promised = self.next_wakeup
 
     def update(self, **changes: Any) -> None:
@@ -151,22 +166,20 @@ class Membership:
         if fixed:
             raise ValueError(f"membership sets {sorted(fixed)} itself")
         old = self._table.own
-        new = msgspec.structs.replace(old, **changes)
-        if new != old:
+        changed = frozenset(name for name in changes if getattr(old, name) != changes[name])
+        if changed:
             version = min(old.version + 1, LAST_COUNT)
-            self._set_own(msgspec.structs.replace(new, version=version), "updated")
-            self._voice.changed(changes)
+            self._beliefs.set_own(
+                msgspec.structs.replace(old, **changes, version=version), "updated"
+            )
+            self._beliefs.voice.changed(changed, self._table.own)
 
     def expel(self, now: float, nodes: frozenset[str]) -> None:
         """From now on exactly these nodes have no part in the cluster, as far as this one goes.
 
         Those that are members leave at once, and nothing is heard from or about them.
         """
-        self._expelled = nodes - {self.id}
-        for node in self._expelled & self._table.members.keys():
-            self._table.expel(now, node)
-            self._suspicions.end(node)
-            self._prober.forget(node)
+        self._beliefs.expel(now, nodes)
         self._finish()
 
     def leave(self, now: float) -> None:
@@ -194,21 +207,22 @@ class Membership:
 
     def take_refusals(self) -> list[Refusal]:
         """What to tell people about news that was not let in."""
-        return self._admission.take_refusals()
+        return self._beliefs.admission.take_refusals()
 
     @property
     def next_wakeup(self) -> float:
         if not self._running:
             return math.inf
+        live = self._table.live
         return min(
             self._probe_at,
             self._sync_at,
             self._reconnect_at,
             self._gossip_at if self._queue else math.inf,
-            self._voice.next_wakeup(self._table.own),
+            self._beliefs.voice.next_wakeup(self._table.own, live),
             self._prober.next_wakeup,
             self._table.next_expiry,
-            self._suspicions.next_deadline(self._live()),
+            self._beliefs.suspicions.next_deadline(live),
         )
 
     def tick(self, now: float) -> None:
@@ -216,26 +230,27 @@ class Membership:
         if not self._running:
             return
         self._forgive_freeze(now)
-        self._refute(now)
+        self._beliefs.refute(now)
         for requester, seq in self._prober.due_nacks(now):
             self._outbox.append((requester, Nack(seq=seq, news=self._news_for(requester))))
         self._ask_others(now)
         for target in self._prober.take_failed(now):
             self._accuse(now, target)
-        self._bury_expired(now)
+        self._beliefs.bury_expired(now)
         self._table.expire(now)
         if now >= self._probe_at:
-            self._probe_next(now)
+            for _ in range(self._prober.width):
+                self._probe_next(now)
             self._greet_strangers()
             self._probe_at = now + self._config.probe_interval * self._awareness.scale
         if now >= self._sync_at:
             self._sync_at = now + self._sync_interval()
             for peer in self._random.sample(self._table.live_others, 1):
-                self.join(peer)
+                self._synchronise(peer)
         if now >= self._reconnect_at:
             self._reconnect_at = now + self._config.reconnect_interval
             self._seek_lost()
-        if self._voice.is_due(now, self._live()):
+        if self._beliefs.voice.is_due(now, self._table.live):
             self._queue.push_record(self._table.signed[self.id])
         if self._queue and now >= self._gossip_at:
             self._gossip_at = now + self._config.gossip_interval
@@ -244,11 +259,13 @@ class Membership:
 
     def receive(self, now: float, peer: str, message: GossipMessage) -> None:
         """Handle a message; `peer` must come from the authenticated connection."""
-        if not self._running or peer == self.id or peer in self._expelled:
+        if not self._running or peer == self.id or peer in self._beliefs.expelled:
             return
         self._forgive_freeze(now)
-        if not isinstance(message, Digest):
-            self._absorb(now, peer, message.news)
+        if not isinstance(message, Digest | Summary):
+            asked = isinstance(message, Delta) and message.answer
+            answer: Occasion = "answer" if self.synced else "first answers"
+            self._absorb(now, peer, message.news, answer if asked else "gossip")
         match message:
             case Ping():
                 self._outbox.append((peer, Ack(seq=message.seq, news=self._news_for(peer))))
@@ -260,6 +277,8 @@ class Membership:
                 self._ping_for(now, peer, message)
             case Nack():
                 self._prober.deny(peer, message.seq)
+            case Summary():
+                self._answer_summary(now, peer, message)
             case Digest():
                 self._answer_digest(now, peer, message)
             case Delta():
@@ -270,8 +289,9 @@ class Membership:
         for node in self._table.take_dropped():
             self._queue.discard(node)
             self._parted.discard(node)
-            self._sought.pop(node, None)
-            self._admission.forget(node)
+            self._beliefs.forget(node)
+            if node in self._connected:
+                self._strangers.add(node)
         self._promised = self.next_wakeup
 
     def _forgive_freeze(self, now: float) -> None:
@@ -282,99 +302,11 @@ class Membership:
         if late > self._config.lateness:
             grace = late + self._config.probe_timeout
             self._prober.postpone(grace)
-            self._suspicions.postpone(grace)
+            self._beliefs.suspicions.postpone(grace)
 
-    # What is heard
-
-    def _absorb(self, now: float, peer: str, news: News) -> None:
-        """Take news in; tell the peer what it has missed, and ask it for what is missing here."""
-        heard = [self._hear_record(now, peer, record) for record in news.records]
-        corrections = {claim.node: claim for claim in heard if claim is not None}
-        unseen = [claim.node for claim in news.claims if self._hear_claim(now, peer, claim)]
-        if corrections or unseen:
-            told = list(corrections.values())[:ENTRIES]
-            self._outbox.extend((peer, delta) for delta in deltas((), told, unseen[:ENTRIES]))
-
-    def _hear_record(self, now: float, peer: str, signed: SignedRecord) -> Claim | None:
-        """Returns what to tell a peer that has missed the node's end."""
-        table, node = self._table, signed.node
-        if node in self._expelled:
-            return None
-        held = table.signed.get(node)
-        if held is not None and (signed.order < held.order or signed == held):
-            return None
-        if node == self.id:
-            if self._admission.is_genuine(now, peer, signed):
-                # An earlier life went further than this node remembers.
-                self._voice.slandered(signed.incarnation)
-                self._refute(now)
-            return None
-        if table.is_buried(node, signed.incarnation):
-            return table.claim_about(node) if peer != node else None
-        known = node in table.members
-        record = self._admission.open(now, peer, signed)
-        if record is not None and table.learn(now, record, signed):
-            if not known:
-                self._prober.admit(node)
-            if table.members[node].state == "alive":
-                self._suspicions.end(node)
-            self._queue.push_record(signed, peer)
-        return None
-
-    def _hear_claim(self, now: float, peer: str, claim: Claim) -> bool:
-        """Says whether the claim is about a life that the node has not shown here yet."""
-        if claim.node == self.id:
-            self._hear_slander(now, peer, claim)
-            return False
-        member = self._table.members.get(claim.node)
-        if member is None or claim.incarnation < member.incarnation:
-            return False
-        if claim.state == "left":
-            later = standing("left", claim.incarnation) > member.standing
-            if later and self._admission.is_proven(now, peer, claim):
-                self._bury(now, claim)
-                self._queue.push_claim(claim, claim.by)
-            return False
-        if claim.incarnation > member.record.incarnation:
-            # Once per life: what the peer sends then may be refused here.
-            seeks = claim.incarnation > self._sought.get(claim.node, 0)
-            self._sought[claim.node] = claim.incarnation
-            return seeks
-        if member.live:
-            self._suspect(now, member, claim.incarnation, claim.by)
-        return False
-
-    def _hear_slander(self, now: float, peer: str, claim: Claim) -> None:
-        own = self._table.own.incarnation
-        if claim.incarnation < own:
-            return
-        doubted = claim.incarnation == own and claim.state != "left"
-        if doubted or self._admission.is_proven(now, peer, claim):
-            self._voice.slandered(claim.incarnation)
-            self._refute(now)
-
-    def _refute(self, now: float) -> None:
-        record = self._voice.refutation(now, self._table.own)
-        if record is not None:
-            self._awareness.worsen()
-            self._set_own(record, "refuted")
-            self._queue.push_record(self._table.signed[self.id])
-
-    def _set_own(self, record: NodeRecord, kind: EventKind) -> None:
-        self._table.replace_own(record, seal(record, self._signer), kind)
-
-    def _suspect(self, now: float, member: Member, incarnation: int, accuser: str) -> None:
-        node = member.record.id
-        if self._suspicions.accuse(now, node, incarnation):
-            self._table.suspect(now, node, incarnation)
-        if self._suspicions.confirm(node, accuser):
-            self._queue.push_claim(Claim(node, "suspect", incarnation, accuser), accuser)
-
-    def _bury(self, now: float, claim: Claim) -> None:
-        state: Literal["dead", "left"] = "left" if claim.state == "left" else "dead"
-        self._table.bury(now, claim.node, state, claim.incarnation, claim.proof)
-        self._suspicions.end(claim.node)
-        self._prober.forget(claim.node)
+    def _absorb(self, now: float, peer: str, news: News, occasion: Occasion) -> None:
+        answers = self._beliefs.absorb(now, peer, news, occasion)
+        self._outbox.extend((peer, answer) for answer in answers)
 
     # What is found out
 
@@ -390,11 +322,9 @@ class Membership:
     def _greet_strangers(self) -> None:
         """A connected peer that is no member either missed a digest or has to refute its death."""
         members = self._table.members
-        strangers = [
-            peer
-            for peer in sorted(self._connected)
-            if peer not in members or members[peer].state == "dead"
-        ]
+        self._strangers = {peer for peer in self._strangers if peer not in members}
+        dead = [peer for peer in self._table.dead() if peer in self._connected]
+        strangers = sorted((*self._strangers, *dead))
         for peer in self._random.sample(strangers, self._config.gossip_fanout):
             self.join(peer)
 
@@ -424,6 +354,9 @@ class Membership:
             seq = self._prober.relay(now, request.target, requester, request.seq)
             if seq is not None:
                 self._ping(request.target, seq)
+        else:
+            # Nor can it be found out here; the requester must not take that for its own fault.
+            self._outbox.append((requester, Nack(seq=request.seq, news=self._news_for(requester))))
 
     def _acknowledged(self, now: float, peer: str, seq: int) -> None:
         probe = self._prober.acknowledge(peer, seq)
@@ -437,12 +370,8 @@ class Membership:
     def _accuse(self, now: float, target: str) -> None:
         member = self._table.members.get(target)
         if member is not None and member.live:
-            self._suspect(now, member, member.incarnation, self.id)
+            self._beliefs.suspect(now, member, member.incarnation, self.id)
             self._tell(target, target)
-
-    def _bury_expired(self, now: float) -> None:
-        for node, incarnation in self._suspicions.expired(now, self._live()):
-            self._bury(now, Claim(node, "dead", incarnation, self.id))
 
     # What is passed on
 
@@ -463,22 +392,33 @@ class Membership:
         if lost and self._random.fraction() * live < len(lost):
             self.join(self._random.sample(lost, 1)[0])
 
+    def _synchronise(self, peer: str) -> None:
+        if self.synced:
+            self._outbox.append((peer, summary(self._table)))
+        else:
+            self.join(peer)
+
+    def _answer_summary(self, now: float, peer: str, message: Summary) -> None:
+        if self.synced:
+            different = self._beliefs.admission.answer(now, peer, differing(self._table, message))
+            self._outbox.extend((peer, digest) for digest in different)
+
     def _answer_digest(self, now: float, peer: str, digest: Digest) -> None:
-        heard = tuple(entry for entry in digest.entries if entry.node not in self._expelled)
+        heard = tuple(entry for entry in digest.entries if entry.node not in self._beliefs.expelled)
         difference = compare(self._table, peer, msgspec.structs.replace(digest, entries=heard))
-        self._absorb(now, peer, News(claims=tuple(difference.heard)))
-        records = self._admission.answer(now, peer, difference.records)
+        self._absorb(now, peer, News(claims=tuple(difference.heard)), "gossip")
+        records = self._beliefs.admission.answer(now, peer, difference.records)
         answers = deltas(records, difference.claims, difference.wants)
         self._outbox.extend((peer, answer) for answer in answers)
 
     def _answer_delta(self, now: float, peer: str, delta: Delta) -> None:
-        if peer in self._asked:
+        if delta.answer and peer in self._asked:
             self._asked.discard(peer)
             self.synced = True
         wanted = dict.fromkeys(node for node in delta.wants if node in self._table.members)
         if wanted:
             held = [self._table.signed[node] for node in wanted]
-            records = self._admission.answer(now, peer, held)
+            records = self._beliefs.admission.answer(now, peer, held)
             claims = [claim for node in wanted if (claim := self._table.claim_about(node))]
             self._outbox.extend((peer, answer) for answer in deltas(records, claims, ()))
 
@@ -498,11 +438,8 @@ class Membership:
             return news
         return News(news.records, (*news.claims, claim))
 
-    def _live(self) -> int:
-        return len(self._table.live_others) + 1
-
     def _sync_interval(self) -> float:
         """Grows with the logarithm of the members beyond the number for which it is meant."""
-        crowd = self._live() / self._config.flat_members
+        crowd = self._table.live / self._config.flat_members
         doublings = max(0, math.ceil(math.log2(crowd)))
         return self._config.sync_interval * (1 + doublings)

@@ -112,11 +112,28 @@ class Digest(msgspec.Struct, frozen=True, tag="digest", kw_only=True):
     entries: Annotated[tuple[DigestEntry, ...], msgspec.Meta(max_length=4096)]
 
 
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """`digest` stands for all that the sender holds of the living up to id `until`, from where the
+    part before ends."""
+
+    until: Identifier | None
+    digest: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+
+
+class Summary(msgspec.Struct, frozen=True, tag="summary", kw_only=True):
+    """Asks for a `Digest` of every part in which the receiver holds something else, and for nothing
+    where both agree. Bounds grow, the last one is None; no other summary is looked at."""
+
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=256)]
+
+
 class Delta(msgspec.Struct, frozen=True, tag="delta", kw_only=True):
-    """News on its own: plain gossip, or the answer to a digest, which may want records back."""
+    """News on its own: plain gossip, or an `answer` to a digest or a delta, which may want records
+    back. A crowd does not pass answers on: everybody will ask for themselves."""
 
     news: News
     wants: Annotated[tuple[Identifier, ...], msgspec.Meta(max_length=4096)] = ()
+    answer: bool = False
 
 
-GossipMessage = Ping | Ack | PingRequest | Nack | Digest | Delta
+GossipMessage = Ping | Ack | PingRequest | Nack | Summary | Digest | Delta

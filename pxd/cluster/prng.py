@@ -32,9 +32,11 @@ class SplitMix64:
 
     def sample(self, items: Sequence[T], count: int) -> list[T]:
         """Up to `count` different items in random order (Fisher-Yates)."""
-        pool = list(items)
-        count = min(count, len(pool))
-        for index in range(count):
-            other = index + self.below(len(pool) - index)
-            pool[index], pool[other] = pool[other], pool[index]
-        return pool[:count]
+        # Only what has changed places is noted, so that a few out of many cost little.
+        moved: dict[int, T] = {}
+        chosen = []
+        for index in range(min(count, len(items))):
+            other = index + self.below(len(items) - index)
+            chosen.append(moved[other] if other in moved else items[other])
+            moved[other] = moved[index] if index in moved else items[index]
+        return chosen

@@ -11,6 +11,7 @@ from pxd.cluster.prng import SplitMix64
 _MAX_RELAYS = 1024
 _MAX_RELAYS_PER_PEER = 64
 _SLACK = 64
+_MOST_AT_ONCE = 32
 
 
 class Probe:
@@ -58,13 +59,16 @@ class _Relay:
 class Prober:
     """Round robin over a shuffled list, so that every member is probed within a bounded time.
 
-    Times grow with `awareness`, which follows the outcome of the probes.
+    Times grow with `awareness`, which follows the outcome of the probes. `width` is how many to
+    begin at once: one, but more while many turn out not to be there, so that many who are gone, or
+    never were, do not stay listed for as long as it takes to probe one after the other.
     """
 
     def __init__(self, config: MembershipConfig, random: SplitMix64, awareness: Awareness) -> None:
         self._config = config
         self._random = random
         self._awareness = awareness
+        self.width = 1
         self._order: list[str] = []
         self._position = 0
         self._seq = 0
@@ -80,18 +84,18 @@ class Prober:
         self._order.insert(self._position + self._random.below(rest + 1), node)
 
     def next_target(self, candidates: Collection[str]) -> str | None:
+        """`candidates` are to be such that looking for one in them is quick."""
         busy = {probe.target for probe in self._probes.values()}
-        free = [node for node in candidates if node not in busy]
-        if not free:
+        if len(busy) >= len(candidates) and busy.issuperset(candidates):
             return None
-        wanted = set(free)
         while True:
             # Members that come and go must not make a round longer and longer.
             if len(self._order) <= 2 * len(candidates) + _SLACK:
                 for position in range(self._position, len(self._order)):
-                    if self._order[position] in wanted:
+                    node = self._order[position]
+                    if node in candidates and node not in busy:
                         self._position = position + 1
-                        return self._order[position]
+                        return node
             self._order = self._random.sample(sorted(candidates), len(candidates))
             self._position = 0
 
@@ -130,6 +134,7 @@ class Prober:
             return None
         self.forget(probe.target)
         self._awareness.improve()
+        self.width = max(1, self.width - 1)
         return probe
 
     def deny(self, peer: str, seq: int) -> None:
@@ -176,8 +181,16 @@ class Prober:
         failed = [probe for probe in self._probes.values() if probe.deadline <= now]
         for probe in failed:
             self._awareness.worsen(probe.blame)
+            self._widen(probe)
             self.forget(probe.target)
         return list(dict.fromkeys(probe.target for probe in failed))
+
+    def _widen(self, probe: Probe) -> None:
+        if probe.blame:
+            # Rather this node's own network is at fault.
+            self.width = 1
+        elif not probe.urgent:
+            self.width = min(2 * self.width, _MOST_AT_ONCE)
 
     def postpone(self, seconds: float) -> None:
         """Push every deadline back, after a time in which this node could not hear answers."""
@@ -187,11 +200,10 @@ class Prober:
 
     @property
     def next_wakeup(self) -> float:
-        return min(
-            next(iter(self._nacks.values()), math.inf),
-            *(min(probe.indirect_at, probe.deadline) for probe in self._probes.values()),
-            math.inf,
-        )
+        soonest = next(iter(self._nacks.values()), math.inf)
+        for probe in self._probes.values():
+            soonest = min(soonest, probe.indirect_at, probe.deadline)
+        return soonest
 
     def _add(self, probe: Probe) -> int:
         self._seq += 1

@@ -1,7 +1,6 @@
 """When this node speaks of itself: often enough to be known, and no oftener than others listen."""
 
 import math
-from collections.abc import Iterable
 
 import msgspec
 
@@ -12,6 +11,8 @@ from pxd.cluster.records import NodeRecord
 
 _LOAD = frozenset({"running", "waiting", "links"})
 """What changes all the time; it must not keep more important changes waiting."""
+_ECHO = frozenset({"term", "plan"})
+"""What most nodes only repeat after their leader."""
 _NONE = -1
 
 
@@ -21,21 +22,30 @@ class Voice:
     def __init__(self, config: MembershipConfig) -> None:
         self._config = config
         self._untold: frozenset[str] = frozenset()
+        self._has_echo = False
         self._spreading = Allowance(config.record_rate, config.record_burst)
         self._slander = _NONE
         self._refutations = Allowance(config.refutation_rate, config.refutation_burst)
 
-    def changed(self, fields: Iterable[str]) -> None:
-        """These fields of the own record are others than the members know."""
-        self._untold |= frozenset(fields)
+    def changed(self, fields: frozenset[str], own: NodeRecord) -> None:
+        """These fields of the own record, now `own`, are others than the members know.
+
+        From `flat_members` on nobody is told of an echo for its own sake, lest every word of the
+        leader makes as many rumours as there are members: full synchronisation brings it.
+        """
+        if fields <= _ECHO and (own.plan is None or own.plan.leader != own.id):
+            self._has_echo = True
+        else:
+            self._untold |= fields
 
     def is_due(self, now: float, members: int) -> bool:
         """Whether to tell of the changes now: the more members, the less often each one does."""
         crowd = max(1.0, members / self._config.flat_members)
         self._spreading.rate = self._config.record_rate / crowd
-        if not self._untold or not self._spreading.take(now, reserve=self._reserve):
+        if not self._is_untold(members) or not self._spreading.take(now, reserve=self._reserve):
             return False
         self._untold = frozenset()
+        self._has_echo = False
         return True
 
     def slandered(self, incarnation: int) -> None:
@@ -52,9 +62,10 @@ class Voice:
         self._slander = _NONE
         return msgspec.structs.replace(own, incarnation=incarnation, version=min(later, LAST_COUNT))
 
-    def next_wakeup(self, own: NodeRecord) -> float:
+    def next_wakeup(self, own: NodeRecord, members: int) -> float:
+        untold = self._is_untold(members)
         return min(
-            self._spreading.ready_at(1 + self._reserve) if self._untold else math.inf,
+            self._spreading.ready_at(1 + self._reserve) if untold else math.inf,
             self._refutations.ready_at() if self._slander >= own.incarnation else math.inf,
         )
 
@@ -62,4 +73,8 @@ class Voice:
     def _reserve(self) -> float:
         """How much has to be left for changes that matter more than those waiting."""
         burst = self._config.record_burst
-        return max(0.0, min(burst / 2, burst - 1)) if self._untold <= _LOAD else 0.0
+        mere_load = self._untold <= _LOAD and not self._has_echo
+        return max(0.0, min(burst / 2, burst - 1)) if mere_load else 0.0
+
+    def _is_untold(self, members: int) -> bool:
+        return bool(self._untold) or (self._has_echo and members <= self._config.flat_members)

@@ -60,13 +60,6 @@ class Discovering(Protocol):
 
 
 @runtime_checkable
-class Measuring(Protocol):
-    """A network that knows the bandwidth to a peer in GB/s, or None."""
-
-    def bandwidth(self, peer: str) -> float | None: ...
-
-
-@runtime_checkable
 class Relaying(Protocol):
     """A network that can reach peers through others; tells which it reaches only so."""
 
@@ -155,6 +148,7 @@ def gather(
     names = Counter(member.record.name for member in members.values())
     own_hosts = set(hosts_in(own.id, network.addresses()))
     relayed = network.relayed() if isinstance(network, Relaying) else frozenset[str]()
+    bandwidths = {link.peer: link.bandwidth for link in own.links if link.bandwidth > 0}
     peers = []
     for id_, member in members.items():
         if id_ == network.peer_id:
@@ -169,7 +163,7 @@ def gather(
                 since=clock - member.since,
                 host=host,
                 rtt=member.rtt,
-                bandwidth=network.bandwidth(id_) if isinstance(network, Measuring) else None,
+                bandwidth=bandwidths.get(id_),
                 relayed=id_ in relayed,
                 here=host is not None and (host in own_hosts or host.startswith("127.")),
             )

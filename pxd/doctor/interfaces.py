@@ -1,13 +1,12 @@
 """This machine's network interfaces, as far as the doctor cares: IPv4, up, not loopback."""
 
 import ipaddress
-import re
 import socket
 
 import msgspec
 import psutil
 
-_INNER = re.compile(r"(docker|br-|virbr|vmnet|vboxnet|tun|tap|wg|utun|tailscale|zt|ipsec|ppp)")
+from pxd.p2p.interfaces import INSIDE, TUNNEL
 
 
 class Interface(msgspec.Struct, frozen=True):
@@ -40,7 +39,7 @@ def interfaces() -> tuple[Interface, ...]:
             network = ipaddress.ip_network(
                 f"{address.address}/{address.netmask or 32}", strict=False
             )
-            inner = bool(_INNER.match(name)) or "pointopoint" in flags
+            inner = bool(INSIDE.match(name) or TUNNEL.match(name)) or "pointopoint" in flags
             found.append(
                 Interface(name, address.address, str(network), "multicast" in flags, inner)
             )

@@ -75,6 +75,7 @@ async def _exchange(
     packet = query()
     heard: set[str] = set()
     back = trio.Event()
+    failure = f"a packet sent to {GROUP} port {PORT} did not come back"
 
     async def listen() -> None:
         while True:
@@ -93,7 +94,13 @@ async def _exchange(
         nursery.start_soon(listen)
         nursery.start_soon(collect)
         for _ in range(TRIES):
-            await sender.sendto(packet, (GROUP, PORT))
+            try:
+                await sender.sendto(packet, (GROUP, PORT))
+            except OSError as error:
+                # That is how a rule for what goes out shows itself.
+                why = error.strerror or error
+                failure = f"a packet to {GROUP} port {PORT} could not be sent ({why})"
+                break
             with trio.move_on_after(WAIT_S):
                 await back.wait()
                 # The rest of the time is for the answers of others.
@@ -101,8 +108,7 @@ async def _exchange(
             if back.is_set():
                 break
         nursery.cancel_scope.cancel()
-    failure = "" if back.is_set() else f"a packet sent to {GROUP} port {PORT} did not come back"
-    return Loop(interface, failure, tuple(sorted(heard)))
+    return Loop(interface, "" if back.is_set() else failure, tuple(sorted(heard)))
 
 
 async def test_all(interfaces: tuple[Interface, ...]) -> tuple[Loop, ...]:

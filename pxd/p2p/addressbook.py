@@ -34,6 +34,16 @@ class RememberedPeer(msgspec.Struct, frozen=True):
 _File = Annotated[tuple[RememberedPeer, ...], msgspec.Meta(max_length=PEERS)]
 
 
+def has_met_others(path: Path) -> bool:
+    """Whether any peer has ever been in, as far as the file of an address book can tell."""
+    try:
+        return bool(msgspec.json.decode(path.read_bytes()))
+    except FileNotFoundError:
+        return False
+    except (OSError, *DECODE_ERRORS):
+        return True
+
+
 class AddressBook:
     """Addresses by peer, those that worked last first.
 
@@ -50,6 +60,7 @@ class AddressBook:
         self._pinned = pinned or {}
         self._clock = clock
         self._addresses: OrderedDict[str, tuple[Address, ...]] = OrderedDict()
+        self._told: dict[str, frozenset[Address]] = {}
         self._seen: dict[str, float] = {}
         self.changed = False
 
@@ -63,7 +74,7 @@ class AddressBook:
             log.warning("cannot use the remembered peers in %s: %s", self._path, error)
             return
         for entry in remembered:
-            addresses = parse_peer_addresses(entry.peer, entry.addresses)
+            addresses = parse_peer_addresses(entry.peer, entry.addresses, names=True)
             if addresses and entry.seen > self._clock() - REMEMBER_SECONDS:
                 self.learn(entry.peer, tuple(addresses))
                 self._seen[entry.peer] = entry.seen
@@ -90,23 +101,34 @@ class AddressBook:
     def addresses(self, peer: str) -> tuple[Address, ...]:
         return tuple(dict.fromkeys((*self._addresses.get(peer, ()), *self._pinned.get(peer, ()))))
 
-    def learn(self, peer: str, addresses: tuple[Address, ...]) -> None:
-        """What the peer says of itself replaces what it said before, but what works stays first."""
+    def learn(self, peer: str, addresses: tuple[Address, ...]) -> bool:
+        """What the peer says of itself replaces what it said before, but what works stays first.
+
+        Returns whether the peer said something else the last time.
+        """
         known = self._addresses.get(peer, ())
         kept = tuple(a for a in known[:1] if a in addresses or peer in self._seen)
         merged = tuple(dict.fromkeys((*kept, *addresses)))[:ADDRESSES_PER_PEER]
         if merged and merged != known:
             self._put(peer, merged)
+        news = peer in self._addresses and self._told.get(peer) != frozenset(addresses)
+        if news:
+            self._told[peer] = frozenset(addresses)
+        return news
 
     def worked(self, address: Address) -> None:
         """A connection was made there and the peer is in."""
+        address = address.without_zone()
         others = (a for a in self._addresses.get(address.peer, ()) if a != address)
         self._put(address.peer, (address, *others)[:ADDRESSES_PER_PEER])
         self.seen(address.peer)
 
     def seen(self, peer: str) -> None:
         """The peer is in. Matters only where an address of it is known, now or later."""
+        self._seen.pop(peer, None)
         self._seen[peer] = self._clock()
+        while len(self._seen) > PEERS:
+            del self._seen[next(iter(self._seen))]
         self.changed = True
 
     def _put(self, peer: str, addresses: tuple[Address, ...]) -> None:
@@ -116,3 +138,4 @@ class AddressBook:
         while len(self._addresses) > PEERS:
             forgotten, _ = self._addresses.popitem(last=False)
             self._seen.pop(forgotten, None)
+            self._told.pop(forgotten, None)

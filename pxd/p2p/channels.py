@@ -1,7 +1,8 @@
 """Data channels: one per direction and peer, made when first used, closed when the peer is gone.
 
 A channel is a direct TLS connection to a port that the peer names in a call, pinned to the
-certificates exchanged in that call; where none can be made, a stream of the libp2p connection.
+certificates exchanged in that call; where none can be made, as through a relay, a stream of the
+libp2p connection.
 """
 
 import logging
@@ -21,7 +22,7 @@ from pxd.p2p.outbox import FrameOutbox
 from pxd.p2p.pending import PendingConnections
 from pxd.p2p.services import decode_response, encode_message
 from pxd.p2p.sessions import Session, Sessions
-from pxd.p2p.tls import CERTIFICATE_LIMIT, Certificate, TlsStream
+from pxd.p2p.tls import CERTIFICATE_LIMIT, Certificate, TlsStream, owner
 from pxd.wire import Buffer
 
 log = logging.getLogger("pxd.p2p")
@@ -64,7 +65,7 @@ class DataChannels:
         self._hosts_of = hosts_of
         self._direct = direct
         self._port = 0
-        self._certificate = Certificate()
+        self._certificate = Certificate(sessions.own_id)
         self._trusted: dict[bytes, Session] = {}
         self._context: ssl.SSLContext | None = None
         self._pending = PendingConnections()
@@ -111,9 +112,10 @@ class DataChannels:
         }
         trusted[offer.certificate] = session
         try:
+            _check_owner(offer.certificate, peer)
             self._context = self._certificate.context(list(trusted), server=True)
         except ssl.SSLError as error:
-            raise CallFailed("bad-request", "not a certificate") from error
+            raise CallFailed("bad-request", str(error)) from error
         self._trusted = trusted
         return DataPort(self._certificate.der, self._port)
 
@@ -124,7 +126,7 @@ class DataChannels:
             return
         done = trio.Event()
         # Not in the connection's own task: a handler is not cancelled because its peer is gone.
-        self._nursery.start_soon(self._receive, session, Libp2pFrames(stream), done)
+        self._nursery.start_soon(self._receive, session, Libp2pFrames(connection, stream), done)
         await done.wait()
 
     async def _receive(self, session: Session, stream: FrameStream, done: trio.Event) -> None:
@@ -148,7 +150,9 @@ class DataChannels:
             await self._inbox.receive(session, stream)
 
     async def _open(self, session: Session) -> FrameStream:
-        if self._direct:
+        route = session.connection.route
+        # Where one port cannot be reached, or only by hole punching, the one beside it cannot.
+        if self._direct and not route.relay and not route.punched:
             try:
                 return await self._open_direct(session)
             except (NetworkError, OSError, StreamClosed) as error:
@@ -161,7 +165,8 @@ class DataChannels:
                     session.peer,
                     error,
                 )
-        return Libp2pFrames(await session.connection.open_stream(PROTOCOL))
+        connection = session.connection
+        return Libp2pFrames(connection, await connection.open_stream(PROTOCOL))
 
     async def _open_direct(self, session: Session) -> FrameStream:
         payload = encode_message(Offer(self._certificate.der))
@@ -169,17 +174,29 @@ class DataChannels:
         there = decode_response(OFFER, answer)
         if not there.port:
             raise PeerUnreachable("the peer has no data port")
+        _check_owner(there.certificate, session.peer)
         context = self._certificate.context([there.certificate], server=False)
         failure: Exception = PeerUnreachable("the peer has no known address")
         for host in dict.fromkeys((session.connection.host, *self._hosts_of(session.peer))):
             try:
                 with trio.fail_after(CONNECT_TIMEOUT):
                     return await _connect(host, there, context)
-            except (OSError, StreamClosed) as error:
-                failure = error
+            except (OSError, ValueError, StreamClosed) as error:
+                # A host name that cannot be is a ValueError.
+                failure = PeerUnreachable(str(error)) if isinstance(error, ValueError) else error
             except trio.TooSlowError:
                 failure = PeerUnreachable(f"no answer from {host} port {there.port}")
         raise failure
+
+
+def _check_owner(certificate: bytes, peer: str) -> None:
+    """Raises `ssl.SSLError` unless `peer` is whom the certificate names: nobody is to pass off
+    another one's as its own, whose frames would then count as its."""
+    try:
+        if owner(certificate) != peer:
+            raise ssl.SSLError("another peer's certificate")
+    except ValueError as error:
+        raise ssl.SSLError(str(error)) from error
 
 
 async def _connect(host: str, there: DataPort, context: ssl.SSLContext) -> FrameStream:

@@ -16,16 +16,21 @@ LONGEST_DELAY = 30.0
 REFUSED_DELAY = 60.0
 """Seconds. A peer that refused us will do so again until a person changes something."""
 
+SPREAD = 0.01
+"""Seconds per known peer over which attempts to all of them at once are drawn out."""
+
 TARGETS = 1024
 
 
 class _Target:
-    """A peer to be connected with. `poke` is set when there is reason to try at once."""
+    """A peer to be connected with. `poke` is set when there is reason to try at once, and
+    `afresh` when failures so far say nothing about the attempts to come."""
 
     def __init__(self, peer: str, *, wanted: bool) -> None:
         self.peer = peer
         self.wanted = wanted
         self.poke = trio.Event()
+        self.afresh = False
         self.refused = False
         self.state: str | None = None
 
@@ -60,6 +65,13 @@ class Discovery:
             target = self._targets[peer] = _Target(peer, wanted=wanted)
             self._nursery.start_soon(self._pursue, target)
 
+    def try_again(self) -> None:
+        """This machine has moved: all that could not be reached may be within reach now."""
+        for target in self._targets.values():
+            target.afresh = True
+            target.refused = False
+            target.poke.set()
+
     def _on_peer(self, peer: str, up: bool) -> None:
         if peer in self._targets:
             self._targets[peer].poke.set()
@@ -70,6 +82,11 @@ class Discovery:
         backoff = Backoff(FIRST_DELAY, LONGEST_DELAY, self._rng)
         while True:
             target.poke = trio.Event()
+            if target.afresh:
+                target.afresh = False
+                backoff.reset()
+                # Not hundreds of dials in one moment.
+                await trio.sleep(self._rng.uniform(0, SPREAD * len(self._targets)))
             session = self._sessions.get(target.peer)
             if session:
                 target.refused = False

@@ -2,7 +2,8 @@
 
 from typing import Protocol
 
-from pxd.p2p.muxer import YamuxStream
+from pxd.p2p.host import Connection
+from pxd.p2p.muxer import StreamClosed, YamuxStream
 from pxd.wire import Buffer
 
 COALESCE = 16 * 1024
@@ -24,8 +25,25 @@ class FrameStream(Protocol):
 
 
 class Libp2pFrames:
-    def __init__(self, stream: YamuxStream) -> None:
+    def __init__(self, connection: Connection, stream: YamuxStream) -> None:
+        self._connection = connection
         self._stream = stream
+
+    @property
+    def relayed(self) -> bool:
+        return bool(self._connection.relay)
+
+    async def drain(self) -> None:
+        """After the last frame: return when the peer has handled all of them.
+
+        Raises `StreamClosed` when the connection ended before.
+        """
+        self._stream.finish()
+        try:
+            await self._stream.read_exactly(1)
+        except StreamClosed:
+            if self._connection.muxer.closed.is_set():
+                raise
 
     async def write(self, *parts: Buffer) -> None:
         if sum(map(len, parts)) <= COALESCE:

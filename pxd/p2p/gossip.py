@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from pxd.cluster.membership import Membership
 from pxd.cluster.messages import MAX_MESSAGE, GossipMessage
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import Signer
+from pxd.cluster.stamps import ceiling
 from pxd.p2p.network import Method, Network, NetworkError
 
 log = logging.getLogger("pxd.p2p.gossip")
@@ -149,6 +151,7 @@ class Gossip:
         self._running = True
         self._network.serve(GOSSIP, self._receive)
         self._network.on_peer(self._peer_changed)
+        self._network.on_vanished(self._peer_vanished)
         for peer in self._network.peers():
             self._membership.connected(peer)
         try:
@@ -210,6 +213,11 @@ class Gossip:
             self._membership.disconnected(trio.current_time(), peer)
         self._dispatch()
 
+    def _peer_vanished(self, peer: str) -> None:
+        if self._running:
+            self._membership.vanished(trio.current_time(), peer)
+            self._dispatch()
+
     async def _keep_time(self) -> None:
         while True:
             self._wake = trio.Event()
@@ -260,7 +268,14 @@ class Gossip:
         now = trio.current_time()
         if events or now >= leadership.next_wakeup or self._synced != membership.synced:
             self._synced = membership.synced
-            events += leadership.observe(now, membership.members, synced=membership.synced)
+            changed = {event.record.id for event in events if isinstance(event, MemberEvent)}
+            events += leadership.observe(
+                now,
+                membership.members,
+                synced=self._synced,
+                changed=changed,
+                most=ceiling(time.time()),
+            )
         for event in events:
             self._handle(event)
         membership.update(seniority=leadership.seniority, term=leadership.term, leads=self.leads)

@@ -1,5 +1,6 @@
 """`Network` over libp2p: puts host, calls, data channels and discovery together."""
 
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -8,24 +9,27 @@ import trio
 
 from pxd import wire
 from pxd.identity import Keyring
-from pxd.p2p import channels, rpc
+from pxd.p2p import channels, circuit, observed, punch, rpc
 from pxd.p2p.addressbook import AddressBook
 from pxd.p2p.addresses import Address, parse_address, parse_peer_addresses
 from pxd.p2p.admission import Admission
 from pxd.p2p.casts import DroppingQueue
 from pxd.p2p.channels import DataChannels
+from pxd.p2p.circuit import Circuits, join_circuit, split_circuit
 from pxd.p2p.dialer import Dialer
 from pxd.p2p.discovery import Discovery
-from pxd.p2p.host import Connection, Host
+from pxd.p2p.host import Connection, Host, Route
 from pxd.p2p.inbox import FrameInbox
 from pxd.p2p.interfaces import reachable_hosts
 from pxd.p2p.keyproof import KeyProof
 from pxd.p2p.listening import listen, listen_beside
 from pxd.p2p.loopback import Loopback
-from pxd.p2p.mdns import Mdns
+from pxd.p2p.mdns import Heard
 from pxd.p2p.muxer import YamuxStream
+from pxd.p2p.neighbours import Neighbours
 from pxd.p2p.network import (
     CallTimeout,
+    FrameFilter,
     FrameHandler,
     Method,
     PeerHandler,
@@ -33,10 +37,16 @@ from pxd.p2p.network import (
     RequestT,
     ResponseT,
 )
+from pxd.p2p.punch import Upgrades
 from pxd.p2p.refusals import Refusal, Refusals
+from pxd.p2p.relay import Relay
+from pxd.p2p.rerouting import Rerouting
+from pxd.p2p.roaming import Moved, Roaming
+from pxd.p2p.routes import routes
 from pxd.p2p.secure import Identity
 from pxd.p2p.services import Services, decode_response, encode_message
 from pxd.p2p.sessions import Session, Sessions
+from pxd.p2p.sightings import Discovered
 
 log = logging.getLogger("pxd.p2p")
 
@@ -44,15 +54,16 @@ CAST_PATIENCE = 3.0
 """Seconds for which a cast waits for a connection."""
 
 HANG_UP_TIMEOUT = 3.0
-SAVE_INTERVAL = 5.0
-INTERFACE_INTERVAL = 15.0
+SAVE_INTERVAL = 1.0
+CIRCUIT_ADDRESSES = 4
+MAX_ADDRESSES = 16
 
 
 class Libp2pNetwork:
     """Works while `run` runs. `join` are multiaddrs of members; `listen` port 0 takes a free one.
 
     A `body` given to `send` must not be changed afterwards. `direct_channels=False` sends frames
-    over libp2p only.
+    over libp2p only. With `relay`, traffic of members that cannot reach each other is passed on.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class Libp2pNetwork:
         peers_file: Path,
         join: tuple[str, ...] = (),
         direct_channels: bool = True,
+        relay: bool = False,
     ) -> None:
         identity = Identity(node_seed)
         self.identity = identity
@@ -72,7 +84,8 @@ class Libp2pNetwork:
         self._admission = Admission(Keyring.first(cluster_key))
         self._listen = listen
         self._mdns = mdns
-        self._join = _by_peer(join, self.peer_id)
+        self._join, self._named_relays = _read(join, self.peer_id)
+        self._relays: frozenset[str] = frozenset()
         self._book = AddressBook(peers_file, pinned=self._join)
         self._refusals = Refusals()
         self._services = Services()
@@ -82,13 +95,32 @@ class Libp2pNetwork:
             self._sessions, self._inbox, self._hosts_of, direct=direct_channels
         )
         self._services.add(channels.OFFER, self._channels.on_offer)
-        handlers = {rpc.PROTOCOL: self._serve_calls, channels.PROTOCOL: self._channels.on_stream}
+        handlers = {
+            rpc.PROTOCOL: self._serve_calls,
+            channels.PROTOCOL: self._channels.on_stream,
+            observed.PROTOCOL: observed.tell,
+        }
+        if relay:
+            handlers[circuit.HOP] = Relay(self._sessions, lambda: self._admission.banned).serve
         proof = KeyProof(self._admission, self.peer_id)
         self._host = Host(identity, proof, self._refusals, handlers, self._attend)
+        self._circuits = Circuits(self._host)
+        self._host.handlers[circuit.STOP] = self._circuits.serve
+        self._roaming = Roaming()
+        self._rerouting = Rerouting(
+            self.peer_id, self._host, self._sessions, self._book, lambda: self._roaming.locals
+        )
+        self._neighbours = Neighbours(
+            self.peer_id, self._admission, self._roaming, self._hosts, self._heard
+        )
         self._bound: list[str] = []
         self._port = 0
         self._nursery: trio.Nursery | None = None
         self._dialer: Dialer | None = None
+        self._upgrades: Upgrades | None = None
+        self._discovery: Discovery | None = None
+        self._vanished_handlers: list[Callable[[str], None]] = []
+        self._call_streams: dict[Connection, YamuxStream] = {}
         self._late_casts: dict[str, DroppingQueue[tuple[str, bytes]]] = {}
         self._loopback = Loopback(self.peer_id, self._services, self._inbox)
 
@@ -103,12 +135,23 @@ class Libp2pNetwork:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._dialer = Dialer(
-                    nursery, self._host, self._sessions, self._book, self._refusals
+                    nursery,
+                    self._host,
+                    self._sessions,
+                    self._book,
+                    self._refusals,
+                    self._circuits,
+                    self._relays_for,
+                    lambda: self._roaming.locals,
+                    self._nobody_there,
                 )
+                self._upgrades = Upgrades(nursery, self._host, self._sessions, self._dialer)
+                self._host.handlers[punch.PROTOCOL] = self._upgrades.serve
                 await nursery.start(self._host.run, listeners)
                 await nursery.start(self._channels.run, data_listeners)
                 nursery.start_soon(self._loopback.run)
                 nursery.start_soon(self._save_regularly)
+                nursery.start_soon(self._roaming.run, self._on_moved)
                 self._discover(nursery, self._dialer)
                 task_status.started()
         finally:
@@ -122,6 +165,14 @@ class Libp2pNetwork:
         """Own multiaddrs; those of the interfaces that are up now. Empty until `run` listens."""
         return tuple(str(Address(host, self._port, self.peer_id)) for host in self._hosts())
 
+    async def wait_moved(self) -> None:
+        """Return when this machine has moved: `addresses` may tell others than before."""
+        await self._roaming.moved.wait()
+
+    def discovery(self) -> Discovered:
+        """What multicast has shown."""
+        return self._neighbours.sightings.told()
+
     def peers(self) -> frozenset[str]:
         return self._sessions.peers()
 
@@ -134,9 +185,44 @@ class Libp2pNetwork:
         return self._port, self._channels.port
 
     def host_of(self, peer: str) -> str | None:
-        """The IP address at the other end of the connection with `peer`, None without one."""
+        """The IP address at the other end of the connection with `peer`, empty where a relay is in
+        between; None without a connection."""
+        route = self.route_of(peer)
+        return None if route is None else route.host
+
+    def route_of(self, peer: str) -> Route | None:
+        """How this node is connected with `peer` now; None if it is not."""
         session = self._sessions.get(peer)
-        return session.connection.host if session and session.alive else None
+        return session.connection.route if session and session.alive else None
+
+    def relayed(self) -> frozenset[str]:
+        """Peers that are connected through a relay only."""
+        routes = {peer: self.route_of(peer) for peer in self._sessions.peers()}
+        return frozenset(peer for peer, route in routes.items() if route and route.relay)
+
+    def use_relays(self, peers: frozenset[str]) -> None:
+        """From now on exactly these members, and those named in a ticket, are asked to pass
+        traffic on."""
+        self._relays = peers
+
+    def circuit_addresses(self) -> tuple[str, ...]:
+        """Multiaddrs through the relays that this node is connected to, for others to join by."""
+        return tuple(
+            join_circuit(address, self.peer_id)
+            for relay in self._relays_for(self.peer_id)
+            for address in self._book.addresses(relay.peer)[:1]
+        )[:CIRCUIT_ADDRESSES]
+
+    def _relays_for(self, peer: str) -> list[Connection]:
+        """In the same order at both ends, so that they meet at one, but not at the same for all."""
+        sessions = [self._sessions.get(relay) for relay in self._relays | self._named_relays]
+        direct = [each.connection for each in sessions if each and each.direct]
+
+        def rank(relay: Connection) -> bytes:
+            ends = "".join(sorted((self.peer_id, peer)))
+            return hashlib.sha256(f"{ends}{relay.peer}".encode()).digest()
+
+        return sorted((relay for relay in direct if relay.peer != peer), key=rank)
 
     def set_keys(self, ring: Keyring) -> None:
         """From now on these keys open the door. Connections that are made stay as they are."""
@@ -159,13 +245,24 @@ class Libp2pNetwork:
 
     def learn(self, peer: str, addresses: tuple[str, ...]) -> None:
         if peer != self.peer_id:
-            self._book.learn(peer, tuple(parse_peer_addresses(peer, addresses)))
+            self._learn(peer, tuple(parse_peer_addresses(peer, addresses)))
+
+    def _learn(self, peer: str, addresses: tuple[Address, ...]) -> None:
+        if self._book.learn(peer, addresses) and self._nursery:
+            self._nursery.start_soon(self._rerouting.look, peer)
+
+    def on_vanished(self, handler: Callable[[str], None]) -> None:
+        self._vanished_handlers.append(handler)
+
+    def _nobody_there(self, peer: str) -> None:
+        for handler in self._vanished_handlers:
+            handler(peer)
 
     def on_peer(self, handler: PeerHandler) -> None:
         self._sessions.on_peer(handler)
 
-    def on_frame(self, handler: FrameHandler) -> None:
-        self._inbox.on_frame(handler)
+    def on_frame(self, handler: FrameHandler, wants: FrameFilter = lambda *_: True) -> None:
+        self._inbox.on_frame(handler, wants)
 
     def serve(
         self,
@@ -229,8 +326,13 @@ class Libp2pNetwork:
             connection.muxer.abort("it was kicked out of the cluster")
             task_status.started()
             return
-        client = rpc.RpcClient(connection.peer, connection.open_stream)
+
+        async def open_calls(protocol: str) -> YamuxStream:
+            return connection.may_rest(await connection.open_stream(protocol))
+
+        client = rpc.RpcClient(connection.peer, open_calls)
         connection.drain = client.flush
+        connection.uses.append(lambda: client.busy)
         session = self._sessions.add(connection, client)
         self._refusals.forget(connection.peer)
         self._book.seen(connection.peer)
@@ -238,13 +340,31 @@ class Libp2pNetwork:
         try:
             async with trio.open_nursery() as nursery:
                 if len(session.connections) > 1:
+                    nursery.start_soon(self._sessions.check, session, connection)
                     nursery.start_soon(self._sessions.close_surplus, session)
+                if connection.relay and self._upgrades:
+                    nursery.start_soon(self._upgrades.run, session, connection)
                 await client.run()
         finally:
             self._sessions.remove(session, connection)
 
     async def _serve_calls(self, connection: Connection, stream: YamuxStream) -> None:
-        await rpc.RpcServer(connection.peer, stream, self._services).run()
+        # A peer has one stream for its calls: what a message may hold counts once.
+        if (older := self._call_streams.get(connection)) is not None:
+            older.reset()
+        self._call_streams[connection] = stream
+        server = rpc.RpcServer(connection.peer, connection.may_rest(stream), self._services)
+
+        def busy() -> bool:
+            return server.busy
+
+        connection.uses.append(busy)
+        try:
+            await server.run()
+        finally:
+            connection.uses.remove(busy)
+            if self._call_streams.get(connection) is stream:
+                del self._call_streams[connection]
 
     def _cast_to(self, session: Session, method: str, payload: bytes) -> None:
         try:
@@ -264,34 +384,34 @@ class Libp2pNetwork:
             del self._late_casts[peer]
 
     def _discover(self, nursery: trio.Nursery, dialer: Dialer) -> None:
-        discovery = Discovery(nursery, dialer, self._sessions)
+        discovery = self._discovery = Discovery(nursery, dialer, self._sessions)
         for peer in self._join:
             discovery.seek(peer, wanted=True)
         for peer in self._book.remembered():
             discovery.seek(peer)
         if self._mdns:
-            nursery.start_soon(self._announce, discovery)
+            nursery.start_soon(self._neighbours.run, self._port)
 
-    async def _announce(self, discovery: Discovery) -> None:
-        def found(peer: str, addresses: tuple[Address, ...]) -> None:
-            self._book.learn(peer, addresses)
-            discovery.seek(peer)
+    def _heard(self, heard: Heard) -> None:
+        self._learn(heard.peer, heard.addresses)
+        if self._discovery:
+            self._discovery.seek(heard.peer)
 
-        while True:
-            hosts, [key, *_] = self._hosts(), self._admission.keys()
-            async with trio.open_nursery() as nursery:
-                mdns = Mdns(self.peer_id, self._admission.keys, self._port, hosts)
-                nursery.start_soon(mdns.run, found)
-                # A machine that changes networks, or keys, is to be found under the new ones.
-                while set(self._hosts()) == set(hosts) and self._admission.keys()[0] == key:
-                    await trio.sleep(INTERFACE_INTERVAL)
-                nursery.cancel_scope.cancel()
+    def _on_moved(self, moved: Moved) -> None:
+        log.info("this machine %s; looking for all others anew", moved)
+        if self._nursery and self._discovery:
+            if moved.slept or moved.lost:
+                self._nursery.start_soon(self._sessions.check_all, moved.lost)
+            self._discovery.try_again()
+            for peer in self._sessions.peers() if moved.gained else ():
+                self._nursery.start_soon(self._rerouting.look, peer)
 
     def _hosts(self) -> list[str]:
-        return list(dict.fromkeys(h for bound in self._bound for h in reachable_hosts(bound)))
+        return reachable_hosts(self._bound, self._roaming.locals)[:MAX_ADDRESSES]
 
     def _hosts_of(self, peer: str) -> list[str]:
-        return [address.host for address in self._book.addresses(peer)]
+        ways = routes(self._book.addresses(peer), self._roaming.locals)
+        return [address.host for address in ways]
 
     async def _save_regularly(self) -> None:
         while True:
@@ -307,15 +427,27 @@ class Libp2pNetwork:
             log.warning("cannot remember the peers for the next start: %s", error)
 
 
-def _by_peer(join: tuple[str, ...], own_id: str) -> dict[str, tuple[Address, ...]]:
-    """The addresses of a ticket, by peer; without this node itself."""
+def _read(
+    join: tuple[str, ...], own_id: str
+) -> tuple[dict[str, tuple[Address, ...]], frozenset[str]]:
+    """The addresses of a ticket, by peer and without this node itself; and who is named as a relay.
+
+    An address through a relay is one of the relay; of the peer behind it, none is known then.
+    """
     found: dict[str, tuple[Address, ...]] = {}
+    relays = set()
     for text in join:
         try:
-            address = parse_address(text)
+            if circuit.SEPARATOR in text:
+                address, behind = split_circuit(text)
+                relays.add(address.peer)
+                found.setdefault(behind, ())
+            else:
+                address = parse_address(text)
         except ValueError as error:
             log.warning("ignoring an address to join: %s", error)
             continue
-        if address.peer != own_id:
+        if address not in found.get(address.peer, ()):
             found[address.peer] = (*found.get(address.peer, ()), address)
-    return found
+    found.pop(own_id, None)
+    return found, frozenset(relays)

@@ -5,14 +5,17 @@ the cluster key can tell from the digest that the node belongs to its cluster; n
 from it. A forged announcement leads to a connection that fails the key proof.
 """
 
+import concurrent.futures
 import hmac
 import ipaddress
 import logging
+import sys
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import trio
 import zeroconf
-from zeroconf import InterfaceChoice, IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange
+from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange
 
 from pxd.p2p.addresses import Address, parse_address
 
@@ -21,7 +24,12 @@ log = logging.getLogger("pxd.p2p")
 SERVICE = "_pxd._tcp.local."
 LOOKUP_TIMEOUT_MS = 3000
 FOUND_QUEUE = 256
-ADDRESSES_PER_PEER = 8
+CLOSE_TRIES = 3
+
+DUAL_STACK = sys.platform == "linux"
+"""Elsewhere a socket that speaks both hears no multicast of IPv4, which is what most networks have:
+there, IPv6 is used only where there is nothing else."""
+ADDRESSES_PER_PEER = 16
 
 
 def badge(cluster_key: bytes, peer_id: str) -> str:
@@ -30,13 +38,23 @@ def badge(cluster_key: bytes, peer_id: str) -> str:
     return hmac.digest(cluster_key, message, "sha256")[:8].hex()
 
 
-Found = Callable[[str, tuple[Address, ...]], None]
+class Heard(NamedTuple):
+    """An announcement, by a member or by somebody with another key, or a node's goodbye."""
+
+    kind: Literal["member", "stranger", "gone"]
+    peer: str
+    addresses: tuple[Address, ...] = ()
+
+
+class MulticastFailed(Exception):
+    """There is no mDNS here; the message says why."""
 
 
 class Mdns:
-    """Runs the zeroconf library, which has threads of its own. `hosts` are IP addresses.
+    """Runs the zeroconf library, which has threads of its own.
 
-    `keys` returns the cluster keys that count, the one to announce with first; any thread asks it.
+    `hosts` are the IP addresses to announce, `speak_at` those of the interfaces to use. `keys`
+    returns the cluster keys that count, the one to announce with first; any thread asks it.
     """
 
     def __init__(
@@ -45,70 +63,78 @@ class Mdns:
         keys: Callable[[], tuple[bytes, ...]],
         port: int,
         hosts: Sequence[str],
+        speak_at: Sequence[str],
     ) -> None:
         self._peer_id = peer_id
         self._keys = keys
         self._port = port
         self._hosts = hosts
+        self._speak_at = speak_at
 
     async def run(
-        self, found: Found, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+        self,
+        hear: Callable[[Heard], None],
+        *,
+        task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Announce this node and call `found(peer, addresses)` for every other member.
+        """Announce this node and `hear` of all others. `started` once announced.
 
-        `started` once announced. Returns, with a warning in the log, where multicast does not work.
+        Raises `MulticastFailed`.
         """
-        send, receive = trio.open_memory_channel[tuple[str, tuple[Address, ...]]](FOUND_QUEUE)
+        send, receive = trio.open_memory_channel[Heard](FOUND_QUEUE)
         token = trio.lowlevel.current_trio_token()
 
-        def hand_over(peer: str, addresses: tuple[Address, ...]) -> None:
+        def hand_over(heard: Heard) -> None:
             try:
-                token.run_sync_soon(_offer, send, (peer, addresses))
+                token.run_sync_soon(_offer, send, heard)
             except trio.RunFinishedError:
-                log.debug("found %s after the end", peer)
+                log.debug("heard of %s after the end", heard.peer)
 
         try:
             service = await trio.to_thread.run_sync(self._start, hand_over)
-        except (OSError, zeroconf.Error) as error:
-            log.warning(
-                "cannot look for other nodes on the local network (%s); "
-                "join machines with `pxd start --join TICKET` instead",
-                error,
-            )
-            task_status.started()
-            return
+        except (OSError, RuntimeError, zeroconf.Error) as error:
+            # A RuntimeError where an address is gone before zeroconf looked for its interface.
+            raise MulticastFailed(str(error) or type(error).__name__) from error
         try:
             task_status.started()
-            async for peer, addresses in receive:
-                found(peer, addresses)
+            async for heard in receive:
+                hear(heard)
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(service.close)
+                await trio.to_thread.run_sync(_close, service)
 
-    def _start(self, hand_over: Found) -> zeroconf.Zeroconf:
+    def _start(self, hand_over: Callable[[Heard], None]) -> zeroconf.Zeroconf:
         """Blocks for about a second; for a worker thread."""
         service = self._open()
         try:
             service.register_service(self._info(), cooperating_responders=True)
 
             def changed(name: str, state_change: ServiceStateChange, **_: object) -> None:
-                if state_change is not ServiceStateChange.Removed:
+                if state_change is ServiceStateChange.Removed:
+                    hand_over(Heard("gone", name.removesuffix(f".{SERVICE}")))
+                else:
                     self._look_up(service, name, hand_over)
 
             ServiceBrowser(service, SERVICE, handlers=[changed])
         except BaseException:
-            service.close()
+            _close(service)
             raise
         return service
 
     def _open(self) -> zeroconf.Zeroconf:
-        parsed = [ipaddress.ip_address(host) for host in self._hosts]
-        if all(host.is_loopback for host in parsed):
-            return zeroconf.Zeroconf(interfaces=list(self._hosts), use_asyncio=False)
-        has_ipv6 = any(host.version == 6 for host in parsed)
+        versions = {ipaddress.ip_address(host).version for host in self._speak_at}
+        if versions == {6}:
+            version = IPVersion.V6Only
+        elif 6 in versions and DUAL_STACK:
+            version = IPVersion.All
+        else:
+            version = IPVersion.V4Only
+        ignored = 6 if version is IPVersion.V4Only else 0
         return zeroconf.Zeroconf(
-            interfaces=InterfaceChoice.All,
-            ip_version=IPVersion.All if has_ipv6 else IPVersion.V4Only,
+            interfaces=[
+                host for host in self._speak_at if ipaddress.ip_address(host).version != ignored
+            ],
+            ip_version=version,
             use_asyncio=False,
         )
 
@@ -122,39 +148,51 @@ class Mdns:
             server=f"pxd-{self._peer_id[-16:]}.local.",
         )
 
-    def _look_up(self, service: zeroconf.Zeroconf, name: str, hand_over: Found) -> None:
+    def _look_up(
+        self, service: zeroconf.Zeroconf, name: str, hand_over: Callable[[Heard], None]
+    ) -> None:
         """Runs in a thread of zeroconf; what is announced there may be anything."""
         if name == f"{self._peer_id}.{SERVICE}":
             return
         try:
             info = service.get_service_info(SERVICE, name, timeout=LOOKUP_TIMEOUT_MS)
-            member = read_announcement(info, *self._keys()) if info else None
+            heard = read_announcement(info, *self._keys()) if info else None
         except Exception:
             log.debug("could not look up %s", name, exc_info=True)
             return
-        if member:
-            hand_over(*member)
+        if heard:
+            hand_over(heard)
 
 
-def read_announcement(info: ServiceInfo, *keys: bytes) -> tuple[str, tuple[Address, ...]] | None:
-    """Peer id and addresses, if `info` was announced by a holder of one of `keys`.
+def read_announcement(info: ServiceInfo, *keys: bytes) -> Heard:
+    """A member is who shows the badge of one of `keys`.
 
     Raises ValueError for an announcement that makes no sense.
     """
     peer = (info.properties.get(b"id") or b"").decode("ascii")
     shown = info.properties.get(b"badge") or b""
-    if not any(hmac.compare_digest(shown, badge(key, peer).encode()) for key in keys):
-        return None
-    hosts = info.parsed_addresses(IPVersion.All)[:ADDRESSES_PER_PEER]
-    addresses = (str(Address(host, info.port or 0, peer)) for host in hosts)
-    return peer, tuple(parse_address(address) for address in addresses)
+    member = any(hmac.compare_digest(shown, badge(key, peer).encode()) for key in keys)
+    # The zone of a link-local address is the dialer's business.
+    hosts = (host.partition("%")[0] for host in info.parsed_addresses(IPVersion.All))
+    addresses = [str(Address(host, info.port or 0, peer)) for host in hosts][:ADDRESSES_PER_PEER]
+    known = tuple(parse_address(address) for address in addresses)
+    return Heard("member" if member else "stranger", peer, known)
 
 
-def _offer(
-    send: "trio.MemorySendChannel[tuple[str, tuple[Address, ...]]]",
-    item: tuple[str, tuple[Address, ...]],
-) -> None:
+def _close(service: zeroconf.Zeroconf) -> None:
+    """Blocks. It takes a second try where this process was frozen during the first one."""
+    for _ in range(CLOSE_TRIES):
+        try:
+            service.close()
+        except (OSError, zeroconf.Error, concurrent.futures.TimeoutError) as error:
+            log.debug("zeroconf would not close: %r", error)
+        else:
+            return
+    log.warning("cannot end the search for other nodes cleanly; some threads are left behind")
+
+
+def _offer(send: "trio.MemorySendChannel[Heard]", heard: Heard) -> None:
     try:
-        send.send_nowait(item)
+        send.send_nowait(heard)
     except trio.WouldBlock:
-        log.debug("dropped an announcement of %s", item[0])
+        log.debug("dropped an announcement of %s", heard.peer)

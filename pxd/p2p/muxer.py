@@ -22,6 +22,9 @@ _HEADER = struct.Struct(">BBHII")
 INITIAL_WINDOW = 256 * 1024
 WINDOW = 1 << 20
 QUANTUM = 32 * 1024
+COALESCE = 4 * 1024
+"""What arrives in smaller pieces is put together: an object for each would dwarf its content."""
+
 CONTROL_LIMIT = 4096
 
 PING_INTERVAL = 2.0
@@ -53,14 +56,17 @@ class YamuxStream:
 
     A cancelled read loses nothing. A cancelled write sends all of its data or nothing, or it
     resets the stream; other streams are not touched. What arrived before an end can still be read.
+    `window` is how many bytes it takes in ahead of its reader, if that is less than the muxer's.
     """
 
     def __init__(self, muxer: "Yamux", stream_id: int) -> None:
         self.id = stream_id
+        self.window = WINDOW
         self._muxer = muxer
-        self._received: deque[bytes] = deque()
+        self._received: deque[bytes | bytearray] = deque()
         self._buffered = 0
         self._receive_window = INITIAL_WINDOW
+        self._received_bytes = 0
         self._receive_ended = False
         self._arrived = trio.Event()
         self._send_window = INITIAL_WINDOW
@@ -84,7 +90,7 @@ class YamuxStream:
             chunk = chunk[:limit]
         self._buffered -= len(chunk)
         self._return_credit()
-        return chunk
+        return bytes(chunk)
 
     async def read_exactly(self, count: int) -> bytearray:
         """Raises `StreamClosed` when the stream ends before `count` bytes."""
@@ -159,9 +165,16 @@ class YamuxStream:
         if self._receive_ended or size > self._receive_window:
             raise ProtocolViolation(f"{size} bytes where {self._receive_window} were granted")
         self._receive_window -= size
+        self._received_bytes += size
 
     def deliver(self, data: bytes) -> None:
-        self._received.append(data)
+        if len(data) >= COALESCE:
+            self._received.append(data)
+        elif self._received and len(self._received[-1]) < COALESCE:
+            # At most `COALESCE` bytes are copied, should the last piece be a cut one.
+            self._received[-1] += data
+        else:
+            self._received.append(bytearray(data))
         self._buffered += len(data)
         self._arrived.set()
 
@@ -178,8 +191,12 @@ class YamuxStream:
         self._muxer.forget(self)
 
     def _return_credit(self) -> None:
-        credit = self._muxer.window - self._receive_window - self._buffered
-        if credit >= self._muxer.window // 2 and not self._receive_ended and not self._reset:
+        window = min(self.window, self._muxer.window)
+        credit = window - self._receive_window - self._buffered
+        # A wider window than the first is for those who use it, and `window` can be lowered before.
+        if self._received_bytes < INITIAL_WINDOW // 2:
+            return
+        if credit >= window // 2 and not self._receive_ended and not self._reset:
             self._receive_window += credit
             self._muxer.control(WINDOW_UPDATE, 0, self.id, credit)
 
@@ -189,23 +206,32 @@ class YamuxStream:
 
 
 class Yamux:
-    """The streams of one secured connection; works while `run` runs."""
+    """The streams of one secured connection; works while `run` runs.
+
+    `orderly` says that one of the two ends meant it to end, `doubted` that `check` is waiting.
+    """
 
     def __init__(self, secured: SecuredConnection, *, initiator: bool) -> None:
         self.closed = trio.Event()
         self.reason = ""
+        self.orderly = False
+        self.doubted = False
         self.window = INITIAL_WINDOW
         self.inbound_limit = 4
+        self.receive_limit: int | None = None
+        """How many bytes the peer may still send; None for as many as it likes."""
         self._secured = secured
         self._next_id = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
         self._streams: dict[int, YamuxStream] = {}
         self._inbound = 0
+        self._served = 0
         self._control: deque[bytes] = deque()
         self._ready: deque[YamuxStream] = deque()
         self._work = trio.Event()
         self._flushed = trio.Event()
         self._heard = False
+        self._news = trio.Event()
         self._buffer = bytearray()
         self._frame: tuple[YamuxStream | None, int, int] | None = None
         self._on_stream: Callable[[YamuxStream], None] = YamuxStream.reset
@@ -214,9 +240,21 @@ class Yamux:
         """Serve until the connection ends, then return; `reason` tells why it did.
 
         Each inbound stream is handed to `on_stream` in a task of its own, cancelled at the end.
+        At most `inbound_limit` of them run at once, even if the peer resets their streams.
         """
+
+        async def serve(stream: YamuxStream) -> None:
+            try:
+                await on_stream(stream)
+            finally:
+                self._served -= 1
+
+        def start(stream: YamuxStream) -> None:
+            self._served += 1
+            nursery.start_soon(serve, stream)
+
         async with trio.open_nursery() as nursery:
-            self._on_stream = lambda stream: nursery.start_soon(on_stream, stream)
+            self._on_stream = start
             nursery.start_soon(self._write_loop)
             nursery.start_soon(self._ping_loop)
             nursery.start_soon(self._read_loop)
@@ -225,6 +263,11 @@ class Yamux:
             finally:
                 self.abort("closed by this node")
                 nursery.cancel_scope.cancel()
+
+    @property
+    def open_streams(self) -> tuple[YamuxStream, ...]:
+        """Of both sides."""
+        return tuple(self._streams.values())
 
     def open_stream(self) -> YamuxStream:
         """Raises `StreamClosed` when the connection has ended."""
@@ -241,6 +284,7 @@ class Yamux:
         if self.closed.is_set():
             return
         self.reason = reason
+        self.doubted = False
         self.closed.set()
         self._secured.abort()
         for stream in tuple(self._streams.values()):
@@ -249,11 +293,28 @@ class Yamux:
     async def close(self, reason: str, *, grace: float = 0.5) -> None:
         """Tell the peer, wait up to `grace` seconds until that is sent, then `abort`."""
         if not self.closed.is_set():
+            self.orderly = True
             self._flushed = trio.Event()
             self.control(GO_AWAY, 0, 0)
             with trio.move_on_after(grace):
                 await self._flushed.wait()
         self.abort(reason)
+
+    async def check(self, within: float) -> None:
+        """Ping, and `abort` unless something is heard within `within` seconds.
+
+        Until then the connection is `doubted`: better use another one where there is one.
+        """
+        if self.doubted or self.closed.is_set():
+            return
+        self.doubted = True
+        news = self._news = trio.Event()
+        self.control(PING, SYN, 0, 0)
+        with trio.move_on_after(within):
+            await news.wait()
+        self.doubted = False
+        if not news.is_set():
+            self.abort(f"the peer does not answer any more ({within:g} s)")
 
     def wake(self, stream: YamuxStream) -> None:
         if stream.can_send and stream not in self._ready:
@@ -320,8 +381,14 @@ class Yamux:
     async def _read_loop(self) -> None:
         try:
             while True:
-                self._buffer += await self._secured.read()
+                data = await self._secured.read()
+                if self.receive_limit is not None:
+                    self.receive_limit -= len(data)
+                    if self.receive_limit < 0:
+                        raise ProtocolViolation("more than it may send yet")
+                self._buffer += data
                 self._heard = True
+                self._news.set()
                 self._parse()
         except ProtocolViolation as error:
             self.abort(f"the peer broke the muxer's protocol: {error}")
@@ -360,6 +427,7 @@ class Yamux:
             if flags & SYN:
                 self.control(PING, ACK, 0, value)
         elif kind == GO_AWAY:
+            self.orderly = True
             self.abort("the peer closed the connection")
         else:
             stream = self._accept(stream_id) if flags & SYN else self._streams.get(stream_id)
@@ -376,7 +444,7 @@ class Yamux:
     def _accept(self, stream_id: int) -> YamuxStream | None:
         if stream_id % 2 != self._peer_parity or stream_id == 0 or stream_id in self._streams:
             raise ProtocolViolation(f"the peer opened stream {stream_id}")
-        if self._inbound >= self.inbound_limit:
+        if max(self._inbound, self._served) >= self.inbound_limit:
             self.control(WINDOW_UPDATE, RST, stream_id)
             return None
         self._inbound += 1

@@ -56,6 +56,7 @@ class Method(Generic[RequestT, ResponseT]):
 
 
 FrameHandler = Callable[[str, Frame, Buffer], Awaitable[None]]
+FrameFilter = Callable[[str, Frame], bool]
 PeerHandler = Callable[[str, bool], None]
 
 
@@ -73,6 +74,9 @@ class Network(Protocol):
 
     def on_peer(self, handler: PeerHandler) -> None:
         """Call `handler(peer, up)` when an admitted connection appears or is gone."""
+
+    def on_vanished(self, handler: Callable[[str], None]) -> None:
+        """Call `handler(peer)` when nobody listens where a peer that is to be reached should be."""
 
     async def call(
         self,
@@ -106,8 +110,11 @@ class Network(Protocol):
         lost then. A frame to oneself is handed to the handler of `on_frame`.
         """
 
-    def on_frame(self, handler: FrameHandler) -> None:
+    def on_frame(self, handler: FrameHandler, wants: FrameFilter = lambda *_: True) -> None:
         """Hand every frame to `handler(peer, frame, body)`; one at a time and in order per peer.
+
+        Before a body is read `wants(peer, frame)` is asked; where it says no, the handler is given
+        an empty one.
 
         While the handler waits, the peer is held back. What it raises closes that channel only.
         """

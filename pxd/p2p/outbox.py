@@ -1,4 +1,8 @@
-"""Outgoing frames: one channel per peer, written by a task of its own, opened when first used."""
+"""Outgoing frames: one channel per peer, written by a task of its own, opened when first used.
+
+A channel through a relay is given up for a direct one as soon as there can be one, between frames;
+any other one for a better way once nothing was sent for a while.
+"""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -6,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from pxd import wire
-from pxd.p2p.framestreams import FrameStream
+from pxd.p2p.framestreams import FrameStream, Libp2pFrames
 from pxd.p2p.muxer import StreamClosed
 from pxd.p2p.network import NetworkError, PeerUnreachable
 from pxd.p2p.sessions import Session
@@ -14,6 +18,9 @@ from pxd.p2p.sessions import Session
 log = logging.getLogger("pxd.p2p")
 
 Opener = Callable[[Session], Awaitable[FrameStream]]
+
+QUIET = 5.0
+"""Seconds without a frame after which a channel may change over to another way."""
 
 
 class _Channel:
@@ -26,24 +33,70 @@ class _Channel:
         self.entrance, self._exit = trio.open_memory_channel[tuple[bytes, wire.Buffer]](0)
 
     async def run(self, opener: Opener) -> None:
-        stream: FrameStream | None = None
         try:
             async with self._exit, trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_with_session, nursery.cancel_scope)
-                stream = await opener(self.session)
-                nursery.start_soon(self._watch, stream, nursery.cancel_scope)
-                async for header, body in self._exit:
-                    self.used = True
-                    await stream.write(header, body)
+                nursery.start_soon(self._end_when_shaken, nursery.cancel_scope)
+                while True:
+                    host = self.session.connection.host
+                    stream = await opener(self.session)
+                    await self._use(stream, host, nursery.cancel_scope)
         except* (StreamClosed, NetworkError) as group:
-            self.failure = f"the data channel broke ({group.exceptions[0]})"
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            self.failure = f"the data channel broke ({error})"
+
+    async def _use(self, stream: FrameStream, host: str, scope: trio.CancelScope) -> None:
+        """Returns when there is a better way and nothing is left on this one; else cancels `scope`
+        or raises."""
+        try:
+            if isinstance(stream, Libp2pFrames) and stream.relayed:
+                await self._write(stream, host, scope, self.session.wait_direct)
+                await stream.drain()
+            else:
+                await self._write(stream, host, scope, trio.sleep_forever)
         finally:
-            if stream:
-                stream.close()
+            stream.close()
+
+    async def _write(
+        self,
+        stream: FrameStream,
+        host: str,
+        scope: trio.CancelScope,
+        wait_better: Callable[[], Awaitable[None]],
+    ) -> None:
+        better = trio.Event()
+        waiting = trio.CancelScope()
+
+        async def watch_for_better() -> None:
+            await wait_better()
+            better.set()
+            waiting.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, stream, scope)
+            nursery.start_soon(watch_for_better)
+            while not better.is_set():
+                frame = None
+                with trio.CancelScope() as waiting, trio.move_on_after(QUIET) as quiet:
+                    frame = await self._exit.receive()
+                if frame:
+                    self.used = True
+                    await stream.write(*frame)
+                elif quiet.cancelled_caught and self.session.connection.host != host:
+                    break
+            nursery.cancel_scope.cancel()
 
     async def _end_with_session(self, scope: trio.CancelScope) -> None:
         await self.session.ended.wait()
         self.failure = "lost the connection"
+        scope.cancel()
+
+    async def _end_when_shaken(self, scope: trio.CancelScope) -> None:
+        """TCP would notice only after a long while that its way is gone."""
+        await self.session.shaken.wait()
+        self.failure = "a connection broke"
         scope.cancel()
 
     async def _watch(self, stream: FrameStream, scope: trio.CancelScope) -> None:

@@ -17,7 +17,9 @@ import trio
 from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 
 from pxd.p2p.addresses import Address, parse_peer_addresses
+from pxd.p2p.interfaces import local_addresses
 from pxd.p2p.network import CallFailed, Method
+from pxd.p2p.routes import routes
 from pxd.p2p.secure import Identity
 
 log = logging.getLogger("pxd.p2p")
@@ -125,19 +127,27 @@ class Reach:
         self, addresses: list[Address], data_port: int, loopback: bool
     ) -> DialBackAnswer:
         found: dict[Address, dict[str, Outcome]] = {address: {} for address in addresses}
+        here = local_addresses()
 
-        async def listen(address: Address) -> None:
-            found[address]["listen"] = await probe(self._identity, address)
+        def note(address: Address, port: str, outcome: Outcome) -> None:
+            # Of several ways to a link-local address one is enough.
+            if found[address].get(port) != "ok":
+                found[address][port] = outcome
 
-        async def data(address: Address) -> None:
-            found[address]["data"] = await probe_port(address.host, data_port)
+        async def listen(address: Address, way: Address) -> None:
+            note(address, "listen", await probe(self._identity, way))
+
+        async def data(address: Address, way: Address) -> None:
+            note(address, "data", await probe_port(way.host, data_port))
 
         async with trio.open_nursery() as nursery:
             for address in found:
-                if may_dial(address.host, loopback=loopback):
-                    nursery.start_soon(listen, address)
+                if not may_dial(address.host, loopback=loopback):
+                    continue
+                for way in routes([address], here):
+                    nursery.start_soon(listen, address, way)
                     if data_port:
-                        nursery.start_soon(data, address)
+                        nursery.start_soon(data, address, way)
         return DialBackAnswer(
             tuple(
                 Dialled(str(address), got.get("listen", "skipped"), got.get("data", "skipped"))

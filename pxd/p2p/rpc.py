@@ -25,6 +25,9 @@ log = logging.getLogger("pxd.p2p")
 PROTOCOL = "/pxd/rpc/1"
 CALLS_IN_FLIGHT = 64
 CALLS_SERVED = 2 * CALLS_IN_FLIGHT
+BYTES_SERVED = 4 * MESSAGE_LIMIT
+"""The most that the requests of one peer that run may hold."""
+
 LONGEST_CALL = 3600.0
 CAST_TIMEOUT = 10.0
 
@@ -155,6 +158,11 @@ class RpcClient:
         self._casts.put(message, len(message))
         self._work.set()
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer, or something is still to be sent."""
+        return bool(self._pending) or self._has_work()
+
     async def flush(self) -> None:
         """Wait until everything handed over so far is written. The caller sets a deadline."""
         while not self._closed and self._has_work():
@@ -238,8 +246,14 @@ class RpcServer:
         self._stream = stream
         self._services = services
         self._running: dict[int, trio.CancelScope] = {}
+        self._bytes = 0
         self._casts: DroppingQueue[Cast] = DroppingQueue()
         self._answers, self._to_write = trio.open_memory_channel[bytes](0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the peer waits for an answer."""
+        return bool(self._running)
 
     async def run(self) -> None:
         """Serve until the stream ends; what still runs for the peer then is cancelled."""
@@ -263,12 +277,14 @@ class RpcServer:
     async def _start(self, request: Request, nursery: trio.Nursery) -> None:
         if request.id in self._running:
             raise StreamClosed(f"call {request.id} came twice")
-        if len(self._running) >= CALLS_SERVED:
+        size = len(request.payload)
+        if len(self._running) >= CALLS_SERVED or self._bytes + size > BYTES_SERVED:
             # Waiting here holds the peer back until it reads.
-            message = f"{CALLS_SERVED} calls of this peer are running"
+            message = f"{len(self._running)} calls of this peer are running, {self._bytes} bytes"
             await self._answers.send(pack(Failure(request.id, "busy", message)))
             return
         scope = self._running[request.id] = trio.CancelScope()
+        self._bytes += size
         nursery.start_soon(self._serve, request, scope)
 
     async def _serve(self, request: Request, scope: trio.CancelScope) -> None:
@@ -278,6 +294,7 @@ class RpcServer:
                 await self._answers.send(pack(await self._answer(request)))
         finally:
             del self._running[request.id]
+            self._bytes -= len(request.payload)
 
     async def _answer(self, request: Request) -> Answer | Failure:
         try:

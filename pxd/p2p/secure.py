@@ -1,4 +1,4 @@
-"""From a TCP socket to an authenticated, encrypted libp2p connection: multistream, Noise, Yamux.
+"""From a byte stream to an authenticated, encrypted libp2p connection: multistream, Noise, Yamux.
 
 The wire format and the cryptography are libp2p's; its Swarm and BasicHost are not used, because
 their defaults and their error handling cannot be made safe from outside.
@@ -7,6 +7,7 @@ their defaults and their error handling cannot be made safe from outside.
 import logging
 import os
 import socket
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import trio
@@ -23,6 +24,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.utils.varint import decode_uvarint, encode_delim
 
+from pxd.p2p.addresses import host_in
 from pxd.p2p.muxer import StreamClosed
 
 YAMUX = "/yamux/1.0.0"
@@ -35,12 +37,11 @@ if "LIBP2P_DEBUG" not in os.environ:
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 
 
-class TcpStream:
-    """A trio socket as libp2p wants it: reads are exact and bounded, an end raises."""
+class Transport(ABC):
+    """A byte stream as libp2p wants it below a connection: reads are exact and bounded, an end
+    raises ConnectionClosedError."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._stream = stream
+    def __init__(self) -> None:
         self._buffer = bytearray()
 
     async def read(self, n: int | None = None) -> bytes:
@@ -48,10 +49,7 @@ class TcpStream:
         if n is None or not 0 <= n <= READ_AHEAD:
             raise ConnectionClosedError(f"a read of {n} bytes")
         while len(self._buffer) < n:
-            try:
-                data = await self._stream.receive_some(READ_AHEAD)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise ConnectionClosedError(str(error)) from error
+            data = await self._receive()
             if not data:
                 raise ConnectionClosedError("the peer closed the connection")
             self._buffer += data
@@ -59,14 +57,41 @@ class TcpStream:
         del self._buffer[:n]
         return data
 
+    @abstractmethod
+    async def _receive(self) -> bytes:
+        """At most `READ_AHEAD` bytes; b"" at the end."""
+
+    @abstractmethod
+    async def write(self, data: bytes) -> None: ...
+
+    async def close(self) -> None:
+        self.abort()
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End it now; whatever is blocked on it raises."""
+
+
+class TcpStream(Transport):
+    """A trio socket."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__()
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._stream = stream
+        self.local_host = host_in(stream.socket.getsockname())
+
+    async def _receive(self) -> bytes:
+        try:
+            return bytes(await self._stream.receive_some(READ_AHEAD))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(str(error)) from error
+
     async def write(self, data: bytes) -> None:
         try:
             await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionClosedError(str(error)) from error
-
-    async def close(self) -> None:
-        self.abort()
 
     def abort(self) -> None:
         self._stream.socket.close()
@@ -113,7 +138,7 @@ class NoiseConnection:
     `binding` is the hash of the whole handshake: both ends have the same, no other session has it.
     """
 
-    def __init__(self, session: Any, stream: TcpStream) -> None:
+    def __init__(self, session: Any, stream: Transport) -> None:
         self.peer = str(session.get_remote_peer())
         self.binding = handshake_hash(session)
         self._session = session
@@ -128,35 +153,46 @@ class NoiseConnection:
     def abort(self) -> None:
         self._stream.abort()
 
+    @property
+    def local_host(self) -> str:
+        """This machine's IP address at this end, with its zone; empty where there is none."""
+        return getattr(self._stream, "local_host", "")
+
 
 class Identity:
-    """This node's libp2p keys; makes authenticated connections out of sockets."""
+    """This node's libp2p keys; makes authenticated connections out of byte streams."""
 
     def __init__(self, seed: bytes) -> None:
         keys = create_new_key_pair(seed)
         self.peer_id = str(ID.from_pubkey(keys.public_key))
         self._noise = NoiseTransport(keys, noise_privkey=X25519PrivateKey.new())
 
-    async def secure_outbound(self, socket_stream: trio.SocketStream, peer: str) -> NoiseConnection:
+    async def secure_outbound(
+        self, stream: Transport | trio.SocketStream, peer: str
+    ) -> NoiseConnection:
         """Raises any exception when the other end is not `peer` or does not speak libp2p.
 
-        The caller sets the deadline and closes the socket when this fails.
+        The caller sets the deadline and closes the stream when this fails.
         """
-        stream = TcpStream(socket_stream)
+        stream = _transport(stream)
         raw = RawConnection(stream, True)
         await select([NOISE], raw)
         session = await self._noise.secure_outbound(raw, ID.from_base58(peer))
         await select([YAMUX], session)
         return NoiseConnection(session, stream)
 
-    async def secure_inbound(self, socket_stream: trio.SocketStream) -> NoiseConnection:
+    async def secure_inbound(self, stream: Transport | trio.SocketStream) -> NoiseConnection:
         """Like `secure_outbound`, for a peer that is known only afterwards."""
-        stream = TcpStream(socket_stream)
+        stream = _transport(stream)
         raw = RawConnection(stream, False)
         await answer([NOISE], raw)
         session = await self._noise.secure_inbound(raw)
         await answer([YAMUX], session)
         return NoiseConnection(session, stream)
+
+
+def _transport(stream: Transport | trio.SocketStream) -> Transport:
+    return stream if isinstance(stream, Transport) else TcpStream(stream)
 
 
 def handshake_hash(session: Any) -> bytes:

@@ -30,12 +30,17 @@ _NOT_AFTER = datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)
 
 
 class Certificate:
-    """A key and its certificate, made for one life of this process and never stored."""
+    """A key and its certificate, made for one life of this process and never stored.
 
-    def __init__(self) -> None:
+    It names the peer, so that nobody else can announce it as its own; see `owner`.
+    """
+
+    def __init__(self, peer: str) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
         serial = x509.random_serial_number()
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"pxd {serial:x}")])
+        # The name must differ between two lives: OpenSSL looks issuers up by it.
+        attributes = [(NameOID.COMMON_NAME, peer), (NameOID.SERIAL_NUMBER, f"{serial:x}")]
+        name = x509.Name([x509.NameAttribute(oid, value) for oid, value in attributes])
         certificate = (
             x509.CertificateBuilder()
             .subject_name(name)
@@ -74,6 +79,17 @@ class Certificate:
             except ValueError as error:
                 raise ssl.SSLError(f"not a certificate: {error}") from error
         return context
+
+
+def owner(certificate: bytes) -> str:
+    """The peer that a DER certificate names. Raises ValueError where it names none."""
+    try:
+        subject = x509.load_der_x509_certificate(certificate).subject
+        [name] = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return str(name.value)
+    except Exception as error:
+        # Names are parsed late, and what fails there has many types.
+        raise ValueError(f"not a certificate of a peer: {error}") from error
 
 
 class TlsStream:

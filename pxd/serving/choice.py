@@ -6,10 +6,11 @@ from pxd.cluster.records import ModelChoice
 from pxd.settings import DEFAULT_MODEL
 
 
-def latest_choice(choices: Iterable[ModelChoice | None]) -> ModelChoice:
-    """The greatest choice; with none at all, the bundled demo model at stamp 0."""
+def latest_choice(choices: Iterable[ModelChoice | None], most: int) -> ModelChoice:
+    """The greatest choice with a stamp of at most `most`, for which see `pxd.cluster.stamps`; with
+    none at all, the bundled demo model at stamp 0."""
     default = ModelChoice(0, "", DEFAULT_MODEL)
-    return max((choice for choice in choices if choice is not None), default=default)
+    return max((choice for choice in choices if choice and choice.stamp <= most), default=default)
 
 
 def choose(current: ModelChoice, by: str, name: str) -> ModelChoice:

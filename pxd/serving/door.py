@@ -18,20 +18,27 @@ import msgspec
 import trio
 
 from pxd import identity
+from pxd.cluster.allowance import Allowance
 from pxd.cluster.bans import Ban, BanList, BanTable
+from pxd.cluster.messages import LAST_COUNT
+from pxd.cluster.stamps import ceiling
 from pxd.identity import ClusterId, IdentityError, Key, Keyring
 from pxd.p2p.network import CallFailed, Method, Network, NetworkError
 from pxd.serving.doorview import Kick, NodeRef, Rotation, Told
 from pxd.serving.names import resolve
 from pxd.serving.readiness import Members
 from pxd.settings import DataFiles
-from pxd.wire import Count
+from pxd.wire import DECODE_ERRORS, Count
 
 log = logging.getLogger("pxd.serving.door")
 
 PUSH_TIMEOUT_S = 5.0
 PULL_RETRY_S = 1.0
 MAX_GRACE_S = 30 * 86400.0
+CHANGES_PER_S, CHANGES_AT_ONCE = 0.5, 20.0
+"""How often one member may make this node store other keys or bans by pushing them."""
+NAMED = 8
+"""Peers named in the log of one change."""
 
 _LIVE = ("alive", "suspect")
 
@@ -86,7 +93,9 @@ class Door:
         self._acting = trio.Lock()
         self._behind = trio.Event()
         self._compared: dict[str, tuple[str, str]] = {}
-        self._unreachable = ""
+        self._allowances: dict[str, Allowance] = {}
+        self._tried: dict[str, int] = {}
+        self._stored = True
         network.serve(PUSH, self._serve_push)
         network.serve(PULL, self._serve_pull)
 
@@ -126,8 +135,8 @@ class Door:
                 message = "the list of banned nodes is full; `pxd kick --undo` some of them"
                 raise DoorError("full", message)
             told = await self._decide(node, banned=True)
-            rotation = await self._rotate(0.0) if rotate else None
-        return Kick(node=node, banned=True, told=told, rotation=rotation)
+            rotation = await self._rotate_after(node) if rotate else None
+        return Kick(node=node, banned=True, told=told, stored=self._stored, rotation=rotation)
 
     def banned(self) -> list[Ban]:
         """Those who are kept out, the latest first."""
@@ -140,7 +149,7 @@ class Door:
             banned = {ban.peer: ban.name for ban in self._bans.entries if ban.banned}
             node = self._resolve(wanted, banned, known_only=True)
             told = await self._decide(node, banned=False)
-        return Kick(node=node, banned=False, told=told)
+        return Kick(node=node, banned=False, told=told, stored=self._stored)
 
     def follow(self) -> None:
         """Look at the records anew: does anybody hold other keys or bans?"""
@@ -156,18 +165,20 @@ class Door:
             if source is None:
                 continue
             peer, theirs = source
+            level = logging.DEBUG if peer in self._tried else logging.INFO
+            self._tried[peer] = 1 + max(self._tried.values(), default=0)
             try:
                 state = await self._network.call(peer, PULL, None, timeout=PUSH_TIMEOUT_S)
-                await self._take(peer, state)
+                whole = await self._take(peer, state)
             except (NetworkError, OSError) as error:
-                level = logging.DEBUG if peer == self._unreachable else logging.INFO
                 log.log(level, "could not take keys and bans from %s yet: %s", peer, error)
-                self._unreachable = peer
-                await trio.sleep(PULL_RETRY_S)
-            else:
-                self._unreachable = ""
+                whole = False
+            if whole:
                 # If they still differ, the peer lacks something and will ask for it.
                 self._compared[peer] = (theirs, self.digest)
+                del self._tried[peer]
+            else:
+                await trio.sleep(PULL_RETRY_S)
             self.follow()
 
     def _resolve(self, wanted: str, known: dict[str, str], *, known_only: bool = False) -> NodeRef:
@@ -181,19 +192,31 @@ class Door:
         names = {ban.peer: ban.name for ban in self._bans.entries}
         return names | {peer: member.record.name for peer, member in self._members().items()}
 
+    async def _rotate_after(self, banned: NodeRef) -> Rotation:
+        try:
+            return await self._rotate(0.0)
+        except DoorError as error:
+            name = banned.name or banned.id
+            message = f"{name} is banned, but the key was not replaced: {error}"
+            raise DoorError(error.code, message) from error
+
     async def _rotate(self, grace: float) -> Rotation:
         if grace == 0:
             # While the old key counts, so that all who can be connected are when it no longer does.
             await self._publish()
+        superseded = self._ring.grace(self._clock()) > 0
         ring = self._ring.rotated(secrets.token_bytes(identity.KEY_BYTES), self._clock() + grace)
-        try:
-            async with self._changing:
-                await self._use(ring)
-        except OSError as error:
-            message = f"cannot store the new key: {error.strerror or error}; nothing was changed"
-            raise DoorError("storage", message) from error
-        told = await self._publish()
-        return Rotation(generation=ring.generation, grace=grace, told=told)
+        # Whoever stops waiting, or this node as it stops, must not leave a key behind that is
+        # stored here and that nobody else has heard of. All of it takes some seconds at most.
+        with trio.CancelScope(shield=True):
+            try:
+                async with self._changing:
+                    await self._use(ring)
+            except OSError as error:
+                message = f"cannot store the new key: {error.strerror or error}; the old one stays"
+                raise DoorError("storage", message) from error
+            told = await self._publish()
+        return Rotation(generation=ring.generation, grace=grace, told=told, superseded=superseded)
 
     async def _decide(self, node: NodeRef, *, banned: bool) -> Told:
         ban = self._bans.next(node.id, banned=banned, by=self._network.peer_id, name=node.name)
@@ -231,8 +254,14 @@ class Door:
 
     async def _serve_push(self, peer: str, state: DoorState) -> str:
         self._check(peer)
+        now, before = trio.current_time(), self.digest
+        allowance = self._allowance(peer)
+        if not allowance.has(now):
+            raise CallFailed("too-often", "keys and bans change too often on the word of this node")
         try:
             await self._take(peer, state)
+            if self.digest != before:
+                allowance.take(now)
         except OSError as error:
             log.error("cannot store a new cluster key, so it is not used: %s", error)
             raise CallFailed("storage", "cannot store the key") from error
@@ -241,6 +270,11 @@ class Door:
     async def _serve_pull(self, peer: str, _request: None) -> DoorState:
         self._check(peer)
         return self._state()
+
+    def _allowance(self, peer: str) -> Allowance:
+        for gone in self._allowances.keys() - self._members().keys():
+            del self._allowances[gone]
+        return self._allowances.setdefault(peer, Allowance(CHANGES_PER_S, CHANGES_AT_ONCE))
 
     def _check(self, peer: str) -> None:
         """Calls that were on their way when the peer was banned are not answered any more."""
@@ -259,8 +293,10 @@ class Door:
             bans=self._bans.entries,
         )
 
-    async def _take(self, peer: str, state: DoorState) -> None:
-        """Raises OSError when a new key cannot be stored."""
+    async def _take(self, peer: str, state: DoorState) -> bool:
+        """Says whether all of it was looked at: what is ahead of its time has to be asked for
+        again. Raises OSError when a new key cannot be stored."""
+        most = ceiling(self._clock())
         ring = Keyring(
             key=state.key,
             generation=state.generation,
@@ -269,45 +305,62 @@ class Door:
             previous_until=self._clock() + state.grace,
         )
         async with self._changing:
-            await self._learn(state.bans, peer)
+            await self._learn(state.bans, peer, most)
             self._check(peer)
-            if self._ring.accepts(ring):
+            if ring.generation <= most and self._ring.accepts(ring):
                 await self._use(ring)
                 log.warning("the cluster key was replaced, on the word of %s", peer)
+        return max((ring.generation, *(ban.stamp for ban in state.bans))) <= most
 
-    async def _learn(self, bans: tuple[Ban, ...], source: str) -> None:
-        merged = self._bans.merge(bans)
-        if merged == self._bans:
-            return
-        before, self._bans = self._bans.banned, merged
-        write = partial(write_bans, self._files.bans, merged)
+    async def _learn(self, bans: tuple[Ban, ...], source: str, most: int = LAST_COUNT) -> None:
+        merged = self._bans.merge(bans, most)
+        if merged != self._bans:
+            # What this node says that it knows has to be in force.
+            with trio.CancelScope(shield=True):
+                before, self._bans = self._bans.banned, merged
+                await self._store(merged)
+                self._log_change(before, source)
+                await self._changed(self._ring, merged.banned)
+
+    async def _store(self, bans: BanTable) -> None:
+        write = partial(write_bans, self._files.bans, bans)
         try:
             await trio.to_thread.run_sync(write)
+            self._stored = True
         except OSError as error:
+            self._stored = False
             # A ban that is forgotten at the next start beats one that never takes effect.
             log.error("cannot store the list of banned nodes: %s", error)
-        for peer in sorted(merged.banned - before):
-            ban = merged.get(peer)
-            log.warning("%s (%s) is banned, on the word of %s", ban and ban.name, peer, source)
-        for peer in sorted(before - merged.banned):
-            log.warning("%s is no longer banned, on the word of %s", peer, source)
-        if self._network.peer_id in merged.banned - before:
+
+    def _log_change(self, before: frozenset[str], source: str) -> None:
+        banned = self._bans.banned
+        for peers, now in (
+            (banned - before, "banned"),
+            (before - banned, "no longer banned"),
+        ):
+            if peers:
+                named = ", ".join(_called(self._bans, peer) for peer in sorted(peers)[:NAMED])
+                more = f" and {len(peers) - NAMED} more" if len(peers) > NAMED else ""
+                log.warning("%s, on the word of %s: %s%s", now, source, named, more)
+        if self._network.peer_id in banned - before:
             log.warning("this node was kicked out of the cluster")
-        await self._changed(self._ring, self._bans.banned)
 
     async def _use(self, ring: Keyring) -> None:
         write = partial(identity.write_keyring, self._files.cluster_key, ring)
-        await trio.to_thread.run_sync(write)
-        self._ring = ring
-        await self._changed(self._ring, self._bans.banned)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(write)
+            self._ring = ring
+            await self._changed(self._ring, self._bans.banned)
 
     def _source(self) -> tuple[str, str] | None:
         """A member whose door differs in a way that was not looked into yet, and its digest."""
         own, members = self.digest, self._members()
-        for peer in self._compared.keys() - members.keys():
-            del self._compared[peer]
+        for known in (self._compared, self._tried):
+            for peer in known.keys() - members.keys():
+                del known[peer]
+        # Whom it failed with last comes last, lest it keeps this node from the others.
         differing = [
-            (peer == self._unreachable, peer, member.record.door)
+            (self._tried.get(peer, 0), peer, member.record.door)
             for peer, member in members.items()
             if member.state in _LIVE
             and member.record.door not in ("", own)
@@ -316,13 +369,18 @@ class Door:
         return min(differing)[1:] if differing else None
 
 
+def _called(bans: BanTable, peer: str) -> str:
+    ban = bans.get(peer)
+    return f"{ban.name} ({peer})" if ban and ban.name else peer
+
+
 def read_bans(path: Path) -> BanTable:
     """Raises `IdentityError` for a damaged file: letting banned nodes in would be worse."""
     try:
         return BanTable(msgspec.json.decode(path.read_bytes(), type=BanList))
     except FileNotFoundError:
         return BanTable()
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise IdentityError(
             f"{path} is damaged ({error}); delete it, the other members tell this node again "
             "whom they banned"

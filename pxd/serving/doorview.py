@@ -26,17 +26,21 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rotation(msgspec.Struct, frozen=True, kw_only=True):
-    """`grace` in seconds: for how long the key before still counts."""
+    """`grace` in seconds: for how long the key before still counts. `superseded` if the one before
+    that, of a rotation whose grace period had not ended, counted until now."""
 
     generation: int
     grace: float
     told: Told
+    superseded: bool = False
 
 
 class Kick(msgspec.Struct, frozen=True, kw_only=True):
-    """`rotation` if the key was replaced as well."""
+    """`rotation` if the key was replaced as well. `stored` unless this node would forget of it
+    with a restart."""
 
     node: NodeRef
     banned: bool
     told: Told
+    stored: bool = True
     rotation: Rotation | None = None

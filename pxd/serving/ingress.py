@@ -52,6 +52,7 @@ MAX_EXECUTOR_DEATHS = 3
 MAX_FRUITLESS = 15
 STRAY_S = 5.0
 MAX_STRAYS = 1024
+MAX_REFUSING = 64
 
 
 class _Attempt:
@@ -92,6 +93,7 @@ class ChatIngress:
         self._ready: set[str] = set()
         self._ready_until: dict[str, float] = {}
         self._strays: dict[str, float] = {}
+        self._refusing = 0
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
@@ -183,10 +185,20 @@ class ChatIngress:
         now = trio.current_time()
         if now - self._strays.get(request, -math.inf) < STRAY_S or self._nursery is None:
             return
+        if self._refusing >= MAX_REFUSING:
+            # It will come again if it is real.
+            return
         if len(self._strays) >= MAX_STRAYS:
             self._strays.clear()
         self._strays[request] = now
-        self._nursery.start_soon(self._cancel, peer, request)
+        self._refusing += 1
+        self._nursery.start_soon(self._refuse, peer, request)
+
+    async def _refuse(self, peer: str, request: str) -> None:
+        try:
+            await self._cancel(peer, request)
+        finally:
+            self._refusing -= 1
 
     def open_attempt(self, name: str, head: str) -> _Attempt:
         attempt = _Attempt(name, head, self.members()[head].record.started)

@@ -25,4 +25,5 @@ def resolve(wanted: str, known: dict[str, str], *, known_only: bool = False) -> 
     if _PEER_ID.fullmatch(wanted) and not known_only:
         return NodeRef(id=wanted, name="")
     names = ", ".join(sorted(name or peer for peer, name in known.items())[:16]) or "none"
-    raise LookupError(f"there is no such node: {wanted!r}; known here: {names}")
+    listed = "banned" if known_only else "known here"
+    raise LookupError(f"there is no such node: {wanted!r}; {listed}: {names}")

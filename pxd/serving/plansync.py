@@ -1,13 +1,15 @@
 """Every node ends up with the same plan: pushed by the leader, pulled by whoever missed it."""
 
 import logging
+import time
 from collections.abc import Callable
 
 import trio
 
-from pxd.cluster.adoption import Members, later_source, may_push
+from pxd.cluster.adoption import Members, is_credible, later_source, may_push
 from pxd.cluster.plans import Epoch, Plan, PlanStore
 from pxd.cluster.soundness import flaw
+from pxd.cluster.stamps import ceiling
 from pxd.p2p.network import Method, Network, NetworkError
 
 log = logging.getLogger("pxd.serving.plansync")
@@ -22,15 +24,23 @@ PULL: Method[None, Plan | None] = Method("plan.pull", type(None), Plan | None)  
 class PlanSync:
     """Holds the plan with the greatest epoch that anybody has told this node of.
 
-    `taken` is called with every plan that replaces the one held, also with an own one.
+    `taken` is called with every plan that replaces the one held, also with an own one. `leads`
+    returns the term that this node leads, 0 for none.
     """
 
     def __init__(
-        self, network: Network, members: Callable[[], Members], taken: Callable[[Plan], None]
+        self,
+        network: Network,
+        members: Callable[[], Members],
+        taken: Callable[[Plan], None],
+        leads: Callable[[], int],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._network = network
         self._members = members
         self._taken = taken
+        self._leads = leads
+        self._clock = clock
         self._store = PlanStore()
         self._behind = trio.Event()
         self._unreachable = ""
@@ -58,7 +68,9 @@ class PlanSync:
 
     def _consider(self, peer: str, plan: Plan) -> None:
         """Take a plan that somebody else has sent, if it makes sense."""
-        if found := flaw(plan):
+        if not self._is_credible(plan.epoch):
+            log.info("refused plan %s from %s: such a plan cannot be", plan.epoch, peer)
+        elif found := flaw(plan):
             log.warning("refused plan %s from %s: %s", plan.epoch, peer, found)
             self._refused = plan.epoch
         else:
@@ -92,7 +104,12 @@ class PlanSync:
 
     def _source(self) -> str | None:
         held, members = self._store.epoch, self._members()
-        return later_source(held, members, self._unreachable, self._refused)
+        refused = self._refused
+        return later_source(held, members, self._unreachable, refused, self._is_credible)
+
+    def _is_credible(self, epoch: Epoch) -> bool:
+        most = ceiling(self._clock())
+        return is_credible(epoch, self._network.peer_id, self._leads(), most)
 
     async def run(self) -> None:
         """Pull whenever a member's record shows a later plan than the one held."""

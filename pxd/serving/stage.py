@@ -24,7 +24,7 @@ from pxd.executors.protocol import (
 from pxd.models.errors import ModelError
 from pxd.p2p.network import Network, NetworkError
 from pxd.serving.timings import HeadFigures, StageTimings, figures_to_publish
-from pxd.wire import Buffer, Nack, NackCode, Sampled, Step, Tensor
+from pxd.wire import Buffer, Frame, Nack, NackCode, Sampled, Step, Tensor
 
 log = logging.getLogger("pxd.serving.stage")
 
@@ -388,19 +388,25 @@ class StageHost:
             nursery.start_soon(runner.run)
         self.report_changed()
 
+    def expects(self, peer: str, frame: Frame) -> bool:
+        """Whether to read the body of a frame; it may be large, and has to come from the stage
+        before this one."""
+        runner = self._runners.get(frame.pipeline) if isinstance(frame, Step) else None
+        return runner is not None and runner.sender == peer
+
     async def feed(self, peer: str, step: Step, body: Buffer) -> None:
         """Take a step from `peer`: the node before this one, or this node itself at the head."""
         runner = self._runners.get(step.pipeline)
-        if runner is None:
-            head = self._head_of(step.pipeline)
-            if head is None:
-                log.info("dropped a step of an unknown pipeline from %s", peer)
-            else:
-                await self.nack(head, step, "not-ready", "the stage has not been set up yet")
-        elif peer != runner.sender:
+        head = self._head_of(step.pipeline)
+        if runner is not None and peer != runner.sender:
             log.warning("dropped a step from %s, which is not the stage before this one", peer)
-        else:
+        elif runner is not None and memoryview(body).nbytes == step.tensor.nbytes:
             await runner.feed(step, body)
+        elif head is None:
+            log.info("dropped a step of an unknown pipeline from %s", peer)
+        else:
+            # Or only just: then it has come without its body.
+            await self.nack(head, step, "not-ready", "the stage has not been set up yet")
 
     def _head_of(self, pipeline_id: str) -> str | None:
         found = self._plan.pipeline(pipeline_id) if self._plan else None

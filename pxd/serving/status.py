@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 NodeState = Literal["alive", "suspect", "dead", "left"]
+Path = Literal["", "direct", "punched", "relayed"]
 ModelState = Literal["waiting", "loading", "serving", "failed"]
 
 
@@ -22,7 +23,12 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """`since` is how many seconds the node has been in `state`. `rtt_ms` None if not measured."""
+    """`since` is how many seconds the node has been in `state`. `rtt_ms` and `link_gbs`, the GB/s
+    that go from this node to that one, are None if not measured.
+
+    `path` is how this node is connected with it, empty if it is not: "punched" went through the NAT
+    of both, "relayed" goes through the node `through` (peer id). `relay`: it passes traffic on.
+    """
 
     id: str
     name: str
@@ -34,11 +40,15 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     since: float = 0.0
     rtt_ms: float | None = None
     connected: bool = False
+    path: Path = ""
+    through: str = ""
+    relay: bool = False
     version: str = ""
     tflops: float = 0.0
     bandwidth_gbs: float = 0.0
     running: int = 0
     waiting: int = 0
+    link_gbs: float | None = None
 
 
 class PipelineStageView(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +100,10 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The cluster as `self` (peer id) sees it. `leader` is None until one is known."""
+    """The cluster as `self` (peer id) sees it. `leader` is None until one is known.
+
+    `hints` are sentences on why it sees no other node.
+    """
 
     self_id: str = msgspec.field(name="self")
     leader: str | None
@@ -101,3 +114,4 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     http: str = ""
     version: str = ""
     uptime: float = 0.0
+    hints: list[str] = []

@@ -25,6 +25,7 @@ FIGURES_SHARE = 0.15
 RTTS_EVERY_S = 10.0
 RTTS_SHARE = 0.3
 RTTS_LEAST_S = 0.001
+BANDWIDTH_SHARE = 0.25
 
 
 class Figure:
@@ -216,32 +217,42 @@ def partners(plan: Plan | None, node: str) -> frozenset[str]:
     return frozenset().union(*(chain for chain in chains if node in chain)) - {node}
 
 
-def rtts_to_publish(
+def links_to_publish(
     told: tuple[PeerLink, ...],
-    measured: Mapping[str, float],
+    rtts: Mapping[str, float],
+    bandwidths: Mapping[str, float],
     partners: Collection[str],
     *,
     since: float,
 ) -> tuple[PeerLink, ...]:
-    """Round trip times for this node's record; `told` itself while that is still good.
+    """What lies between this node and others, for its record; `told` itself while that is good.
 
-    `measured` holds those to all live peers and `since` is how long ago `told` was published. Where
-    there are too many, those to `partners` come first and then the shortest; a peer already told of
-    gives way only to one that is clearly nearer, so that equals do not take turns.
+    `rtts` holds those to all live peers, `bandwidths` what was measured in GB/s, and `since` is how
+    long ago `told` was published. Where there are too many, those to `partners` come first and then
+    the shortest; a peer already told of gives way only to one that is clearly nearer, so that
+    equals do not take turns.
     """
     if since < RTTS_EVERY_S:
         return told
-    before = {item.peer: item.rtt for item in told}
+    before = {item.peer: item for item in told}
 
     def rank(peer: str) -> tuple[bool, float, str]:
-        return peer not in partners, measured[peer] * (1 - RTTS_SHARE * (peer in before)), peer
+        return peer not in partners, rtts[peer] * (1 - RTTS_SHARE * (peer in before)), peer
 
-    chosen = sorted(sorted(measured, key=rank)[:MAX_LINKS])
-    if chosen == sorted(before) and not any(
-        # The daemons themselves take a millisecond or two, which is never twice the same.
-        moved(before[peer], measured[peer], RTTS_SHARE)
-        and abs(measured[peer] - before[peer]) > RTTS_LEAST_S
+    chosen = sorted(sorted(rtts, key=rank)[:MAX_LINKS])
+    links = tuple(
+        PeerLink(peer, rtts[peer], bandwidths.get(peer, 0.0) or _told_bandwidth(before.get(peer)))
         for peer in chosen
-    ):
-        return told
-    return tuple(PeerLink(peer, measured[peer]) for peer in chosen)
+    )
+    news = chosen != sorted(before) or any(_news(before[link.peer], link) for link in links)
+    return links if news else told
+
+
+def _told_bandwidth(link: PeerLink | None) -> float:
+    return link.bandwidth if link else 0.0
+
+
+def _news(before: PeerLink, now: PeerLink) -> bool:
+    # The daemons themselves take a millisecond or two, which is never twice the same.
+    further = moved(before.rtt, now.rtt, RTTS_SHARE) and abs(now.rtt - before.rtt) > RTTS_LEAST_S
+    return further or moved(before.bandwidth, now.bandwidth, BANDWIDTH_SHARE)

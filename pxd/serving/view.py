@@ -1,9 +1,14 @@
 """The cluster as this node sees it, in the shape of `pxd status --json`."""
 
+from collections.abc import Iterable, Mapping
+
 import msgspec
 
+from pxd.cluster.members import Member
 from pxd.cluster.plans import ModelPlan, Plan
 from pxd.cluster.records import NodeRecord
+from pxd.p2p.host import Route
+from pxd.p2p.refusals import Refusal
 from pxd.planning.result import PlanInputs
 from pxd.serving.basis import inputs_of
 from pxd.serving.forecast import forecast
@@ -18,6 +23,9 @@ from pxd.serving.status import (
 )
 
 GIB = 1 << 30
+
+TURNED_AWAY_S = 180.0
+"""For how long a refusal is worth telling; peers that refused are tried again within half of it."""
 
 
 def _stages(record: NodeRecord) -> list[StageView]:
@@ -42,10 +50,46 @@ def _device(record: NodeRecord) -> str:
     return f"{record.device.kind}: {record.device.name}" if record.device.name else "cpu"
 
 
-def node_view(
-    record: NodeRecord, *, state: str, since: float, rtt: float | None, connected: bool
+def node_views(
+    members: Mapping[str, Member],
+    now: float,
+    *,
+    own_id: str,
+    routes: Mapping[str, Route | None],
+    bandwidths: Mapping[str, float],
+    refused: str,
+) -> list[NodeView]:
+    """By name. `routes` to those who are connected; `bandwidths` in GB/s, as far as they are
+    measured. `refused` says why nobody lets this node in."""
+    views = [
+        _node_view(
+            member.record,
+            state=member.state,
+            since=now - member.since,
+            rtt=member.rtt,
+            connected=peer in routes or peer == own_id,
+            route=routes.get(peer),
+            bandwidth=bandwidths.get(peer),
+            refused=refused if peer == own_id else "",
+        )
+        for peer, member in members.items()
+    ]
+    return sorted(views, key=lambda node: (node.name, node.id))
+
+
+def _node_view(
+    record: NodeRecord,
+    *,
+    state: str,
+    since: float,
+    rtt: float | None,
+    connected: bool,
+    route: Route | None,
+    bandwidth: float | None,
+    refused: str,
 ) -> NodeView:
-    """`since` in seconds of age, `rtt` in seconds. A gone node's stages are gone with it."""
+    """`since` in seconds of age, `rtt` in seconds, `bandwidth` in GB/s. A gone node's stages are
+    gone with it."""
     gone = state in ("dead", "left")
     return NodeView(
         id=record.id,
@@ -54,16 +98,33 @@ def node_view(
         device=_device(record),
         memory_gib=round(record.memory / GIB, 6),
         stages=[] if gone else _stages(record),
-        problem=record.problem,
+        problem=record.problem or refused,
         since=round(since, 3),
         rtt_ms=None if rtt is None else round(rtt * 1000, 3),
         connected=connected,
+        path=route.path if route else "",
+        through=route.relay if route else "",
+        relay=record.relay,
         version=record.pxd,
         tflops=record.device.tflops if record.device else 0.0,
         bandwidth_gbs=record.device.bandwidth if record.device else 0.0,
         running=record.running,
         waiting=record.waiting,
+        link_gbs=None if bandwidth is None else round(bandwidth, 6),
     )
+
+
+def turned_away(refusals: Iterable[Refusal], now: float) -> str:
+    """Why members lately did not let this node in, and what to do; empty where none refused it.
+
+    `now` in seconds since the epoch.
+    """
+    recent = [
+        each.message
+        for each in refusals
+        if each.message.startswith("refused by") and now - each.at < TURNED_AWAY_S
+    ]
+    return recent[-1] if recent else ""
 
 
 def _model_state(model: ModelPlan, members: Members) -> tuple[ModelState, str]:

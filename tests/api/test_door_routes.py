@@ -25,6 +25,7 @@ def test_rotation(server: LiveServer) -> None:
             "confirmed": [{"id": PEERS["ben"], "name": "ben"}],
             "unconfirmed": [{"id": PEERS["carl"], "name": "carl"}],
         },
+        "superseded": False,
     }
     assert server.daemon.door.grace == 3600
 

@@ -203,7 +203,10 @@ HEAVY = {"libp2p", "mlx", "mlx_lm", "transformers", "trio", "starlette", "hyperc
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["start", "--help"], ["status"], ["doctor"], ["chat", "hi"]]
 )
-def test_commands_import_little(server: LiveServer, arguments: list[str]) -> None:
+def test_commands_import_little(
+    server: LiveServer, default_instance: Path, arguments: list[str]
+) -> None:
+    write_daemon_file(default_instance, server.url)
     script = (
         "import sys, runpy\n"
         f"sys.argv = ['pxd', *{arguments!r}]\n"
@@ -217,7 +220,7 @@ def test_commands_import_little(server: LiveServer, arguments: list[str]) -> Non
         text=True,
         timeout=60,
         stdin=subprocess.DEVNULL,
-        env={"PXD_NODE": server.url, "PATH": ""},
+        env={"PXD_NODE": server.url, "PXD_DATA_DIR": str(default_instance), "PATH": ""},
     )
     assert result.returncode == 0, result.stderr
     imported = set(result.stdout.splitlines()[-1].split()[1:])

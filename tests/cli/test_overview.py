@@ -121,12 +121,27 @@ def test_trouble_in_a_pipe() -> None:
     assert "anna~xxxxx" in text, "two nodes of one name must be told apart"
 
 
+def test_a_node_behind_a_relay() -> None:
+    nodes = [node("anna", relay=True), node("ben", path="relayed", through=PEERS["anna"])]
+    view = overview(msgspec.structs.replace(serving_status(), nodes=nodes))
+    assert "ben   is reached through anna only, which is slower" in render(view)
+
+
 def test_a_cluster_without_a_plan() -> None:
     status = msgspec.structs.replace(serving_status(), models=[], leader=None, epoch=None)
     view = overview(status)
     assert "leader none yet" in render(view)
     assert "no plan yet" in render(view)
     assert "no plan yet" in draw(view, 80)
+
+
+def test_a_node_that_is_alone_says_why() -> None:
+    hint = "cannot connect to 10.0.0.2:8471\x1b[31m: no answer"
+    status = msgspec.structs.replace(serving_status(), hints=[hint])
+    assert overview(status).problems[0][0] == "anna"
+    assert "\x1b" not in overview(status).problems[0][1]
+    assert overview(status).problems[0][1].startswith("cannot connect to 10.0.0.2:8471")
+    assert overview(status).problems[0][1] in render(overview(status))
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

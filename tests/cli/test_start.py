@@ -68,7 +68,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
     result = pxd(
         *("start", "--model", str(tmp_path), "--join", TICKET, "--data-dir", str(tmp_path)),
         *("--http", "127.0.0.1:0", "--listen", "[::]:9000", "--name", "ben", "--memory", "7.5"),
-        *("--max-layers", "4", "--priority", "-5", "--no-mdns", "--log-format", "json"),
+        *("--max-layers", "4", "--priority", "-5", "--no-mdns", "--relay", "--log-format", "json"),
     )
     assert result.exit_code == 0, result.output
     assert node.settings == Settings(
@@ -82,6 +82,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         max_layers=4,
         priority=-5,
         mdns=False,
+        relay=True,
         log_format="json",
     )
 
@@ -94,6 +95,7 @@ def test_defaults(node: FakeNode, default_instance: Path, monkeypatch: pytest.Mo
     assert node.settings.join == TICKET
     assert node.settings.name
     assert node.settings.mdns
+    assert not node.settings.relay
     assert (node.settings.http, node.settings.listen, node.settings.model) == (None, None, None)
 
 

@@ -1,89 +1,45 @@
 """A whole cluster in virtual time: real state machines, a made-up network, one seed.
 
 Connections are made on demand and then carry messages with random latency (so messages overtake
-each other), loss and duplication. A crash closes connections, a freeze only silences them, and so
-does a partition until the transport gives them up. Every message is encoded, so that its size and
-types are those of the wire.
+each other), loss and duplication. A crash closes connections, a freeze or a loss of power only
+silences them, and so does a partition until the transport gives them up. Every message is encoded,
+for its size; unless the simulator is to be quick it is also decoded, for its types.
 """
 
+import hashlib
 import heapq
 import random
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import msgspec
 
 from pxd.cluster.config import MembershipConfig
-from pxd.cluster.leadership import Leadership, LeadershipConfig, LeadershipEvent, TookOffice
-from pxd.cluster.members import MemberEvent
-from pxd.cluster.membership import Membership
+from pxd.cluster.leadership import LeadershipConfig
 from pxd.cluster.messages import MAX_MESSAGE, GossipMessage
 from pxd.cluster.records import NodeRecord
-from tests.signers import FakeSigner
+from pxd.p2p.gossip import GossipEvent
+from tests.cluster.simulated_node import Disk, Process
+from tests.cluster.simulated_plans import PlanMessage, Step
 
 DIAL = 0.25
 CLOSE_NOTICE = 0.05
 BOOTSTRAP = 2.0
 KEEPALIVE = 8.0
+HEAR_OF_BAN = (0.05, 2.0)
+
+Message = GossipMessage | PlanMessage
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[GossipMessage] = msgspec.msgpack.Decoder(GossipMessage)
 
 
-class Disk:
-    """What survives a restart."""
-
-    def __init__(self) -> None:
-        self.incarnation = 0
-        self.term = 0
-
-
-class Process:
-    """One life of a node."""
-
-    def __init__(self, simulator: "Simulator", name: str, seeds: tuple[str, ...]) -> None:
-        self.name = name
-        self.frozen = False
-        self.synced = False
-        self.backlog: list[Callable[[], None]] = []
-        self.events: list[tuple[float, MemberEvent | LeadershipEvent]] = []
-        self.wakeup = float("inf")
-        disk = simulator.disks[name]
-        disk.incarnation += 1
-        record = NodeRecord(id=name, name=name, incarnation=disk.incarnation, started=simulator.now)
-        self.membership = Membership(
-            record, simulator.config, simulator.random.getrandbits(64), FakeSigner(name)
-        )
-        self.leadership = Leadership(
-            name, simulator.leadership, term=disk.term, expects_peers=bool(seeds)
-        )
-
-    def happened(self, kind: str, node: str | None = None) -> list[float]:
-        """Times at which this process saw a member event."""
-        return [
-            when
-            for when, event in self.events
-            if isinstance(event, MemberEvent)
-            and event.kind == kind
-            and (node is None or event.record.id == node)
-        ]
-
-    def terms_taken(self) -> int:
-        return sum(isinstance(event, TookOffice) for _, event in self.events)
-
-    def live(self) -> set[str]:
-        return {node for node, member in self.membership.members.items() if member.live}
-
-    def knows(self, other: str) -> bool:
-        """Whether it would ever try to reach that node, if only as one of the lost."""
-        table = self.membership._table
-        return other in table.live_others or other in table.lost()
-
-    def states(self) -> dict[str, str]:
-        return {node: member.state for node, member in self.membership.members.items()}
-
-
 class Simulator:
+    """`skew` is by how much of a second per second clocks may be fast or slow. `on_event` is called
+    with every event of a process. `sent` and `sent_bytes` count gossip by sender, `plan_bytes` what
+    plans cost."""
+
     def __init__(
         self,
         seed: int = 0,
@@ -91,37 +47,48 @@ class Simulator:
         latency: tuple[float, float] = (0.001, 0.02),
         loss: float = 0.0,
         duplication: float = 0.0,
+        skew: float = 0.0,
         config: MembershipConfig | None = None,
         leadership: LeadershipConfig | None = None,
+        quick: bool = False,
     ) -> None:
         self.now = 0.0
         self.random = random.Random(seed)
         self.latency, self.loss, self.duplication = latency, loss, duplication
+        self.skew = skew
         self.config = config or MembershipConfig()
         self.leadership = leadership or LeadershipConfig()
         self.processes: dict[str, Process] = {}
         self.disks: dict[str, Disk] = {}
+        self.places: dict[str, int] = {}
         self.blocked: set[tuple[str, str]] = set()
-        self.connections: set[frozenset[str]] = set()
-        self.dialling: dict[frozenset[str], list[tuple[str, str, bytes]]] = {}
+        self.bans: set[str] = set()
+        self.links: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self.dialling: dict[tuple[str, str], list[tuple[str, str, Message]]] = {}
         self.sent: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
-        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self.plan_bytes = 0
+        self.on_event: Callable[[Process, GossipEvent], None] | None = None
+        self._quick = quick
+        self._agenda: list[tuple[float, int, Step, tuple[Any, ...]]] = []
         self._order = 0
 
     # What happens to nodes
 
-    def start(self, name: str, *seeds: str, keep_data: bool = True) -> Process:
-        if not keep_data or name not in self.disks:
-            self.disks[name] = Disk()
-        process = self.processes[name] = Process(self, name, seeds)
-        process.membership.start(self.now)
-        process.leadership.start(self.now)
+    def start(
+        self, name: str, *seeds: str, keep_data: bool = True, place: int | None = None
+    ) -> Process:
+        """`place` is the machine, and so the address; each name has one of its own by default."""
+        process = self._boot(name, seeds, keep_data=keep_data, place=place)
+        process.start()
         self._bootstrap(process, seeds)
-        self._drain(process)
+        process.drain()
+        if self.bans:
+            self._spread_bans()
         return process
 
     def cluster(self, size: int) -> list[str]:
+        """Nodes that come one after the other and join through the first."""
         names = [f"n{index:03}" for index in range(size)]
         self.start(names[0])
         for name in names[1:]:
@@ -129,17 +96,33 @@ class Simulator:
             self.start(name, names[0])
         return names
 
+    def settled(self, size: int) -> list[str]:
+        """Nodes that know each other already, for it takes a large cluster long to come together.
+
+        Their ids are as long as real ones. Nobody is in office yet.
+        """
+        names = [_peer_id(index) for index in range(size)]
+        processes = [
+            self._boot(name, names[:1], keep_data=False, seniority=place)
+            for place, name in enumerate(names, start=1)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.introduce(other for other in processes if other is not process)
+        for process in processes:
+            process.drain()
+        return names
+
     def crash(self, name: str) -> None:
         del self.processes[name]
-        for pair in [pair for pair in self.connections if name in pair]:
-            self._close(pair)
+        for other in list(self.links[name]):
+            self._close(name, other)
 
     def leave(self, name: str) -> None:
         process = self.processes[name]
-        process.membership.leave(self.now)
-        self._drain(process)
-        # The goodbyes are on their way before the connections close.
-        self.after(self.latency[1], lambda: self._stop(name, process))
+        process.leave()
+        process.drain()
 
     def freeze(self, name: str) -> None:
         self.processes[name].frozen = True
@@ -148,14 +131,25 @@ class Simulator:
         process = self.processes[name]
         process.frozen = False
         backlog, process.backlog = process.backlog, []
-        for step in backlog:
-            step()
-        self._drain(process)
+        for step, args in backlog:
+            self._enter(process, step, *args)
+
+    def slow_down(self, name: str, seconds: float) -> None:
+        """From now on everything that this node does takes that long."""
+        self.processes[name].slowness = seconds
+
+    def expel(self, name: str) -> None:
+        """Somebody kicks the node out; the others hear of it one after the other."""
+        self.bans.add(name)
+        self._spread_bans()
 
     def drop_connections(self) -> None:
         """Break every connection, though nothing keeps the nodes from making new ones."""
-        for pair in list(self.connections):
-            self._close(pair)
+        for one, other in self.connections():
+            self._close(one, other)
+
+    def connections(self) -> list[tuple[str, str]]:
+        return [(one, other) for one in self.links for other in self.links[one] if one < other]
 
     def block(self, source: str, target: str) -> None:
         """Silence one direction."""
@@ -173,31 +167,32 @@ class Simulator:
 
     # Time
 
-    def after(self, delay: float, step: Callable[[], None]) -> None:
-        self._at(self.now + delay, step)
+    def after(self, delay: float, step: Step, *args: Any) -> None:
+        self._at(self.now + delay, step, *args)
 
-    def _at(self, when: float, step: Callable[[], None]) -> None:
+    def _at(self, when: float, step: Step, *args: Any) -> None:
         self._order += 1
-        heapq.heappush(self._agenda, (when, self._order, step))
+        heapq.heappush(self._agenda, (when, self._order, step, args))
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
-        while self._agenda and self._agenda[0][0] <= end:
-            self.now, _, step = heapq.heappop(self._agenda)
-            step()
+        agenda = self._agenda
+        while agenda and agenda[0][0] <= end:
+            self.now, _, step, args = heapq.heappop(agenda)
+            step(*args)
         self.now = end
 
-    def run_until(self, condition: Callable[[], bool], limit: float) -> float:
+    def run_until(self, condition: Callable[[], bool], limit: float, step: float = 0.02) -> float:
         """Run until `condition` holds; returns how long it took, or fails at `limit`."""
         started = self.now
         while not condition():
             assert self.now - started < limit, f"not within {limit} s"
-            self.run(0.02)
+            self.run(step)
         return self.now - started
 
     def discover(self) -> None:
         """Introduce to each other only those who could never find each other on their own."""
-        names = sorted(self.processes)
+        names = sorted(self.processes.keys() - self.bans)
         island = {names[0]}
         while len(island) < len(names):
             more = [
@@ -218,161 +213,240 @@ class Simulator:
 
     def agreed(self) -> bool:
         """All running nodes see exactly each other as alive, and the same leader in office."""
-        running = set(self.processes)
-        leaders = {process.leadership.leader for process in self.processes.values()}
+        running = self.processes.keys() - self.bans
+        processes = [self.processes[name] for name in running]
+        leaders = {process.leadership.leader for process in processes}
         return (
-            all(process.live() == running for process in self.processes.values())
-            and all(
-                member.state == "alive"
-                for process in self.processes.values()
-                for node, member in process.membership.members.items()
-                if node in running
-            )
-            and len(leaders) == 1
+            len(leaders) == 1
             and leaders == set(self.in_office())
+            and all(self.sees_exactly(process, running) for process in processes)
         )
+
+    def sees_exactly(self, process: Process, running: Iterable[str]) -> bool:
+        members = process.members
+        if len(process.membership._table.live_others) != len(set(running)) - 1:
+            return False
+        return all(name in members and members[name].state == "alive" for name in running)
 
     def in_office(self) -> list[str]:
         return sorted(
-            name for name, process in self.processes.items() if process.leadership.in_office
+            name
+            for name, process in self.processes.items()
+            if process.leadership.in_office and name not in self.bans
         )
 
-    # The driver, as `pxd.p2p.gossip` does it
+    # The world, as processes see it
 
-    def _drain(self, process: Process) -> None:
-        membership, leadership = process.membership, process.leadership
-        disk = self.disks[process.name]
-        while (events := membership.take_events()) or self._leadership_is_due(process):
-            process.synced = membership.synced
-            conclusions = leadership.observe(self.now, membership.members, synced=membership.synced)
-            process.events.extend((self.now, event) for event in (*events, *conclusions))
-            disk.incarnation = max(disk.incarnation, membership.record.incarnation)
-            if any(isinstance(event, TookOffice) for event in conclusions):
-                disk.term = leadership.term
-            membership.update(
-                seniority=leadership.seniority, term=leadership.term, leads=leadership.leads
-            )
-        for peer, message in membership.take_outbox():
-            self._send(process.name, peer, message)
-        self._schedule(process)
+    def uniform(self, low: float, high: float) -> float:
+        return self.random.uniform(low, high)
 
-    def _leadership_is_due(self, process: Process) -> bool:
-        return (
-            self.now >= process.leadership.next_wakeup
-            or process.synced != process.membership.synced
+    def bits(self) -> int:
+        return self.random.getrandbits(64)
+
+    def enter_at(self, when: float, process: Process, step: Step, *args: object) -> None:
+        self._at(when, self._enter, process, step, *args)
+
+    def ring_at(self, when: float, process: Process) -> None:
+        """One alarm per process: an earlier one that it no longer needs rings in vain."""
+        when = max(when, self.now)
+        if when < process.rings_at:
+            process.rings_at = when
+            self._at(when, self._ring, process, when)
+
+    def told(self, process: Process, event: GossipEvent) -> None:
+        if self.on_event is not None:
+            self.on_event(process, event)
+
+    def gone(self, process: Process) -> None:
+        # The goodbyes are on their way before the connections close.
+        self.after(self.latency[1], self._stop, process)
+
+    def send(self, source: Process, target: str, message: Message) -> None:
+        data = _encoder.encode(message)
+        if isinstance(message, PlanMessage):
+            self.plan_bytes += len(data)
+        else:
+            assert len(data) <= MAX_MESSAGE
+            self.sent[source.name] += 1
+            self.sent_bytes[source.name] += len(data)
+            if not self._quick:
+                message = _decoder.decode(data)
+        if target in self.links[source.name]:
+            self._carry(source.name, target, message)
+        else:
+            self._dial(source.name, target)
+            self.dialling[_pair(source.name, target)].append((source.name, target, message))
+
+    # The inside of a process: nothing happens to one that is over, and to a frozen one only later
+
+    def _boot(
+        self,
+        name: str,
+        seeds: Iterable[str],
+        *,
+        keep_data: bool,
+        place: int | None = None,
+        seniority: int = 0,
+    ) -> Process:
+        if not keep_data or name not in self.disks:
+            self.disks[name] = Disk()
+        if place is not None or name not in self.places:
+            self.places[name] = place if place is not None else len(self.places)
+        disk, number = self.disks[name], self.places[name]
+        disk.incarnation += 1
+        record = NodeRecord(
+            id=name,
+            name=name[-8:],
+            incarnation=disk.incarnation,
+            started=self.now,
+            seniority=seniority,
+            addresses=(f"/ip4/10.0.{number >> 8}.{number & 255}/tcp/4001/p2p/{name}",),
         )
+        process = self.processes[name] = Process(
+            self,
+            record,
+            disk,
+            self.config,
+            self.leadership,
+            offset=self.uniform(0.0, 1e5) if self.skew else 0.0,
+            rate=1.0 + self.uniform(-self.skew, self.skew),
+            expects_peers=bool(tuple(seeds)),
+        )
+        if disk.banned:
+            process.expel(disk.banned)
+        return process
 
-    def _schedule(self, process: Process) -> None:
-        wakeup = min(process.membership.next_wakeup, process.leadership.next_wakeup)
-        if wakeup != process.wakeup:
-            process.wakeup = wakeup
-            if wakeup != float("inf"):
-                self._at(max(self.now, wakeup), lambda: self._tick(process, wakeup))
-
-    def _tick(self, process: Process, wakeup: float) -> None:
-        if self.processes.get(process.name) is not process or process.wakeup != wakeup:
+    def _enter(self, process: Process, step: Step, *args: object) -> None:
+        if self.processes.get(process.name) is not process:
             return
         if process.frozen:
-            process.backlog.append(lambda: self._tick(process, wakeup))
+            process.backlog.append((step, args))
+        elif process.slowness:
+            process.busy_until = max(self.now, process.busy_until) + process.slowness
+            self._at(process.busy_until, self._perform, process, step, args)
+        else:
+            step(*args)
+            process.drain()
+
+    def _perform(self, process: Process, step: Step, args: tuple[object, ...]) -> None:
+        if self.processes.get(process.name) is not process:
             return
-        process.wakeup = float("inf")
-        if self.now >= process.membership.next_wakeup:
-            process.membership.tick(self.now)
-        self._drain(process)
+        if process.frozen:
+            process.backlog.append((step, args))
+        else:
+            step(*args)
+            process.drain()
+
+    def _ring(self, process: Process, when: float) -> None:
+        if process.rings_at == when:
+            process.rings_at = float("inf")
+            self._enter(process, process.ring)
+
+    def _stop(self, process: Process) -> None:
+        if self.processes.get(process.name) is process:
+            self.crash(process.name)
+
+    def _spread_bans(self) -> None:
+        """Whoever is reached by somebody who knows hears of it; the first to know just does."""
+        waiting = False
+        for name in sorted(self.processes.keys() - self.bans):
+            process = self.processes[name]
+            if not self.bans <= process.disk.banned:
+                knowing = [n for n, p in self.processes.items() if self.bans <= p.disk.banned]
+                if not knowing or any(self._reachable(name, other) for other in knowing):
+                    self._enter(process, self._ban, process, frozenset(self.bans))
+                waiting = True
+        if waiting:
+            self.after(self.uniform(*HEAR_OF_BAN), self._spread_bans)
+
+    def _ban(self, process: Process, banned: frozenset[str]) -> None:
+        process.expel(banned)
+        for name in banned & self.links[process.name].keys():
+            self._close(process.name, name)
 
     # The network
 
     def _give_up_silent(self) -> None:
-        for pair in list(self.connections):
-            one, other = pair
-            if {(one, other), (other, one)} <= self.blocked:
-                self._close(pair)
+        for one, other in sorted(self.blocked):
+            if one < other and other in self.links[one] and (other, one) in self.blocked:
+                self._close(one, other)
 
     def _bootstrap(self, process: Process, seeds: tuple[str, ...]) -> None:
         """As the transport does: try the known addresses until one connection stands."""
         alive = self.processes.get(process.name) is process
-        if alive and seeds and not any(process.name in pair for pair in self.connections):
+        if alive and seeds and not self.links[process.name]:
             if not process.frozen:
                 for seed in seeds:
                     self._dial(process.name, seed)
-            self.after(BOOTSTRAP, lambda: self._bootstrap(process, seeds))
+            self.after(BOOTSTRAP, self._bootstrap, process, seeds)
 
     def _reachable(self, one: str, other: str) -> bool:
-        return (
-            one in self.processes
-            and other in self.processes
-            and not self.blocked & {(one, other), (other, one)}
-        )
-
-    def _send(self, source: str, target: str, message: GossipMessage) -> None:
-        data = _encoder.encode(message)
-        assert len(data) <= MAX_MESSAGE
-        self.sent[source] += 1
-        self.sent_bytes[source] += len(data)
-        pair = frozenset((source, target))
-        if pair in self.connections:
-            self._carry(source, target, data)
-        elif pair in self.dialling:
-            self.dialling[pair].append((source, target, data))
-        else:
-            self._dial(source, target)
-            self.dialling[pair].append((source, target, data))
+        here, there = self.processes.get(one), self.processes.get(other)
+        if here is None or there is None or {(one, other), (other, one)} & self.blocked:
+            return False
+        return other not in here.disk.banned and one not in there.disk.banned
 
     def _dial(self, source: str, target: str) -> None:
-        pair = frozenset((source, target))
-        if pair not in self.connections and pair not in self.dialling:
+        pair = _pair(source, target)
+        if target not in self.links[source] and pair not in self.dialling:
             self.dialling[pair] = []
-            self.after(DIAL, lambda: self._dialled(pair))
+            self.after(DIAL, self._dialled, pair)
 
-    def _dialled(self, pair: frozenset[str]) -> None:
+    def _dialled(self, pair: tuple[str, str]) -> None:
         waiting = self.dialling.pop(pair)
-        one, other = sorted(pair)
-        if not self._reachable(one, other) or any(self.processes[n].frozen for n in pair):
+        for here, there in (pair, pair[::-1]):
+            # The machine is there, and says that the process is not.
+            if here in self.processes and there not in self.processes:
+                process = self.processes[here]
+                if not {(here, there), (there, here)} & self.blocked:
+                    self._enter(process, process.vanished, there)
+        if not self._reachable(*pair) or any(self.processes[name].frozen for name in pair):
             return
-        self.connections.add(pair)
+        one, other = pair
+        self.links[one][other] = self.links[other][one] = None
         for here, there in ((one, other), (other, one)):
             process = self.processes[here]
-            process.membership.connected(there)
-            self._drain(process)
-        for source, target, data in waiting:
-            self._carry(source, target, data)
+            self._enter(process, process.connected, there)
+        for source, target, message in waiting:
+            self._carry(source, target, message)
 
-    def _carry(self, source: str, target: str, data: bytes) -> None:
-        copies = 1 + (self.random.random() < self.duplication)
+    def _carry(self, source: str, target: str, message: Message) -> None:
+        receiver = self.processes.get(target)
+        if receiver is None:
+            return
+        copies = 1 + (self.duplication > 0 and self.random.random() < self.duplication)
         for _ in range(copies):
             if self.random.random() >= self.loss:
-                receiver = self.processes.get(target)
-                delay = self.random.uniform(*self.latency)
-                self.after(delay, lambda life=receiver: self._deliver(source, life, target, data))
+                delay = self.uniform(*self.latency)
+                self.after(delay, self._deliver, source, receiver, message)
 
-    def _deliver(self, source: str, life: Process | None, target: str, data: bytes) -> None:
-        process = self.processes.get(target)
+    def _deliver(self, source: str, receiver: Process, message: Message) -> None:
         # What was sent to an earlier life of a node died with its connection.
-        if process is None or process is not life or (source, target) in self.blocked:
-            return
-        if process.frozen:
-            process.backlog.append(lambda: self._deliver(source, life, target, data))
-            return
-        process.membership.receive(self.now, source, _decoder.decode(data))
-        self._drain(process)
+        banned = source in receiver.disk.banned
+        if not banned and (source, receiver.name) not in self.blocked:
+            self._enter(receiver, receiver.receive, source, message)
 
-    def _stop(self, name: str, process: Process) -> None:
-        if self.processes.get(name) is process:
-            self.crash(name)
+    def _close(self, one: str, other: str) -> None:
+        self.links[one].pop(other, None)
+        self.links[other].pop(one, None)
+        for name, gone in ((one, other), (other, one)):
+            process = self.processes.get(name)
+            if process is not None:
+                self.after(CLOSE_NOTICE, self._notice, process, gone)
 
-    def _close(self, pair: frozenset[str]) -> None:
-        self.connections.discard(pair)
-        for name in pair & self.processes.keys():
-            (other,) = pair - {name}
-            life = self.processes[name]
-            self.after(CLOSE_NOTICE, lambda n=name, o=other, p=life: self._notice(n, o, p))
+    def _notice(self, process: Process, gone: str) -> None:
+        if gone not in self.links[process.name]:
+            self._enter(process, self._disconnect, process, gone)
 
-    def _notice(self, name: str, other: str, life: Process) -> None:
-        process = self.processes.get(name)
-        if process is None or process is not life or frozenset((name, other)) in self.connections:
-            return
-        if process.frozen:
-            process.backlog.append(lambda: self._notice(name, other, life))
-            return
-        process.membership.disconnected(self.now, other)
-        self._drain(process)
+    def _disconnect(self, process: Process, gone: str) -> None:
+        if gone not in self.links[process.name]:
+            process.disconnected(gone)
+
+
+def _pair(one: str, other: str) -> tuple[str, str]:
+    return (one, other) if one < other else (other, one)
+
+
+def _peer_id(index: int) -> str:
+    """Made up, and as long as that of an Ed25519 key."""
+    return "12D3KooW" + hashlib.sha256(b"%d" % index).hexdigest()[:44]

@@ -1,11 +1,13 @@
 """One membership alone: what it is told, and what it then says and does."""
 
+from collections.abc import Callable
+
 import msgspec
 
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.members import MemberTable
 from pxd.cluster.membership import Membership
-from pxd.cluster.messages import Ack, Claim, Delta, GossipMessage, News, Ping
+from pxd.cluster.messages import Ack, Claim, Delta, GossipMessage, Nack, News, Ping, PingRequest
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import goodbye
 from tests.signers import FakeSigner, signed
@@ -28,7 +30,10 @@ def membership_of(own: NodeRecord, **config: float) -> Membership:
 def member(*others: NodeRecord, node: str = "me", **config: float) -> Membership:
     """A running membership that knows `others`, with nothing left to send or to tell."""
     membership = membership_of(record(node), **config)
-    membership.receive(0.0, "teller", news(*others))
+    for start in range(0, len(others), 200):
+        # One alone may not tell of more.
+        teller = f"teller{start}" if start else "teller"
+        membership.receive(0.0, teller, news(*others[start : start + 200]))
     membership.tick(0.0)
     membership.take_outbox()
     membership.take_events()
@@ -72,14 +77,20 @@ def run(membership: Membership, until: float) -> list[tuple[float, str, GossipMe
     return said
 
 
-def run_answered(membership: Membership, until: float) -> list[tuple[float, str, GossipMessage]]:
-    """As `run`, among members that answer every ping at once."""
+def run_answered(
+    membership: Membership, until: float, answers: Callable[[str], bool] = lambda _: True
+) -> list[tuple[float, str, GossipMessage]]:
+    """As `run`, among members of whom those that do so answer every ping at once."""
     said = []
     while membership.next_wakeup <= until:
         now = membership.next_wakeup
         membership.tick(now)
         for peer, message in membership.take_outbox():
             said.append((now, peer, message))
+            if not answers(peer):
+                continue
+            if isinstance(message, PingRequest):
+                membership.receive(now, peer, Nack(seq=message.seq, news=News()))
             if isinstance(message, Ping):
                 membership.receive(now, peer, Ack(seq=message.seq, news=News()))
     return said

@@ -1,8 +1,9 @@
 import msgspec
+import pytest
 
-from pxd.cluster.adoption import later_source, may_push
+from pxd.cluster.adoption import is_credible, later_source, may_push
 from pxd.cluster.members import Member
-from pxd.cluster.messages import MemberState
+from pxd.cluster.messages import LAST_COUNT, MemberState
 from pxd.cluster.plans import Epoch, Plan
 from pxd.cluster.records import NodeRecord
 
@@ -41,3 +42,28 @@ def test_the_unreachable_and_the_gone_are_not_asked_first() -> None:
     assert later_source(None, members, "b") == "b"
     members["b"] = msgspec.structs.replace(members["b"], state="left")
     assert later_source(None, members, "") is None
+
+
+MOST = 1 << 40
+
+
+@pytest.mark.parametrize(
+    ("epoch", "leads", "credible"),
+    [
+        (Epoch(7, "a", 1), 0, True),
+        (Epoch(MOST, "a", 1), 0, True),
+        (Epoch(MOST + 1, "a", 1), 0, False),
+        (Epoch(LAST_COUNT, "a", 1), 0, False),
+        (Epoch(7, "me", LAST_COUNT), 0, True),
+        (Epoch(7, "me", 1), 7, False),
+        (Epoch(8, "me", 1), 7, False),
+        (Epoch(6, "me", 1), 7, True),
+        (Epoch(7, "a", 1), 7, True),
+    ],
+)
+def test_what_plans_there_can_be(epoch: Epoch, leads: int, credible: bool) -> None:
+    def check(epoch: Epoch) -> bool:
+        return is_credible(epoch, "me", leads, MOST)
+
+    assert check(epoch) is credible
+    assert (later_source(None, cluster(z=epoch), "", None, check) == "z") is credible

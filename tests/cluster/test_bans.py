@@ -3,7 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pxd.cluster.bans import MAX_BANS, MAX_STEP, Ban, BanTable
+from pxd.cluster.bans import MAX_BANS, Ban, BanTable
+from pxd.cluster.messages import LAST_COUNT
+from pxd.cluster.stamps import ceiling
 
 BANS = st.lists(
     st.builds(
@@ -67,8 +69,20 @@ def test_the_table_is_bounded_and_pardons_go_first() -> None:
     assert "banned00100" in table.banned
 
 
-def test_stamps_cannot_be_used_up_at_one_stroke() -> None:
+def test_stamps_cannot_be_used_up() -> None:
+    now = 1.8e9
     table = BanTable().merge([Ban("a", 1, True, "x")])
-    jam = Ban("a", (1 << 48) - 1, True, "mallory")
-    assert table.merge([jam]) == table
-    assert table.merge([Ban("b", MAX_STEP + 1, True, "x")]).banned == {"a", "b"}
+    jam = Ban("a", LAST_COUNT, True, "mallory")
+    assert table.merge([jam], ceiling(now)) == table
+    # As far as it can be driven, each millisecond still has a stamp.
+    driven = table.merge([Ban("b", ceiling(now), False, "mallory")], ceiling(now))
+    kick = driven.next("b", banned=True, by="x")
+    assert "b" in driven.merge([kick], ceiling(now + 0.001)).banned
+    # Whoever comes later, or was away, takes it all the same.
+    assert BanTable().merge([kick], ceiling(now + 0.001)).banned == {"b"}
+    assert table.next("a", banned=True, by="x").stamp <= ceiling(0.0), "a clock that is not set"
+
+
+def test_at_the_end_of_all_numbers_a_ban_still_counts() -> None:
+    table = BanTable([Ban("a", LAST_COUNT, False, "mallory")])
+    assert "a" in table.merge([table.next("a", banned=True, by="x")]).banned

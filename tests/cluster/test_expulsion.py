@@ -64,8 +64,8 @@ def test_a_cluster_that_expels_a_node_stays_one_cluster_without_it() -> None:
     outcast, *others = names
     for name in others:
         process = simulator.processes[name]
-        process.membership.expel(simulator.now, frozenset({outcast}))
-        simulator._drain(process)
+        process.expel(frozenset({outcast}))
+        process.drain()
     simulator.run(60)
     for name in others:
         assert set(simulator.processes[name].membership.members) == set(others)

@@ -43,7 +43,7 @@ class ClusterUnderFaults(RuleBasedStateMachine):
         self.gone.append(name)
         if politely and not self.simulator.processes[name].frozen:
             self.simulator.leave(name)
-            self.simulator.run(0.1)
+            self.simulator.run(1.5)
         else:
             self.simulator.crash(name)
 

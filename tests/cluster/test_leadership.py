@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 
@@ -25,9 +26,16 @@ class View:
         self.members: dict[str, Member] = {}
         self.put("me")
 
-    def put(self, node: str, state: MemberState = "alive", **fields: object) -> None:
+    def put(
+        self,
+        node: str,
+        state: MemberState = "alive",
+        *,
+        vanished: bool = False,
+        **fields: object,
+    ) -> None:
         record = NodeRecord(id=node, name=node, **fields)  # type: ignore[arg-type]
-        self.members[node] = Member(record, state, 0.0, 0)
+        self.members[node] = Member(record, state, 0.0, 0, vanished=vanished)
 
 
 def leadership(term: int = 0, *, expects_peers: bool = False) -> Leadership:
@@ -267,11 +275,27 @@ def test_a_leader_that_restarts_is_believed_its_new_term() -> None:
     "absurd", [{"term": LAST_COUNT}, {"leads": LAST_COUNT}, {"plan": Epoch(LAST_COUNT, "z", 1)}]
 )
 def test_one_absurd_record_does_not_use_up_all_terms(absurd: dict[str, object]) -> None:
-    machine, view = leadership(), View()
+    machine, view, most = leadership(), View(), 1 << 40
     drive(machine, view, 2.0)
     view.put("z", seniority=5, **absurd)  # type: ignore[arg-type]
+    for now in range(3, 100):
+        assert machine.observe(float(now), view.members, synced=True, most=most) == []
+    assert machine.leads == machine.term == 1
+    view.put("y", seniority=6, term=most)
+    machine.observe(100.0, view.members, synced=True, most=most)
+    machine.observe(102.0, view.members, synced=True, most=most)
+    assert machine.leads == machine.term == most + 1
+
+
+def test_a_plan_made_up_in_the_leader_s_name_is_outbid() -> None:
+    machine, view = leadership(), View()
+    drive(machine, view, 2.0)
+    view.put("me", plan=Epoch(machine.leads, "me", 3), seniority=1)
     drive(machine, view, 4.0, since=3.0)
-    assert 1 < machine.leads == machine.term < 1 << 22
+    assert machine.leads == 1
+    view.put("z", seniority=5, plan=Epoch(1, "me", LAST_COUNT))
+    drive(machine, view, 7.0, since=5.0)
+    assert machine.leads == machine.term == 2
 
 
 def test_at_the_end_of_all_terms_and_places_nothing_breaks() -> None:
@@ -280,3 +304,81 @@ def test_at_the_end_of_all_terms_and_places_nothing_breaks() -> None:
     drive(machine, view, 10.0)
     assert (machine.term, machine.seniority) == (LAST_COUNT, LAST_COUNT)
     assert machine.leader == "me"
+
+
+def test_looking_at_the_changed_alone_leads_to_the_same_conclusions() -> None:
+    dice = random.Random(4)
+    for _ in range(60):
+        view = View()
+        whole, partial = leadership(), leadership()
+        for step in range(40):
+            node = dice.choice(["a", "b", "c", "d"])
+            if node in view.members and dice.random() < 0.2:
+                del view.members[node]
+            else:
+                view.put(
+                    node,
+                    dice.choice(["alive", "suspect", "dead", "left"]),
+                    priority=dice.choice([0, 0, 1]),
+                    seniority=dice.choice([0, 1, 2, 3]),
+                    leads=dice.choice([0, 0, 1, 2, 1 << 22]),
+                    leaving=dice.random() < 0.1,
+                )
+            now = 0.5 * step
+            events = whole.observe(now, view.members, synced=True)
+            assert partial.observe(now, view.members, synced=True, changed=[node]) == events
+            assert (whole.leader, whole.term, whole.leads) == (
+                partial.leader,
+                partial.term,
+                partial.leads,
+            )
+            assert whole.next_wakeup == partial.next_wakeup
+
+
+def three_leaders() -> tuple[Leadership, View]:
+    """ "a" leads, and "b" and "c" would come before this node."""
+    machine, view = leadership(), View()
+    view.put("me", seniority=4)
+    for seniority, node in enumerate("abc", 1):
+        view.put(node, seniority=seniority, leads=1 if node == "a" else 0, term=1)
+    machine.seniority = 4
+    drive(machine, view, 1.0)
+    assert machine.leader == "a"
+    return machine, view
+
+
+def test_a_silent_leader_is_waited_for_when_leaders_have_just_changed() -> None:
+    machine, view = three_leaders()
+    view.put("a", "dead", seniority=1, leads=1)
+    drive(machine, view, 10.0, since=10.0)
+    assert machine.leader == "b"
+    view.put("b", "dead", seniority=2, leads=2, term=2)
+    assert drive(machine, view, 24.9, since=20.0) == []
+    # It is back before anybody has followed it.
+    view.put("b", seniority=2, leads=2, term=2)
+    drive(machine, view, 30.0, since=25.0)
+    assert machine.leader == "b"
+    # The next silence counts from its own beginning.
+    view.put("b", "dead", seniority=2, leads=2, term=2)
+    events = drive(machine, view, 60.0, since=31.0)
+    assert [(when, event.leader) for when, event in events] == [(31.0 + CONFIG.patience, "c")]
+
+
+def test_a_leader_whose_process_has_ended_is_followed_at_once() -> None:
+    machine, view = three_leaders()
+    view.put("a", "dead", seniority=1, leads=1)
+    drive(machine, view, 10.0, since=10.0)
+    view.put("b", "dead", vanished=True, seniority=2, leads=2, term=2)
+    drive(machine, view, 20.0, since=20.0)
+    assert machine.leader == "c"
+
+
+def test_patience_ends_with_the_unrest() -> None:
+    machine, view = three_leaders()
+    view.put("a", "dead", seniority=1, leads=1)
+    drive(machine, view, 10.0, since=10.0)
+    view.put("b", seniority=2, leads=2, term=2)
+    drive(machine, view, 11.0, since=11.0)
+    view.put("b", "dead", seniority=2, leads=2, term=2)
+    drive(machine, view, 80.0, since=10.0 + CONFIG.calm)
+    assert machine.leader == "c"

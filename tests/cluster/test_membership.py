@@ -17,6 +17,7 @@ from pxd.cluster.messages import (
     News,
     Ping,
     PingRequest,
+    Summary,
 )
 from pxd.cluster.records import NodeRecord, StageReport
 from tests.cluster.single import (
@@ -306,6 +307,8 @@ def test_a_new_connection_synchronises_unless_gossip_has_kept_both_in_touch() ->
     membership.connected("a")
     assert digests_to(membership, "a") == 1
     membership.receive(0.0, "a", Delta(news=News()))
+    assert not membership.synced
+    membership.receive(0.0, "a", Delta(news=News(), answer=True))
     assert membership.synced
     membership.connected("b")
     assert digests_to(membership, "b") == 0
@@ -313,7 +316,7 @@ def test_a_new_connection_synchronises_unless_gossip_has_kept_both_in_touch() ->
     assert digests_to(membership, "stranger") == 1
     membership.disconnected(0.1, "b")
     membership.connected("b")
-    assert digests_to(membership, "b") == 1
+    assert [receiver for receiver, _ in sent(membership, Summary)] == ["b"]
 
 
 def test_a_connected_stranger_is_asked_again_until_it_answers() -> None:

@@ -134,7 +134,7 @@ def test_a_flood_of_forgeries_is_not_even_looked_at() -> None:
     checked = 0
 
     membership = member(record("a"), verify_rate=10.0, verify_burst=64.0)
-    signer = membership._admission._signer
+    signer = membership._beliefs.admission._signer
     verify = signer.verify
 
     def count(node: str, statement: bytes, signature: bytes) -> bool:
@@ -256,8 +256,8 @@ def test_what_is_kept_about_peers_has_an_end() -> None:
     membership.take_outbox()
     assert len(membership._asked) <= 4096
     assert len(membership._parted) == 1
-    assert len(membership._admission._peers) <= 1024
-    assert len(membership._admission._told) <= 1025
+    assert len(membership._beliefs.admission._peers) <= 1024
+    assert len(membership._beliefs.admission._told) <= 1025
     assert len(membership._prober._probes) <= 2
 
 

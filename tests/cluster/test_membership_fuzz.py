@@ -15,9 +15,11 @@ from pxd.cluster.messages import (
     GossipMessage,
     Nack,
     News,
+    Part,
     Ping,
     PingRequest,
     SignedRecord,
+    Summary,
 )
 from tests.cluster.single import left, member, record
 from tests.signers import signed
@@ -49,7 +51,15 @@ messages = st.one_of(
     st.builds(Ack, seq=st.integers(0, 9), news=news),
     st.builds(Nack, seq=st.integers(0, 9), news=news),
     st.builds(PingRequest, seq=counts, target=nodes, news=news),
-    st.builds(Delta, news=news, wants=st.lists(nodes, max_size=6).map(tuple)),
+    st.builds(Delta, news=news, wants=st.lists(nodes, max_size=6).map(tuple), answer=st.booleans()),
+    st.builds(
+        Summary,
+        parts=st.lists(
+            st.builds(Part, st.none() | nodes, st.binary(min_size=8, max_size=8)),
+            min_size=1,
+            max_size=6,
+        ).map(tuple),
+    ),
     st.builds(
         Digest,
         after=st.none() | nodes,

@@ -4,7 +4,7 @@ import pytest
 
 from pxd.cluster.membership import Membership
 from pxd.cluster.messages import Ack, Claim, Nack, News, Ping, PingRequest
-from tests.cluster.single import CONFIG, member, record, run, sent, tell
+from tests.cluster.single import CONFIG, member, record, run, run_answered, sent, tell
 
 EMPTY = News()
 
@@ -150,3 +150,20 @@ def test_those_who_can_be_reached_are_asked_first() -> None:
         membership.connected(peer)
     membership.disconnected(0.0, "a")
     assert {peer for peer, _ in sent(membership, PingRequest)} == near
+
+
+def test_many_who_are_not_there_are_found_out_many_at_a_time() -> None:
+    ghosts = [record(f"ghost{i}") for i in range(200)]
+    membership = member(record("real"), *ghosts)
+    membership.connected("real")
+    run_answered(membership, 30.0, lambda node: node == "real")
+    doubted = [m for m in membership.members.values() if m.state in ("suspect", "dead")]
+    assert len(doubted) == 200
+    run_answered(membership, 90.0, lambda node: node == "real")
+    assert {node for node, m in membership.members.items() if m.live} == {"me", "real"}
+
+
+def test_a_helper_that_does_not_know_the_target_says_so_at_once() -> None:
+    membership = of_four()
+    membership.receive(1.0, "b", PingRequest(seq=7, target="stranger", news=EMPTY))
+    assert [(peer, m.seq) for peer, m in sent(membership, Nack)] == [("b", 7)]

@@ -102,7 +102,7 @@ def test_a_lost_connection_between_living_nodes_is_made_again() -> None:
     simulator.drop_connections()
     simulator.run(10)
     assert not suspicions(simulator)
-    assert simulator.connections
+    assert simulator.connections()
 
 
 @pytest.mark.parametrize("size", [2, 10])

@@ -2,6 +2,7 @@ import pytest
 
 from pxd.cluster.config import MembershipConfig
 from pxd.cluster.suspicion import Suspicion
+from tests.cluster.single import member, record, run_answered
 
 CONFIG = MembershipConfig(
     probe_interval=1.0, suspicion_factor=3.0, suspicion_spread=2.0, confirmations=2
@@ -45,3 +46,42 @@ def test_only_confirmations_that_matter_are_passed_on() -> None:
         True,
         False,
     ]
+
+
+def others(node: str) -> bool:
+    return node != "a"
+
+
+def test_where_nobody_listens_any_more_death_is_soon_certain() -> None:
+    membership = member(record("a"), *(record(f"n{i}") for i in range(6)))
+    membership.connected("a")
+    membership.disconnected(1.0, "a")
+    membership.vanished(1.1, "a")
+    run_answered(membership, 1.6, others)
+    assert membership.members["a"].state == "suspect"
+    run_answered(membership, 2.2, others)
+    assert membership.members["a"].state == "dead"
+    assert membership.members["a"].vanished
+
+
+def test_silence_alone_takes_longer_and_leaves_a_doubt() -> None:
+    membership = member(record("a"), *(record(f"n{i}") for i in range(6)))
+    membership.connected("a")
+    membership.disconnected(1.0, "a")
+    run_answered(membership, 3.4, others)
+    assert membership.members["a"].state == "suspect"
+    run_answered(membership, 8.0, others)
+    assert membership.members["a"].state == "dead"
+    assert not membership.members["a"].vanished
+
+
+def test_one_that_others_reach_elsewhere_is_not_suspected_for_a_closed_door() -> None:
+    membership = member(record("a"), *(record(f"n{i}") for i in range(6)))
+    membership.vanished(1.0, "a")
+    run_answered(membership, 10.0)
+    assert membership.members["a"].state == "alive"
+    # Much later that is no evidence any more.
+    membership.connected("b")
+    membership.disconnected(20.0, "a")
+    run_answered(membership, 22.4, others)
+    assert membership.members["a"].state == "suspect"

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from pxd.cluster.members import Member
-from pxd.cluster.records import Device, NodeRecord
+from pxd.cluster.records import Device, NodeRecord, PeerLink
 from pxd.doctor import alone, doctor, firewall, loops
 from pxd.doctor.doctor import Doctor, Part, finish, judged
 from pxd.doctor.findings import Report, ok, problem
@@ -37,6 +37,7 @@ class Node:
         self.version = "0.1.0"
         self.addresses: tuple[str, ...] | None = None
         self.members: dict[str, Member] = {}
+        self.links: tuple[PeerLink, ...] = ()
         settings = Settings(data_dir=directory, name=name)
         self.doctor = Doctor(
             network, lambda: self.members, self._status, lambda: ["demo"], settings
@@ -51,6 +52,7 @@ class Node:
             addresses=addresses,
             device=DEVICE,
             memory=1 << 20,
+            links=self.links,
         )
 
     def _status(self):
@@ -196,13 +198,12 @@ async def test_what_the_network_knows_more_is_used(nodes: Nodes, tmp_path: Path)
         def discovery(self) -> Discovery:
             return Discovery(foreign=(Heard("12D3KooWxyz", ("10.0.0.9",)),))
 
-        def bandwidth(self, peer: str) -> float | None:
-            return 0.01 if peer == ben.network.peer_id else None
-
         def relayed(self) -> frozenset[str]:
             return frozenset({carl.network.peer_id})
 
     anna.doctor._network = Knowing()  # type: ignore[assignment]
+    anna.links = (PeerLink(ben.network.peer_id, 0.001, 0.01),)
+    meet(anna, ben, carl)
     report = await anna.doctor.examine()
     [found] = [f for f in report.findings if f.check == "links"]
     assert "carl can be reached through a relay only" in found.text

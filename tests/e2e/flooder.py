@@ -19,6 +19,7 @@ from pxd.p2p import rpc
 from pxd.p2p.gossip import GOSSIP
 from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.muxer import StreamClosed
+from pxd.p2p.network import PeerUnreachable
 from pxd.p2p.signatures import NodeSigner
 
 BATCH = 20
@@ -26,8 +27,10 @@ BATCH = 20
 
 def largest(identity: str, version: int) -> NodeRecord:
     """As large as a record may be, and different every time."""
-    pad = "".join(chr(0x4E00 + secrets.randbelow(20000)) for _ in range(500))
-    addresses = tuple(f"/dns4/{'a' * 240}/tcp/{1 + n}/p2p/{identity}" for n in range(16))
+    pad = "".join(chr(0x4E00 + secrets.randbelow(20000)) for _ in range(1000))
+    # Names that nobody shall look up, names that are none, and places where nobody listens.
+    hosts = ("dns4/" + ".".join(["a" * 59] * 4), "dns4/" + "a" * 240, "ip4/127.0.9.9")
+    addresses = tuple(f"/{hosts[n % 3]}/tcp/{1 + n}/p2p/{identity}" for n in range(16))
     record = NodeRecord(
         id=identity,
         name="flooder",
@@ -93,8 +96,8 @@ async def main(ticket: str, directory: Path) -> None:
                 try:
                     with trio.move_on_after(5):
                         await flood(network, seed, peer)
-                except StreamClosed:
-                    pass
+                except (StreamClosed, PeerUnreachable) as error:
+                    print("thrown out:", error, flush=True)
             await trio.sleep(0.05)
 
 

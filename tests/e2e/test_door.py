@@ -84,6 +84,9 @@ def test_a_cluster_gets_a_new_key_and_kicks_a_node(tmp_path: Path) -> None:
         carl.start()
         told = "this node was kicked out of the cluster"
         wait_for(lambda: carl.log.count(told, before) >= 2, "carl is refused by both")
+        [seen] = [node for node in carl.status()["nodes"] if node["name"] == "carl"]
+        assert told in seen["problem"]
+        assert "pxd kick --undo" in seen["problem"]
         refused = anna.pxd("kick", "anna")
         assert (refused.returncode, "pxd stop" in refused.stderr) == (1, True)
 

@@ -134,4 +134,5 @@ def test_a_member_that_floods_the_cluster_with_the_largest_records(
             for daemon in pair
         ),
         "the flooder and its ghosts are gone",
+        240,
     )

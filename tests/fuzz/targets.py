@@ -3,13 +3,16 @@
 import importlib
 import json
 import pkgutil
-import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
+from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, StopMessage
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
+from libp2p.utils.varint import encode_varint_prefixed
 from zeroconf import ServiceInfo
 
 import pxd.p2p
@@ -20,7 +23,7 @@ from pxd.executors.messages import Command, Reply, command_decoder, reply_decode
 from pxd.identity import IdentityError, Ticket
 from pxd.models.errors import ModelError
 from pxd.models.safetensors import read_header
-from pxd.p2p import mdns, rpc
+from pxd.p2p import circuit, mdns, observed, punch, rpc
 from pxd.p2p.addressbook import AddressBook, RememberedPeer
 from pxd.p2p.addresses import parse_address
 from pxd.p2p.muxer import ProtocolViolation, StreamClosed, Yamux
@@ -31,42 +34,11 @@ from pxd.planning.cluster_file import parse_cluster
 from pxd.planning.cost.config import cost_from_config
 from pxd.serving.requests import InvalidRequest
 from pxd.settings import parse_endpoint
+from tests.fuzz import deeper
 from tests.fuzz.examples import encoded
+from tests.fuzz.target import KEY, PEER, Bytes, Target, drive, in_file
 
-PEER = "12D3KooWPjceQrSwdWXPyLLeABRXmuqt69Rg3sBYbU1Nft9HyQ6X"
-KEY = b"k" * 32
 DATA = Path(__file__).parent.parent
-
-
-class Target(NamedTuple):
-    """`parse` may raise `refusals` for bytes that are no message, and nothing else."""
-
-    name: str
-    parse: Callable[[bytes], object]
-    refusals: tuple[type[Exception], ...]
-    examples: list[bytes]
-
-
-def drive(coroutine: Coroutine[Any, Any, object]) -> object:
-    """Run a coroutine that never really has to wait."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError("it waits")
-
-
-class Bytes:
-    """A stream whose bytes are all there."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    async def read_exactly(self, count: int) -> bytearray:
-        if count > len(self._data):
-            raise StreamClosed("the end")
-        taken, self._data = self._data[:count], self._data[count:]
-        return bytearray(taken)
 
 
 def methods() -> dict[str, Method[Any, Any]]:
@@ -186,8 +158,37 @@ def _multistream(data: bytes) -> object:
     return drive(BoundedCommunicator(Bytes(data)).read())
 
 
+def _circuit(kind: Callable[[], Any], use: Callable[[Any], object]) -> Callable[[bytes], object]:
+    return lambda data: use(drive(circuit.read_message(Bytes(data), kind)))  # type: ignore[arg-type]
+
+
+_ENDPOINTS = [observed.encode_endpoint((host, 8471)) for host in ("192.0.2.7", "2001:db8::1")]
+_CIRCUIT_MESSAGES = {
+    "hop": HopMessage(
+        type=HopMessage.CONNECT, peer=circuit.peer_message(PEER), status=Status.NO_RESERVATION
+    ),
+    "stop": StopMessage(type=StopMessage.CONNECT, peer=circuit.peer_message(PEER)),
+    "hole punching": HolePunch(type=HolePunch.CONNECT, ObsAddrs=_ENDPOINTS),
+    "identify": Identify(observed_addr=_ENDPOINTS[0], agent_version="x"),
+}
+
+
+def _circuits() -> Iterator[Target]:
+    """Messages about circuits, and what is taken from each."""
+    uses: dict[str, Callable[[Any], object]] = {
+        "hop": lambda message: (circuit.peer_in(message.peer), message.status),
+        "stop": lambda message: circuit.peer_in(message.peer),
+        "hole punching": punch.endpoints_in,
+        "identify": lambda message: observed.decode_endpoint(message.observed_addr),
+    }
+    for name, message in _CIRCUIT_MESSAGES.items():
+        packed = encode_varint_prefixed(message.SerializeToString())
+        refusals = (StreamClosed, ValueError) if name == "identify" else (StreamClosed,)
+        yield Target(name, _circuit(type(message), uses[name]), refusals, [packed])
+
+
 def _announcement(data: bytes) -> object:
-    properties = {b"id": data[:60], b"badge": data[60:76]}
+    properties = {b"id": data[:60].rstrip(b"\0"), b"badge": data[60:76]}
     if data[:1] == b"+":
         peer = data[1:60].rstrip(b"\0").decode("utf-8", "ignore")
         properties = {b"id": peer.encode(), b"badge": mdns.badge(KEY, peer).encode()}
@@ -199,17 +200,6 @@ def _announcement(data: bytes) -> object:
         properties=properties,
     )
     return mdns.read_announcement(info, KEY)
-
-
-def _file(read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    directory = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-
-    def parse(data: bytes) -> object:
-        path = directory / "file"
-        path.write_bytes(data)
-        return read(path)
-
-    return parse
 
 
 def _book(path: Path) -> None:
@@ -231,6 +221,17 @@ def _configs() -> list[bytes]:
 
 def _text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
     return lambda data: parse(data.decode("utf-8", "replace"))
+
+
+def _address(text: str) -> None:
+    address = parse_address(text)
+    # What the system's resolver does first with a name, and what it refuses to hear of.
+    try:
+        address.host.encode("idna")
+    except UnicodeError as error:
+        raise AssertionError("no name to look up") from error
+    if "\0" in address.host:
+        raise AssertionError("a name with a null character")
 
 
 def _safetensors() -> bytes:
@@ -291,6 +292,7 @@ def all_targets() -> list[Target]:
     return [
         *_calls(),
         *_headers(),
+        *deeper.targets(),
         Target("rpc requests", _rpc(rpc._requests), (StreamClosed,), packed),
         Target("rpc answers", _rpc(rpc._answers), (StreamClosed,), answers),
         Target(
@@ -319,11 +321,18 @@ def all_targets() -> list[Target]:
                 for id_ in (PEER.encode(), b"+" + PEER.encode())
             ],
         ),
-        Target("addresses", _text(parse_address), (ValueError,), _ADDRESSES),
+        *_circuits(),
+        Target("addresses", _text(_address), (ValueError,), _ADDRESSES),
+        Target(
+            "addresses through a relay",
+            _text(circuit.split_circuit),
+            (ValueError,),
+            [_ADDRESSES[0] + b"/p2p-circuit/p2p/" + PEER[::-1].encode()],
+        ),
         Target("endpoints", _text(parse_endpoint), (ValueError,), [b"127.0.0.1:80", b"[::1]:8470"]),
         Target("tickets", _text(Ticket.parse), (IdentityError,), [ticket.encode()]),
-        Target("remembered peers", _file(_book), (), [msgspec.json.encode(remembered)]),
-        Target("safetensors", _file(read_header), (ModelError,), [_safetensors()]),
+        Target("remembered peers", in_file(_book), (), [msgspec.json.encode(remembered)]),
+        Target("safetensors", in_file(read_header), (ModelError,), [_safetensors()]),
         Target("model configurations", _config, (ValueError, RecursionError), _configs()),
         Target("cluster files", parse_cluster, (ValueError,), [json.dumps(_CLUSTER).encode()]),
         Target(

@@ -50,6 +50,7 @@ class Nodes:
         port: int = 0,
         mdns: bool = False,
         direct: bool = True,
+        relay: bool = False,
     ) -> Libp2pNetwork:
         seed = next(self._seeds) if seed is None else seed
         network = Libp2pNetwork(
@@ -64,6 +65,7 @@ class Nodes:
                 for address in ((member,) if isinstance(member, str) else member.addresses())
             ),
             direct_channels=direct,
+            relay=relay,
         )
         network.serve(ECHO, echo)
         return network

@@ -207,7 +207,7 @@ async def test_an_unknown_certificate_is_refused(nodes: Nodes) -> None:
     await b.send(a.peer_id, wire.Cancel(request="known"))
     await at_a.wait_for(1)
     port = a._channels._port
-    intruder, victim = Certificate(), a._channels._certificate
+    intruder, victim = Certificate(b.peer_id), a._channels._certificate
     context = intruder.context([victim.der], server=False)
     stream = trio.SSLStream(await trio.open_tcp_stream("127.0.0.1", port), context)
     with trio.fail_after(5), pytest.raises((trio.BrokenResourceError, ssl.SSLError)):

@@ -126,3 +126,26 @@ async def test_a_taken_port_is_an_error_that_says_so(nodes: Nodes) -> None:
     port = int(a.addresses()[0].split("/")[4])
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {port}"):
         await nodes.make(port=port).run()
+
+
+async def test_a_second_connection_makes_a_dead_first_one_be_found_out(nodes: Nodes) -> None:
+    a = await nodes.start()
+    b = await nodes.start(a)
+    session = a._sessions.get(b.peer_id)
+    assert session
+    [first] = session.connections
+    shaken = session.shaken
+
+    # As if its packets went nowhere: what is written is taken, and nothing comes any more.
+    async def swallow(data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+    first.muxer._secured.write = swallow  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        for address in b._book.addresses(a.peer_id):
+            nursery.start_soon(b._host.dial, address)
+    await eventually(first.muxer.closed.is_set, within=sessions.CHECK_TIMEOUT + 2)
+    assert not first.muxer.orderly
+    assert shaken.is_set()
+    assert a._sessions.get(b.peer_id) is session
+    assert await a.call(b.peer_id, ECHO, Text("still here"), timeout=5) == Text("still here")

@@ -127,6 +127,19 @@ async def test_a_sighting_leads_to_an_attempt_at_once_but_not_where_refused(
     assert before + 3600 / 90 - 1 <= len(dialer.times) <= before + 3600 / 60
 
 
+async def test_after_a_move_everybody_is_tried_at_once_and_often_again(
+    discovery: Discovery, dialer: FakeDialer, autojump_clock: MockClock
+) -> None:
+    dialer.failure = DialFailed("wrong-key", "another cluster")
+    discovery.seek("peer")
+    await trio.sleep(1000)
+    dialer.failure = DialFailed("unreachable", "no answer")
+    before = len(dialer.times)
+    discovery.try_again()
+    await trio.sleep(5)
+    assert before + 4 <= len(dialer.times) <= before + 6
+
+
 async def test_a_peer_that_came_by_itself_is_sought_once_it_is_lost(
     discovery: Discovery,
     dialer: FakeDialer,

@@ -9,7 +9,8 @@ import trio
 
 from pxd import wire
 from pxd.cluster.messages import LAST_COUNT, Claim, Delta, News, SignedRecord
-from pxd.cluster.records import NodeRecord
+from pxd.cluster.plans import Epoch
+from pxd.cluster.records import ModelChoice, NodeRecord
 from pxd.cluster.signing import goodbye, seal
 from pxd.p2p import channels, rpc
 from pxd.p2p.gossip import GOSSIP, Gossip
@@ -209,6 +210,25 @@ async def test_another_ones_goodbye_cannot_be_said(three: Trio) -> None:
     assert three.at_a.members[three.b].state == "alive"
     await three.at_b.leave(5)
     assert three.at_a.members[three.b].state == "left"
+
+
+async def test_a_node_does_not_count_up_to_an_absurd_term(three: Trio) -> None:
+    """With a step for each change of its own record, it would do nothing else for hours."""
+    await eventually(lambda: three.at_a.leader is not None)
+    record = NodeRecord(
+        id=three.bad.peer_id,
+        name="bad",
+        seniority=LAST_COUNT,
+        term=LAST_COUNT,
+        leads=LAST_COUNT,
+        plan=Epoch(LAST_COUNT, three.bad.peer_id, LAST_COUNT),
+        choice=ModelChoice(LAST_COUNT, "zzz", "bad"),
+    )
+    with trio.fail_after(10):
+        await three.say(seal(record, signer(3)))
+        await eventually(lambda: three.bad.peer_id in three.at_b.members)
+    assert three.at_a.term < 100
+    assert three.at_b.term < 100
 
 
 async def test_nobody_is_made_to_count_to_the_end(three: Trio) -> None:

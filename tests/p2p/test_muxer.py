@@ -2,6 +2,7 @@
 
 import contextlib
 import struct
+import tracemalloc
 
 import pytest
 import trio
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from pxd.p2p import muxer
-from pxd.p2p.muxer import StreamClosed, Yamux, YamuxStream
+from pxd.p2p.muxer import INITIAL_WINDOW, StreamClosed, Yamux, YamuxStream
 
 
 class Pipe:
@@ -120,6 +121,20 @@ async def test_a_stream_that_nobody_reads_holds_back_its_writer_only(
     free, other = await ends.stream()
     await free.write(b"x" * 100_000)
     assert len(await other.read_exactly(100_000)) == 100_000
+
+
+async def test_many_tiny_frames_take_no_more_room_than_a_large_one(ends: Ends) -> None:
+    _, there = await ends.stream()
+    tracemalloc.start()
+    try:
+        for _ in range(INITIAL_WINDOW):
+            there.announce(1)
+            there.deliver(b"x")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2 * INITIAL_WINDOW
+    assert await there.read_exactly(INITIAL_WINDOW) == b"x" * INITIAL_WINDOW
 
 
 async def test_a_cancelled_write_leaves_other_streams_alone(ends: Ends) -> None:
@@ -246,6 +261,30 @@ async def test_a_silent_peer_is_noticed_and_what_waits_for_it_fails(
         await stream.write(b"hello?")
     assert "silent" in ends.a.reason
     assert trio.current_time() - started <= muxer.PING_INTERVAL * (muxer.MISSED_PINGS + 1)
+
+
+async def test_a_check_ends_a_connection_that_is_dead_and_no_other(
+    ends: Ends, autojump_clock: MockClock
+) -> None:
+    await ends.a.check(1.5)
+    assert not ends.a.closed.is_set()
+    assert not ends.a.doubted
+    ends.pipe_a.blocked = ends.pipe_b.blocked = True
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ends.a.check, 1.5)
+        await trio.sleep(1)
+        assert ends.a.doubted
+        await ends.a.closed.wait()
+    assert "does not answer" in ends.a.reason
+    assert not ends.a.orderly
+
+
+async def test_both_ends_know_that_an_end_was_meant(ends: Ends) -> None:
+    await ends.stream()
+    await ends.a.close("enough")
+    await ends.b.closed.wait()
+    assert ends.a.orderly
+    assert ends.b.orderly
 
 
 async def test_a_peer_that_asks_without_reading_is_cut_off(nursery: trio.Nursery) -> None:

@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import psutil
 import pytest
 import trio
 from hypothesis import given
@@ -14,7 +13,6 @@ from pxd.p2p import addressbook, refusals
 from pxd.p2p.addressbook import AddressBook
 from pxd.p2p.addresses import Address, parse_address, parse_peer_addresses
 from pxd.p2p.casts import DroppingQueue
-from pxd.p2p.interfaces import reachable_hosts
 from pxd.p2p.pending import PendingConnections
 from pxd.p2p.refusals import Refusals
 
@@ -46,7 +44,12 @@ def test_other_text_is_no_address(text: str) -> None:
         f"/ip4/127.0.0.1/tcp/65536/p2p/{PEER}",
         f"/ip4/127.0.0.1/udp/1/p2p/{PEER}",
         "/ip4/127.0.0.1/tcp/1/p2p/not-a-peer-id",
+        f"/ip4/127.0.0.1/tcp/\u0663/p2p/{PEER}",
         f"/dns4/bad host/tcp/1/p2p/{PEER}",
+        f"/dns4/{'a' * 64}/tcp/1/p2p/{PEER}",
+        f"/dns4/two..dots/tcp/1/p2p/{PEER}",
+        f"/dns4/{'.'.join(['a' * 63] * 4)}/tcp/1/p2p/{PEER}",
+        f"/ip6/fe80::1%eth0/tcp/1/p2p/{PEER}",
     ],
 )
 def test_almost_addresses_are_refused(text: str) -> None:
@@ -57,6 +60,12 @@ def test_almost_addresses_are_refused(text: str) -> None:
 def test_addresses_of_somebody_else_are_dropped() -> None:
     texts = (f"/ip4/192.0.2.1/tcp/1/p2p/{PEER}", f"/ip4/192.0.2.1/tcp/1/p2p/{OTHER}", "?")
     assert parse_peer_addresses(PEER, texts) == [Address("192.0.2.1", 1, PEER)]
+
+
+def test_names_are_not_taken_from_peers() -> None:
+    texts = (f"/dns4/home.example/tcp/1/p2p/{PEER}", f"/ip6/2001:db8::1/tcp/1/p2p/{PEER}")
+    assert parse_peer_addresses(PEER, texts) == [Address("2001:db8::1", 1, PEER)]
+    assert len(parse_peer_addresses(PEER, texts, names=True)) == 2
 
 
 def test_the_book_keeps_what_works_first_and_remembers_it(tmp_path: Path) -> None:
@@ -84,6 +93,20 @@ def test_the_book_keeps_what_works_first_and_remembers_it(tmp_path: Path) -> Non
     assert much_later.remembered() == ()
 
 
+def test_the_book_keeps_no_zone_and_knows_news_when_it_hears_them() -> None:
+    book = AddressBook(Path("/nonexistent/peers.json"))
+    here, there = Address("fe80::1", 1, PEER), Address("192.0.2.1", 1, PEER)
+    assert book.learn(PEER, (here, there))
+    book.worked(here._replace(host="fe80::1%eth0"))
+    assert book.addresses(PEER) == (here, there)
+    assert not book.learn(PEER, (there, here))
+    # What worked is kept although the peer no longer tells of it, and yet comes back as news.
+    assert book.learn(PEER, (there,))
+    assert book.addresses(PEER) == (here, there)
+    assert book.learn(PEER, (here, there))
+    assert not book.learn(OTHER, ())
+
+
 def test_the_book_is_bounded() -> None:
     book = AddressBook(Path("/nonexistent/peers.json"))
     for number in range(addressbook.PEERS + 100):
@@ -92,6 +115,14 @@ def test_the_book_is_bounded() -> None:
         book.seen(peer)
     assert len(book.remembered()) == addressbook.PEERS
     assert not book.addresses("peer0")
+
+
+def test_peers_without_an_address_are_not_remembered_for_ever() -> None:
+    book = AddressBook(Path("/nonexistent/peers.json"))
+    peers = [f"peer{number}" for number in range(3 * addressbook.PEERS)]
+    for peer in peers:
+        book.seen(peer)
+    assert book.remembered() == tuple(peers[-addressbook.PEERS :])
 
 
 def test_a_damaged_file_is_reported_and_ignored(
@@ -161,29 +192,15 @@ def test_the_dropping_queue_keeps_the_newest(sizes: list[int]) -> None:
         assert sum(sizes[dropped - 1 :]) > 100
 
 
-def test_a_wildcard_stands_for_every_interface_but_loopback(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    v4, v6 = psutil.socket.AF_INET, psutil.socket.AF_INET6
-
-    def address(family: int, text: str) -> object:
-        return psutil._ntuples.snicaddr(family, text, None, None, None)
-
-    def stats(up: bool) -> object:
-        return psutil._ntuples.snicstats(up, 2, 0, 1500, "")
-
-    interfaces = {
-        "lo": [address(v4, "127.0.0.1"), address(v6, "::1")],
-        "eth0": [address(v4, "192.0.2.7"), address(v6, "2001:db8::7")],
-        "wlan0": [address(v4, "198.51.100.7"), address(v6, "fe80::7%wlan0")],
-        "eth1": [address(v4, "203.0.113.7")],
-    }
-    monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces)
-    monkeypatch.setattr(psutil, "net_if_stats", lambda: {n: stats(n != "eth1") for n in interfaces})
-    assert reachable_hosts("0.0.0.0") == ["192.0.2.7", "198.51.100.7"]
-    assert reachable_hosts("::") == ["2001:db8::7"]
-    assert reachable_hosts("127.0.0.1") == ["127.0.0.1"]
-    assert reachable_hosts("192.0.2.7") == ["192.0.2.7"]
-    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": interfaces["lo"]})
-    assert reachable_hosts("0.0.0.0") == ["127.0.0.1"]
-    assert reachable_hosts("::") == ["::1"]
+def test_a_node_knows_whether_it_ever_met_another(tmp_path: Path) -> None:
+    path = tmp_path / "peers.json"
+    assert not addressbook.has_met_others(path)
+    book = AddressBook(path)
+    book.learn(PEER, (Address("192.0.2.1", 1, PEER),))
+    book.save(book.snapshot())
+    assert not addressbook.has_met_others(path), "heard of is not met"
+    book.seen(PEER)
+    book.save(book.snapshot())
+    assert addressbook.has_met_others(path)
+    path.write_bytes(b"\xff")
+    assert addressbook.has_met_others(path), "better safe than sorry"

@@ -19,6 +19,7 @@ from pxd.p2p import channels, host, keyproof, rpc
 from pxd.p2p.host import DialFailed
 from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.muxer import StreamClosed, Yamux, YamuxStream
+from pxd.p2p.network import PeerUnreachable
 from pxd.p2p.pending import PER_ADDRESS
 from pxd.p2p.secure import Identity, handshake_hash, select
 from tests.p2p.nodes import ECHO, Nodes, Text, connected, eventually
@@ -148,6 +149,20 @@ async def test_the_wire_is_libp2p_s_and_its_own_host_gets_as_far_as_the_proof(
             assert await stream.read(8) == b"ok......"
             await eventually(lambda: a.peers() == {me})
         await other.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["a" * 240, "a..b", ".", "fe80::1%\0", "x\0y", "-" * 64])
+async def test_a_host_that_cannot_be_is_unreachable(nodes: Nodes, name: str) -> None:
+    """What members say of themselves is dialled, and must not end the node that does so."""
+    a, b = await nodes.start(), await nodes.start()
+    with pytest.raises(DialFailed) as failure:
+        await a._host.dial(host.Address(name, 1, b.peer_id))
+    assert failure.value.reason == "unreachable"
+    a._book._addresses[b.peer_id] = (host.Address(name, 1, b.peer_id),)
+    with pytest.raises(PeerUnreachable):
+        await a.call(b.peer_id, ECHO, Text(""), timeout=10)
+    other = await nodes.start(a)
+    assert await other.call(a.peer_id, ECHO, Text("hi"), timeout=10) == Text("hi")
 
 
 async def test_dialling_something_else_says_what_is_wrong(nodes: Nodes) -> None:

@@ -276,6 +276,24 @@ def test_everybody_decides_the_same(
     assert decide(shuffled) == decided
 
 
+@settings(max_examples=40, deadline=None)
+@given(random_inputs(), st.data())
+def test_other_bandwidths_and_distances_alone_move_nothing(
+    inputs: PlanInputs, data: st.DataObject
+) -> None:
+    plan = plan_cluster(inputs)
+    names = [offer.id for offer in inputs.offers]
+    rtts, bandwidths = st.floats(0, 1), st.floats(0, 100)
+    links = tuple(
+        Link(a, b, data.draw(rtts), data.draw(bandwidths)) for a, b in combinations(names, 2)
+    )
+    measured = msgspec.structs.replace(inputs, links=links)
+    basis = Basis(inputs=measured, previous=chains_of(plan), spares=plan.spares)
+    after = decide(basis).plan
+    assert chains_of(after) == chains_of(plan)
+    assert after.spares == plan.spares
+
+
 def test_a_rebalance_is_taken_only_if_it_is_asked_for() -> None:
     inputs = inputs_of(model_of(20), offers_of(["a100-80g"] * 2))
     uneven = ((("a100-80g-0", 0, 19), ("a100-80g-1", 19, 20)),)

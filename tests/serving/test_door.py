@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -11,6 +12,7 @@ from trio.testing import MockClock
 from pxd import identity
 from pxd.cluster.bans import MAX_BANS, Ban, BanTable
 from pxd.cluster.records import NodeRecord
+from pxd.cluster.stamps import ceiling
 from pxd.identity import IdentityError, Keyring
 from pxd.p2p.network import CallFailed
 from pxd.serving.door import PULL, PUSH, Door, DoorError, DoorState, read_bans, write_bans
@@ -38,6 +40,7 @@ class House:
         self.doors: dict[str, Door] = {}
         self.states: dict[str, str] = {}
         self.in_force: dict[str, list[tuple[Keyring, frozenset[str]]]] = {}
+        self.extra: dict[str, str] = {}
         self.now = 1000.0
 
     async def add(self, node: str, ring: Keyring = FIRST) -> Door:
@@ -75,6 +78,9 @@ class House:
             )
             for node, door in self.doors.items()
             if node not in banned
+        } | {
+            node: Seen(NodeRecord(id=node, name="", door=shown))
+            for node, shown in self.extra.items()
         }
 
     def gossip(self) -> None:
@@ -170,7 +176,7 @@ async def test_a_key_that_cannot_be_stored_is_not_used(
 
     with monkeypatch.context() as patch:
         patch.setattr(identity, "write_keyring", full)
-        with pytest.raises(DoorError, match="No space left on device; nothing was changed"):
+        with pytest.raises(DoorError, match="No space left on device; the old one stays"):
             await house.doors["a"].rotate(100.0)
     assert house.agreed()
     assert house.doors["a"].ring == FIRST
@@ -190,6 +196,43 @@ async def test_a_key_that_cannot_be_stored_is_not_used(
         await trio.sleep(10)
     await trio.sleep(10)
     assert house.agreed()
+
+
+async def test_a_rotation_that_is_cancelled_is_finished_or_never_was(
+    house: House, clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is stored and that nobody else is told of would lock the node out."""
+    write, a = identity.write_keyring, house.doors["a"]
+
+    with trio.CancelScope() as scope:
+
+        def write_late(path: Path, ring: Keyring) -> None:
+            if path == house.files("a").cluster_key:
+                scope.cancel()
+            write(path, ring)
+
+        monkeypatch.setattr(identity, "write_keyring", write_late)
+        await a.rotate(0.0)
+    assert a.ring != FIRST
+    assert identity.read_keyring(house.files("a").cluster_key, None) == a.ring
+    assert house.agreed()
+
+
+async def test_a_kick_that_is_cancelled_is_in_force_all_the_same(
+    house: House, clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, merge = house.doors["a"], BanTable.merge
+    with trio.CancelScope() as scope, monkeypatch.context() as patch:
+
+        def merge_late(table: BanTable, *arguments: Any) -> BanTable:
+            scope.cancel()
+            return merge(table, *arguments)
+
+        patch.setattr(BanTable, "merge", merge_late)
+        await a.kick("carl")
+    assert house.in_force["a"][-1][1] == a.bans.banned == {"c"}
+    await trio.sleep(5)
+    assert house.agreed("a", "b")
 
 
 async def test_a_kick_reaches_everybody_but_the_kicked(house: House, clock: MockClock) -> None:
@@ -266,6 +309,64 @@ async def test_numbers_cannot_be_used_up(house: House, clock: MockClock) -> None
     assert not a.banned()
 
 
+async def test_numbers_driven_up_by_a_member_keep_nobody_out(
+    house: House, clock: MockClock
+) -> None:
+    """Neither those who are there nor one who comes later."""
+    network, a = house.doors["c"]._network, house.doors["a"]
+    most = ceiling(house.now)
+    jam = state(house.doors["c"], generation=most, key=b"z" * 32, bans=(Ban("d", most, True, "c"),))
+    await network.call("a", PUSH, jam, timeout=5)
+    assert a.ring.generation == most
+    kicked = await a.kick("carl", rotate=True)
+    assert kicked.told.confirmed == refs("b")
+    await house.add("late", FIRST)
+    house.gossip()
+    await trio.sleep(1)
+    house.now += 2
+    await trio.sleep(5)
+    assert house.agreed("a", "b", "late")
+    assert "c" in house.doors["late"].bans.banned
+    assert house.doors["b"].ring.generation == most + 1
+
+
+async def test_members_that_cannot_be_asked_keep_nobody_from_asking_others(
+    house: House, clock: MockClock
+) -> None:
+    for fake in ("0", "1", "2"):
+        house.extra[fake] = "made up"
+    house.hub.cut("c")
+    await house.doors["a"].kick("ben")
+    house.hub.heal("c")
+    house.gossip()
+    await trio.sleep(20)
+    assert house.agreed("a", "c")
+
+
+async def test_one_member_makes_a_node_store_only_so_much(house: House, clock: MockClock) -> None:
+    network, a = house.doors["c"]._network, house.doors["a"]
+    refused = 0
+    for number in range(100):
+        ban = Ban(f"x{number}", number + 1, True, "c")
+        try:
+            await network.call("a", PUSH, state(house.doors["c"], bans=(ban,)), timeout=5)
+        except CallFailed as error:
+            refused += error.code == "too-often"
+    assert refused > 70
+    assert len(a.bans.entries) == 100 - refused
+    await house.doors["b"].kick("carl")
+    assert "c" in a.bans.banned
+
+
+async def test_the_log_of_one_change_is_short(
+    house: House, clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    bans = tuple(Ban(f"x{number}", 1, True, "c") for number in range(1000))
+    await house.doors["c"]._network.call("a", PUSH, state(house.doors["c"], bans=bans), timeout=5)
+    assert sum("x" in record.message for record in caplog.records) < 5
+    assert "and 992 more" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("wanted", "code", "message"),
     [
@@ -313,7 +414,8 @@ async def test_a_ban_that_cannot_be_stored_counts_all_the_same(
 
     monkeypatch.setattr("pxd.serving.door.write_bans", full)
     monkeypatch.setattr("tests.serving.test_door.read_bans", lambda path: house.doors["a"].bans)
-    await house.doors["a"].kick("ben")
+    kicked = await house.doors["a"].kick("ben")
+    assert not kicked.stored
     assert house.in_force["a"][-1][1] == {"b"}
     assert "cannot store the list of banned nodes" in caplog.text
 
@@ -325,9 +427,10 @@ def test_a_damaged_list_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
     write_bans(path, table)
     assert read_bans(path) == table
     assert path.stat().st_mode & 0o777 == 0o600
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(IdentityError, match=r"damaged.*delete it"):
-        read_bans(path)
+    for damaged in (path.read_bytes()[:-4], b'[["\xff"]]', b"[" * 100_000):
+        path.write_bytes(damaged)
+        with pytest.raises(IdentityError, match=r"damaged.*delete it"):
+            read_bans(path)
 
 
 def test_digests_tell_apart_what_differs() -> None:

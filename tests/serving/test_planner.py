@@ -6,8 +6,9 @@ import msgspec
 import trio
 from trio.testing import MockClock
 
-from pxd.cluster.plans import PipelinePlan, Plan
-from pxd.cluster.records import Device, StageReport
+from pxd.cluster.messages import LAST_COUNT
+from pxd.cluster.plans import Epoch, PipelinePlan, Plan
+from pxd.cluster.records import Device, PeerLink, StageReport
 from pxd.executors.protocol import ExecutorDied, ModelDescription
 from pxd.models.errors import ModelError
 from pxd.planning.model import ModelCost, NodeOffer
@@ -67,7 +68,10 @@ class Leader:
         self.changed = Signal()
         self.plans: list[Plan] = []
         self.sync = PlanSync(
-            MemoryHub().network("a"), lambda: {"a": self.cluster.members["a"]}, self.taken
+            MemoryHub().network("a"),
+            lambda: {"a": self.cluster.members["a"]},
+            self.taken,
+            lambda: 3,
         )
         self.planner = Planner(
             "a",
@@ -134,7 +138,8 @@ async def test_figures_measured_while_serving_change_no_plan(clock: MockClock) -
             state="ready",
             decode_s=slow,
         )
-        member.record = msgspec.structs.replace(member.record, stages=(report,))
+        links = tuple(PeerLink(peer, 0.5, 1e-4) for peer in "abc" if peer != stage.node)
+        member.record = msgspec.structs.replace(member.record, stages=(report,), links=links)
     leader.changed.notify()
     await leader.run_for(60)
     assert len(leader.plans) == 1
@@ -223,10 +228,14 @@ async def test_a_failure_is_published_once_and_tried_again_in_its_time(clock: Mo
 async def test_only_its_author_pushes_a_plan(autojump_clock: MockClock) -> None:
     cluster = ServingCluster("a", "b", "c")
     plans: list[Plan] = []
-    PlanSync(cluster.nodes["b"].network, lambda: cluster.members, plans.append)
+    PlanSync(cluster.nodes["b"].network, lambda: cluster.members, plans.append, lambda: 0)
     async with cluster.running():
         plan = cluster.make_plan("a", "b")
         await cluster.nodes["c"].network.call("b", PUSH, plan, timeout=5)
+        assert plans == []
+        # One of a term far beyond all others could never be replaced.
+        absurd = msgspec.structs.replace(plan, epoch=Epoch(LAST_COUNT, "a", 1))
+        await cluster.nodes["a"].network.call("b", PUSH, absurd, timeout=5)
         assert plans == []
         await cluster.nodes["a"].network.call("b", PUSH, plan, timeout=5)
         assert plans == [plan]

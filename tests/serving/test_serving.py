@@ -14,7 +14,7 @@ from pxd.serving.requests import (
     NotReady,
     UnknownModel,
 )
-from pxd.wire import Sampling, Step, Tensor
+from pxd.wire import Output, Sampling, Step, Tensor
 
 from .harness import FakeTokenizer, ServingCluster, ServingNode, reference
 
@@ -260,3 +260,16 @@ async def test_steps_from_anybody_but_the_stage_before_are_dropped(
             to == "c" and isinstance(frame, Step) and frame.session == 1
             for _, to, frame in cluster.frames
         )
+
+
+async def test_answers_that_nobody_asked_for_cost_little(autojump_clock: MockClock) -> None:
+    """Each is refused, but not any number at once to one that does not listen."""
+    async with ServingCluster(*NAMES, "x").running() as cluster:
+        plan = cluster.publish(*NAMES)
+        await cluster.ready(plan)
+        cluster.hub.cut("a", "x")
+        before = trio.lowlevel.current_statistics().tasks_living
+        for number in range(5000):
+            cluster.nodes["a"].ingress.output("x", Output(request=f"r{number}", index=0))
+        assert trio.lowlevel.current_statistics().tasks_living < before + 100
+        assert (await ask(cluster.nodes["b"], "fine"))[0] == expected("fine", 20, 3)

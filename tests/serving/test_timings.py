@@ -17,9 +17,9 @@ from pxd.serving.timings import (
     PipelineTimings,
     StageTimings,
     figures_to_publish,
+    links_to_publish,
     moved,
     partners,
-    rtts_to_publish,
 )
 from pxd.wire import Row
 
@@ -236,7 +236,7 @@ def publish(
 ) -> dict[str, float] | None:
     """The new figures, None if those told before stay."""
     before = tuple(PeerLink(peer, rtt) for peer, rtt in told.items())
-    after = rtts_to_publish(before, measured, partners, since=since)
+    after = links_to_publish(before, measured, {}, partners, since=since)
     return None if after is before else {item.peer: item.rtt for item in after}
 
 
@@ -275,6 +275,20 @@ def test_equals_do_not_take_turns() -> None:
     assert "n39" in moved_in
 
 
+def test_bandwidths_are_told_when_they_are_new_or_move_clearly() -> None:
+    rtts = {"b": 0.001, "c": 0.002}
+    told = links_to_publish((), rtts, {"x": 1.0}, "", since=math.inf)
+    assert told == (PeerLink("b", 0.001), PeerLink("c", 0.002))
+    known = links_to_publish(told, rtts, {"b": 0.1}, "", since=math.inf)
+    assert known == (PeerLink("b", 0.001, 0.1), PeerLink("c", 0.002))
+    assert links_to_publish(known, rtts, {"b": 0.12}, "", since=math.inf) is known
+    assert links_to_publish(known, rtts, {"b": 0.13}, "", since=9.0) is known
+    moved = links_to_publish(known, rtts, {"b": 0.13}, "", since=math.inf)
+    assert moved[0].bandwidth == 0.13
+    # What is not known at the moment, say after the peer was away, is as it was.
+    assert links_to_publish(moved, rtts, {}, "", since=math.inf) is moved
+
+
 times = st.floats(0, 10)
 peers = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), times, max_size=60)
 
@@ -283,15 +297,15 @@ peers = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), times, max_
 def test_what_is_told_fits_a_record_and_is_not_told_twice(
     earlier: dict[str, float], measured: dict[str, float], near: set[str]
 ) -> None:
-    told = rtts_to_publish((), earlier, near, since=math.inf)
-    news = rtts_to_publish(told, measured, near, since=math.inf)
+    told = links_to_publish((), earlier, earlier, near, since=math.inf)
+    news = links_to_publish(told, measured, measured, near, since=math.inf)
     record = NodeRecord(id="a", name="a", links=news)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=NodeRecord) == record
     assert {item.peer for item in news} <= measured.keys()
     assert len(news) == min(len(measured), MAX_LINKS)
     if len(near & measured.keys()) <= MAX_LINKS:
         assert near & measured.keys() <= {item.peer for item in news}
-    assert rtts_to_publish(news, measured, near, since=math.inf) is news
+    assert links_to_publish(news, measured, measured, near, since=math.inf) is news
 
 
 def test_records_of_nodes_that_measure_nothing_are_read() -> None:

@@ -4,6 +4,7 @@ All files are opened, lazily; only tensors of the own layers, and what the ends 
 out to need, ever take memory.
 """
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -43,6 +44,8 @@ def load_stage(
     directory: Path, checkpoint: Checkpoint, start: int, end: int, progress: Progress
 ) -> LoadedStage:
     """Load layers [start, end). Raises `ExecutorError`, also for a range that may not be cut."""
+    # What is garbage already must not be freed in between and be taken off.
+    gc.collect()
     before = mx.get_active_memory()
     loading = _Loading(checkpoint, start, end)
     model, _ = load_model(

@@ -1,0 +1,69 @@
+"""What a node is before it runs: its keys and counters, and what its machine can do."""
+
+import logging
+
+import msgspec
+
+from pxd import hardware, identity
+from pxd.cluster.bans import BanTable
+from pxd.cluster.records import Device
+from pxd.executors import measure_device
+from pxd.executors.protocol import ExecutorDied, ExecutorError
+from pxd.p2p.addressbook import has_met_others
+from pxd.serving.door import read_bans
+from pxd.settings import Settings
+
+log = logging.getLogger("pxd.node")
+
+
+class StartupError(Exception):
+    """The daemon cannot start; the message says what to do."""
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What makes this node itself across restarts."""
+
+    node_seed: bytes
+    ring: identity.Keyring
+    bans: BanTable
+    state: identity.State
+    join: tuple[str, ...]
+
+
+def memory_offer(settings: Settings, device: Device) -> int:
+    """Bytes of memory for models, of the device's own memory where it has some of its own."""
+    if device.kind == "cuda":
+        return hardware.memory_offer(device.memory, device.memory, settings.memory)
+    total, available = hardware.memory_total(), hardware.memory_available()
+    return hardware.memory_offer(total, available, settings.memory)
+
+
+def identify(settings: Settings) -> Identity:
+    """Read the data directory; from now on this is another life. Raises `IdentityError`."""
+    files = settings.files
+    ticket = identity.Ticket.parse(settings.join) if settings.join else None
+    alone = not has_met_others(files.peers)
+    ring = identity.read_keyring(files.cluster_key, ticket, alone=alone)
+    bans = read_bans(files.bans)
+    state = identity.read_state(files.state)
+    state = msgspec.structs.replace(state, incarnation=state.incarnation + 1)
+    identity.write_state(files.state, state)
+    addresses = ticket.addresses if ticket else ()
+    return Identity(identity.node_key(files.node_key), ring, bans, state, addresses)
+
+
+async def measured_device(settings: Settings) -> Device:
+    """What this machine can do; measured at the first start and after an upgrade.
+
+    Raises `StartupError` when no executor works.
+    """
+    path, key = settings.files.hardware, hardware.machine_key()
+    device = hardware.load_cached(path, key, Device)
+    if device is None:
+        log.info("measuring this machine, once")
+        try:
+            device = await measure_device()
+        except (ExecutorError, ExecutorDied) as error:
+            raise StartupError(f"no executor works on this machine: {error}") from error
+        hardware.store(path, key, device)
+    return device
