@@ -45,7 +45,7 @@ from pxd.serving.status import ClusterStatus
 from pxd.serving.timings import partners, rtts_to_publish
 from pxd.serving.view import Planning, model_views, node_view, planning
 from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings, parse_endpoint
-from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, Step
+from pxd.wire import Buffer, Cancel, Copied, Frame, Nack, Output, Sampled, Step
 
 log = logging.getLogger("pxd.node")
 
@@ -117,7 +117,12 @@ class Node:
         )
         self.plans = PlanSync(self.network, self._members, self._on_plan)
         self.stages = StageHost(
-            self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
+            self.network,
+            lambda: open_executor("mlx"),
+            self.models.directory,
+            self._on_stages,
+            tier_bytes=int((settings.kv_tier or 0) * hardware.GIB),
+            tier_directory=settings.files.cache,
         )
         self.heads = HeadHost(self.network, self.stages.feed)
         self._ingress = ChatIngress(
@@ -386,6 +391,8 @@ class Node:
                 await self.stages.feed(peer, frame, body)
             case Sampled():
                 self.heads.sampled(peer, frame)
+            case Copied():
+                self.heads.copied(peer, frame)
             case Nack():
                 self.heads.nack(peer, frame)
             case Output():

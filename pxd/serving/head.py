@@ -30,6 +30,7 @@ from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
     Buffer,
     Cancel,
+    Copied,
     Count,
     Identifier,
     Nack,
@@ -134,6 +135,8 @@ class Head:
             kv_tokens=state.kv_tokens,
             max_in_flight=len(self.pipeline.stages),
             prefix_cache=state.prefix_cache,
+            stages=len(self.pipeline.stages),
+            tier_slots=state.tier_slots,
             root=self.pipeline.id.encode(),
         )
         self._scheduler = Scheduler(Continuous(config))
@@ -220,6 +223,12 @@ class Head:
             self._deliver(result)
         self._wake.set()
 
+    def copied(self, stage: int, frame: Copied) -> None:
+        if self._scheduler is None or frame.session != self._session:
+            return
+        self._scheduler.copied(frame.event, stage, frame.failed)
+        self._wake.set()
+
     def nack(self, frame: Nack) -> None:
         if self._scheduler is None or frame.session != self._session:
             return
@@ -303,6 +312,8 @@ class Head:
             openings=step.openings,
             grants=step.grants,
             releases=step.releases,
+            store=step.store,
+            load=step.load,
         )
 
     @staticmethod
@@ -391,6 +402,12 @@ class HeadHost:
         head = self._heads.get(frame.pipeline)
         if head is not None and peer == head.pipeline.tail:
             head.sampled(frame)
+
+    def copied(self, peer: str, frame: Copied) -> None:
+        head = self._heads.get(frame.pipeline)
+        nodes = [stage.node for stage in head.pipeline.stages] if head is not None else []
+        if head is not None and peer in nodes:
+            head.copied(nodes.index(peer), frame)
 
     def nack(self, peer: str, frame: Nack) -> None:
         head = self._heads.get(frame.pipeline)

@@ -5,6 +5,7 @@ right: a stage passes each value on plus one, and the next token depends on all 
 """
 
 import contextlib
+import math
 from array import array
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,7 +21,18 @@ from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
 from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
-from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, SampledToken, Step, Tensor
+from pxd.wire import (
+    Buffer,
+    Cancel,
+    Copied,
+    Frame,
+    Nack,
+    Output,
+    Sampled,
+    SampledToken,
+    Step,
+    Tensor,
+)
 from tests.memory_network import MemoryHub
 
 CONTEXT = 512
@@ -79,6 +91,7 @@ class ArithmeticExecutor:
         self.pid = 0
         self.node = node
         self.caches: dict[int, list[float]] = {}
+        self.send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
         self._died = trio.Event()
         self._why = ""
         self._last = False
@@ -189,6 +202,8 @@ class ServingNode:
                 await self.stages.feed(peer, frame, body)
             case Sampled():
                 self.heads.sampled(peer, frame)
+            case Copied():
+                self.heads.copied(peer, frame)
             case Nack():
                 self.heads.nack(peer, frame)
             case Output():

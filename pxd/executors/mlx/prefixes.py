@@ -4,14 +4,14 @@ Each request's KV is one piece, its own caches or a row of a batch's. When it en
 kept for as long as the head may refer to any of its blocks. A new request gets copies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.mirror import BlockMirror, MirrorError, Run
-from pxd.executors.mlx.batch import Request, copy_of, own_caches
+from pxd.executors.mlx.batch import Request, copy_of, own_caches, positions_of
 from pxd.executors.mlx.stage import Caches
 from pxd.executors.protocol import StepRejected
 from pxd.wire import Opening, Step
@@ -45,7 +45,7 @@ class PrefixStore:
 
     def open(self, opening: Opening, fresh: Caches) -> Caches:
         """The caches of a new request; `fresh` ones where nothing is to be copied."""
-        by_piece = {self._mirror.piece_of(number): r for number, r in self._requests.items()}
+        by_piece = self._by_piece()
         parts: list[tuple[Run, Caches]] = []
         for run in self._mirror.open(opening):
             held = self._kept.get(run.piece)
@@ -56,6 +56,34 @@ class PrefixStore:
             # Or what is copied from could not be freed.
             mx.eval([cache.state for cache in fresh])
         return fresh
+
+    def blocks(self, blocks: Sequence[int]) -> list[list[mx.array]]:
+        """Keys and values of each block's positions, by turns; empty for what is not here."""
+        by_piece = self._by_piece()
+        found: list[list[mx.array]] = []
+        for block in blocks:
+            piece, place = self._mirror.place_of(block) or (-1, -1)
+            begin, end = place * BLOCK_TOKENS, (place + 1) * BLOCK_TOKENS
+            request, kept = by_piece.get(piece), self._kept.get(piece, [])
+            length = _length(kept) if request is None else request.length
+            if length < end or place < 0:
+                found.append([])
+            elif request is None or request.batch is None:
+                caches = kept if request is None else own_caches(request)
+                found.append(positions_of(caches, 0, begin, end))
+            else:
+                row = request.batch.members.index(request)
+                found.append(positions_of(request.batch.caches, row, begin, end))
+        return found
+
+    def request_of(self, block: int) -> tuple[int | None, int]:
+        """The open request in whose piece a block lies, and its place there."""
+        piece, place = self._mirror.place_of(block) or (-1, -1)
+        request = self._by_piece().get(piece)
+        return None if request is None else request.number, place
+
+    def _by_piece(self) -> dict[int, Request]:
+        return {self._mirror.piece_of(number): r for number, r in self._requests.items()}
 
     def grant(self, step: Step) -> None:
         for piece in self._mirror.grant(step.grants):
