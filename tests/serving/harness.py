@@ -121,6 +121,10 @@ class ArithmeticExecutor:
     async def memory(self) -> MemoryReport:
         return MemoryReport(active=0, resident=0, requests=len(self.caches))
 
+    def open(self, step: Step) -> None:
+        for opening in step.openings:
+            self.caches[opening.request] = []
+
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         await self.node.gate.wait()
         await trio.sleep(self.node.pace * sum(row.count for row in step.rows))
@@ -128,8 +132,7 @@ class ArithmeticExecutor:
         if self._died.is_set():
             raise ExecutorDied(self._why)
         await self.release(step.releases)
-        for opening in step.openings:
-            self.caches[opening.request] = []
+        self.open(step)
         values = array("i" if step.tensor.dtype == "i32" else "f", bytes(body))
         sampled, offset = [], 0
         for row in step.rows:
