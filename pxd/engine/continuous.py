@@ -182,6 +182,9 @@ class Continuous:
                 broken.append(sequence)
         return broken
 
+    def oldest_copy(self) -> int | None:
+        return self.tier.oldest
+
     def lost(self, step: PlannedStep) -> list[int]:
         self.tier.lost(step.store)
         return [part.request for part in self.tier.lost(step.load)]

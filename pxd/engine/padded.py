@@ -126,6 +126,9 @@ class Padded:
     def copied(self, event: int, stage: int, failed: Iterable[int]) -> list[Sequence]:  # noqa: ARG002
         return []
 
+    def oldest_copy(self) -> int | None:
+        return None
+
     def lost(self, step: PlannedStep) -> list[int]:  # noqa: ARG002
         return []
 

@@ -115,6 +115,9 @@ class Policy(Protocol):
         Returns those for whom a load has failed: they have lost all they had.
         """
 
+    def oldest_copy(self) -> int | None:
+        """The number of the copy that has been under way for longest; numbers only grow."""
+
     def lost(self, step: PlannedStep) -> list[int]:
         """A stage may not have seen this step. Returns the requests that waited for its load."""
 

@@ -71,6 +71,11 @@ class Tier:
         return bool(self._events or self._lost)
 
     @property
+    def oldest(self) -> int | None:
+        """The event that was sent first of those that are not done."""
+        return next(iter(self._events), None)
+
+    @property
     def retired(self) -> int:
         """Slots that are not used any more. They count as used in `slots`."""
         return len(self._retired)

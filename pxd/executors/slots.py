@@ -134,7 +134,7 @@ class Copier:
         for slot, data in blocks:
             try:
                 self._file.write(slot, data)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 log.warning("cannot write to the KV tier: %s", error)
                 failed.append(slot)
         self._report(msgspec.structs.replace(done, failed=tuple(failed)))
@@ -153,7 +153,7 @@ class Copier:
     def _read(self, slot: int) -> bytearray:
         try:
             return self._file.read(slot)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             log.warning("cannot read from the KV tier: %s", error)
             raise _Unreadable(slot) from error
 

@@ -105,6 +105,7 @@ class Head:
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
         self._sent_at: dict[int, float] = {}
+        self._oldest_copy: tuple[int | None, float] = None, 0.0
         self._timings = PipelineTimings()
         self._wake = trio.Event()
 
@@ -148,6 +149,7 @@ class Head:
         """Give every request back to its ingress, which may submit it again elsewhere."""
         self._scheduler = None
         self._sent_at.clear()
+        self._oldest_copy = None, 0.0
         if self._clients:
             log.warning(
                 "pipeline %s gives up %d requests: %s", self.pipeline.id, len(self._clients), reason
@@ -298,9 +300,15 @@ class Head:
         return step
 
     def _check_deadline(self) -> None:
+        now = trio.current_time()
         oldest = min(self._sent_at.values(), default=None)
-        if oldest is not None and trio.current_time() - oldest > STEP_DEADLINE_S:
+        if oldest is not None and now - oldest > STEP_DEADLINE_S:
             self.close_session(f"a step took longer than {STEP_DEADLINE_S:g} s")
+        copy = self._scheduler.policy.oldest_copy() if self._scheduler else None
+        if copy is None or copy != self._oldest_copy[0]:
+            self._oldest_copy = copy, now
+        elif now - self._oldest_copy[1] > STEP_DEADLINE_S:
+            self.close_session(f"a copy of KV blocks took longer than {STEP_DEADLINE_S:g} s")
 
     def _frame(self, step: PlannedStep) -> Step:
         return Step(

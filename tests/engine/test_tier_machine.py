@@ -1,5 +1,7 @@
 """The second tier under any order of events: everybody gets the right answer, and nothing leaks."""
 
+from collections.abc import Collection
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
@@ -51,12 +53,24 @@ class TierMachine(SchedulerMachine):
             if not self.something_happens():
                 return
 
-    @rule(stage=st.integers(0, 2), fails=st.integers(0, 40))
-    def a_copy_is_done(self, stage: int, fails: int) -> None:
+    @rule()
+    def the_device_is_needed_for_something_else(self) -> None:
+        pool = self.policy.pool
+        pool.drop(pool.allocate(pool.free))
+
+    @rule()
+    def a_prefix_goes_and_comes_back(self) -> None:
+        self.all_goes_well_for_a_while()
+        self.the_device_is_needed_for_something_else()
+        self.a_family_comes_back(0, 192, 3)
+        self.steps_are_sent(2)
+
+    @rule(stage=st.integers(0, 2), fails=st.sampled_from([(), (), (), range(4)]))
+    def a_copy_is_done(self, stage: int, fails: Collection[int]) -> None:
         stages = self.pipeline.all
         number = stage % len(stages)
         if stages[number].jobs:
-            event, failed = stages[number].finish([fails])
+            event, failed = stages[number].finish(fails)
             self.scheduler.copied(event, number, failed)
 
     @rule(reached=st.integers(0, 2))

@@ -172,6 +172,20 @@ async def test_a_stage_that_is_lost_in_the_middle_of_a_copy(
         nursery.cancel_scope.cancel()
 
 
+async def test_a_copy_that_never_ends_is_not_waited_for(clock: MockClock) -> None:
+    async with ServingCluster(*NAMES).running() as cluster, trio.open_nursery() as nursery:
+        await cluster.ready(cluster.publish("a", "b"))
+        await ask(cluster.nodes["c"], LONG, 5)
+        before = tier_of(cluster)
+        await cluster.until(lambda: before.tier.copying)
+        await cluster.until(lambda: not is_ready(cluster, 2))
+        cluster.follow()
+        assert tier_of(cluster) is not before
+        nursery.start_soon(copy_all_the_time, cluster, 2)
+        assert (await ask(cluster.nodes["c"], LONG, 5))[0] == expected(LONG, 5, 2)
+        nursery.cancel_scope.cancel()
+
+
 def is_ready(cluster: ServingCluster, size: int) -> bool:
     [head] = cluster.nodes["a"].heads._heads.values()
     return head._scheduler is not None
