@@ -281,7 +281,7 @@ class Scheduler:
 
     def _step(self, batch: Batch) -> PlannedStep:
         releases, self._releases = self._releases, []
-        if batch.rows or batch.openings:
+        if not batch.is_empty:
             # Not with a step of their own: a stage that is in trouble would fail it at once again.
             releases, self._lost_releases = releases + self._lost_releases, []
         number = self._next_step
