@@ -143,7 +143,12 @@ class Head:
         self._scheduler = Scheduler(Continuous(config))
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
-        log.info("pipeline %s serves: %d KV token positions", self.pipeline.id, state.kv_tokens)
+        log.info(
+            "pipeline %s serves: %d KV token positions, %d blocks in the second tier",
+            self.pipeline.id,
+            state.kv_tokens,
+            state.tier_slots,
+        )
 
     def close_session(self, reason: str) -> None:
         """Give every request back to its ingress, which may submit it again elsewhere."""

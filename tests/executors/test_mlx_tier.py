@@ -248,6 +248,28 @@ def test_absurd_copies_are_reported_as_failed(model: Path, tmp_path: Path) -> No
     ]
 
 
+def test_who_leaves_during_a_load_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    """Before the first of its blocks is there, so that it has no arrays yet."""
+    served = Served(open_engines(model, (2,), tmp_path), kv_tokens=7 * BLOCK_TOKENS)
+
+    def leave() -> None:
+        rng = random.Random(3)
+        prompt = tokens_of(rng, 3 * BLOCK_TOKENS + 5)
+        served.scheduler.add(NewRequest(number=9, tokens=prompt, max_new=10, sampling=GREEDY))
+        step = served.scheduler.next_step()
+        assert step is not None
+        assert step.load is not None
+        served.engines.run(step)
+        assert served.scheduler.cancel(9)
+        served.scheduler.step_done(step.number, [])
+        served.scheduler.add(NewRequest(number=8, tokens=[1, 2], max_new=10, sampling=GREEDY))
+        served.settle()
+
+    first, second = served_twice(served, leave)
+    assert first == second
+    assert served.loads == 3
+
+
 def test_a_new_session_finds_nothing_of_the_old(model: Path, tmp_path: Path) -> None:
     """Not even where a head would ask for it."""
     engines = open_engines(model, (), tmp_path)

@@ -4,7 +4,7 @@ Each request's KV is one piece, its own caches or a row of a batch's. When it en
 kept for as long as the head may refer to any of its blocks. A new request gets copies.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -59,12 +59,10 @@ class PrefixStore:
 
     def blocks(self, blocks: Sequence[int]) -> list[list[mx.array]]:
         """Keys and values of each block's positions, by turns; empty for what is not here."""
-        by_piece = self._by_piece()
         found: list[list[mx.array]] = []
-        for block in blocks:
-            piece, place = self._mirror.place_of(block) or (-1, -1)
+        for request, piece, place in self._places(blocks):
             begin, end = place * BLOCK_TOKENS, (place + 1) * BLOCK_TOKENS
-            request, kept = by_piece.get(piece), self._kept.get(piece, [])
+            kept = self._kept.get(piece, [])
             length = _length(kept) if request is None else request.length
             if length < end or place < 0:
                 found.append([])
@@ -76,11 +74,15 @@ class PrefixStore:
                 found.append(positions_of(request.batch.caches, row, begin, end))
         return found
 
-    def request_of(self, block: int) -> tuple[int | None, int]:
-        """The open request in whose piece a block lies, and its place there."""
-        piece, place = self._mirror.place_of(block) or (-1, -1)
-        request = self._by_piece().get(piece)
-        return None if request is None else request.number, place
+    def owners(self, blocks: Sequence[int]) -> list[tuple[Request | None, int]]:
+        """The open request in whose piece each block lies, and its place there."""
+        return [(request, place) for request, _, place in self._places(blocks)]
+
+    def _places(self, blocks: Sequence[int]) -> Iterator[tuple[Request | None, int, int]]:
+        by_piece = self._by_piece()
+        for block in blocks:
+            piece, place = self._mirror.place_of(block) or (-1, -1)
+            yield by_piece.get(piece), piece, place
 
     def _by_piece(self) -> dict[int, Request]:
         return {self._mirror.piece_of(number): r for number, r in self._requests.items()}
@@ -110,7 +112,8 @@ class PrefixStore:
         """Give up what is behind the last block that is wanted, once that is half of a piece."""
         for piece, caches in self._kept.items():
             wanted = self._mirror.blocks_kept(piece) * BLOCK_TOKENS
-            if caches and wanted * 2 <= caches[0].keys.shape[2]:
+            # A request that has left before it had anything has no arrays yet.
+            if _length(caches) and wanted * 2 <= caches[0].keys.shape[2]:
                 for cache in caches:
                     cache.state = (
                         mx.contiguous(cache.keys[..., :wanted, :]),

@@ -103,12 +103,12 @@ class Tier:
         """Read for those requests whose next blocks these are."""
         places: dict[int, list[tuple[int, int]]] = {}
         failed = []
-        for block, slot in zip(copy.blocks, copy.slots, strict=True):
-            number, place = self._prefixes.request_of(block)
-            if number is None or slot >= self.slots:
+        owners = self._prefixes.owners(copy.blocks)
+        for (request, place), slot in zip(owners, copy.slots, strict=True):
+            if request is None or slot >= self.slots:
                 failed.append(slot)
             else:
-                places.setdefault(number, []).append((place, slot))
+                places.setdefault(request.number, []).append((place, slot))
         wanted = []
         for number, pairs in places.items():
             request, first = self._requests[number], pairs[0][0]
