@@ -27,7 +27,7 @@ MEMORY_SHARE = 0.75
 MIN_MEMORY_SHARE = 0.25
 """What is offered even if other programs leave less: they may give it back."""
 
-GIB = 1 << 30
+_GIB = 1 << 30
 _SYSCTL_TIMEOUT = 5.0
 
 FiguresT = TypeVar("FiguresT")
@@ -52,7 +52,7 @@ def memory_offer(total: int, available: int, cap_gib: float | None = None) -> in
     down to `MIN_MEMORY_SHARE`. `cap_gib`, from `--memory`, says it outright, up to the total.
     """
     if cap_gib is not None:
-        return max(0, min(int(cap_gib * GIB), total))
+        return max(0, min(int(cap_gib * _GIB), total))
     return int(min(MEMORY_SHARE * total, max(MIN_MEMORY_SHARE * total, available)))
 
 

@@ -117,13 +117,9 @@ class Node:
         )
         self.plans = PlanSync(self.network, self._members, self._on_plan)
         self.stages = StageHost(
-            self.network,
-            lambda: open_executor("mlx"),
-            self.models.directory,
-            self._on_stages,
-            tier_bytes=int((settings.kv_tier or 0) * hardware.GIB),
-            tier_directory=settings.files.cache,
+            self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
+        self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.heads = HeadHost(self.network, self.stages.feed)
         self._ingress = ChatIngress(
             self.network, self.models, lambda: self.plans.plan, self._members, self.changed

@@ -40,6 +40,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["text", "json"] = "text"
 
     @property
+    def kv_tier_bytes(self) -> int:
+        return int((self.kv_tier or 0) * (1 << 30))
+
+    @property
     def files(self) -> "DataFiles":
         return DataFiles(self.data_dir)
 

@@ -330,13 +330,8 @@ class StageHost:
         open_executor: OpenExecutor,
         find_directory: FindDirectory,
         report: Callable[[tuple[StageReport, ...]], None],
-        *,
-        tier_bytes: int = 0,
-        tier_directory: Path = Path(),
     ) -> None:
-        """`tier_bytes` bounds the second KV tier of each stage; where it is a file, it lies in
-        `tier_directory`."""
-        self.tier_bytes, self.tier_directory = tier_bytes, tier_directory
+        self.tier_bytes, self.tier_directory = 0, Path()
         self.network = network
         self.open_executor = open_executor
         self.find_directory = find_directory
@@ -349,6 +344,11 @@ class StageHost:
         """Follow a new plan. Returns at once; `run` makes it so and reports tell how far it is."""
         self._plan = plan
         self._plan_changed.set()
+
+    def allow_tier(self, size: int, directory: Path) -> None:
+        """Stages that are loaded from now on have a second KV tier of up to `size` bytes each;
+        where it is a file, it lies in `directory`."""
+        self.tier_bytes, self.tier_directory = size, directory
 
     def report_changed(self) -> None:
         self._report(tuple(runner.report for runner in self._runners.values()))

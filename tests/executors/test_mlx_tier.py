@@ -224,6 +224,8 @@ def test_absurd_copies_are_reported_as_failed(model: Path, tmp_path: Path) -> No
     [engine] = engines.stages
     slots = engines.info.tier_slots
     engine.step(empty_step(store=Copy(5, (99,), (0,)), load=Copy(6, (98,), (0,))), b"")
+    with pytest.raises(StepRejected, match="2 blocks for 1 slots"):
+        engine.step(empty_step(store=Copy(4, (1, 2), (0,))), b"")
     opening = {"openings": (Opening(1, GREEDY),), "grants": (Grant(1, (0, 1)),)}
     # The wrong order, a slot that nothing is in, and one that does not exist.
     engine.step(empty_step(1, load=Copy(7, (1, 0), (0, 1)), **opening), b"")

@@ -34,6 +34,7 @@ from pxd.executors.protocol import (
 )
 from pxd.executors.rows import (
     check_capacity,
+    check_copies,
     check_hidden,
     check_rows,
     check_tokens,
@@ -193,8 +194,7 @@ class MlxEngine:
             self._prefixes.check(step)
         elif any(opening.cached for opening in step.openings):
             raise StepRejected("bad-step", "this model's caches cannot be shared")
-        if self._tier is None and (step.store or step.load):
-            raise StepRejected("bad-step", "this stage has no second KV tier")
+        check_copies(step, has_tier=self._tier is not None)
         if not step.rows:
             return
         if self._kv_tokens is not None:

@@ -57,7 +57,7 @@ def open_tier(
     """The tier that `spec` allows for, or None with a word in the log why there is none."""
     try:
         layout = Layout(used_caches)
-        slots = spec.tier_bytes // layout.nbytes
+        slots = spec.tier_bytes // layout.nbytes if layout.nbytes else 0
         if not slots:
             log.warning("no KV tier: %d bytes do not hold one block", spec.tier_bytes)
             return None
