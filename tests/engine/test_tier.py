@@ -377,19 +377,17 @@ def test_who_waits_for_a_load_that_fails_is_computed_again(stages: int, store: s
 
 
 @pytest.mark.parametrize("store", EITHER)
-@pytest.mark.parametrize("reached", [0, 1, 2, 3])
+@pytest.mark.parametrize("reached", [0, 1, 3])
 def test_copies_of_a_step_that_not_all_stages_saw_are_sent_again(
     stages: int, store: str, reached: int
 ) -> None:
     """`reached` stages have run the step; nothing is held for ever."""
-    if reached > stages:
-        pytest.skip("as many stages as there are")
     system = stored_and_evicted(stages, store)
     ask(system, 2, prompt(1, 4, tail=8))
     step = system.scheduler.next_step()
     assert step is not None
     assert step.load is not None
-    system.stages.run(step, reached)
+    system.stages.run(step, min(reached, stages))
     assert system.scheduler.step_failed(step.number) == [2]
     system.run()
     assert system.pool.used == system.tier.slots.used == 4
