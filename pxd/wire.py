@@ -145,6 +145,20 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     blocks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)]
 
 
+MAX_COPY_BLOCKS = 65536
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks to be copied to or from slots of the second tier, pair by pair.
+
+    Each stage answers with one `Copied`, in the order of the events.
+    """
+
+    event: Count
+    blocks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_COPY_BLOCKS)]
+    slots: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_COPY_BLOCKS)]
+
+
 class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     """One batch through a pipeline. Sent from stage to stage; the body holds hidden states.
 
@@ -152,7 +166,8 @@ class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     Step numbers grow within a session and steps run in that order on every stage. `releases` are
     applied before, `openings` after them, both before the rows run. A step may have no rows.
     `session` names one life of the head's scheduler: with a new one, a stage forgets every request
-    of the old.
+    of the old. `store` copies blocks as they are before the openings; `load` fills blocks that are
+    granted by now and that no row of this step uses. Both may go on while later steps run.
     """
 
     pipeline: Identifier
@@ -163,6 +178,8 @@ class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     openings: Annotated[tuple[Opening, ...], msgspec.Meta(max_length=4096)] = ()
     grants: Annotated[tuple[Grant, ...], msgspec.Meta(max_length=4096)] = ()
     releases: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)] = ()
+    store: Copy | None = None
+    load: Copy | None = None
 
 
 Logprob = Annotated[float, msgspec.Meta(ge=LEAST_LOGPROB, le=0)]
@@ -195,6 +212,15 @@ class Sampled(msgspec.Struct, frozen=True, tag="sampled", kw_only=True):
     session: Count
     step: Count
     tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
+
+
+class Copied(msgspec.Struct, frozen=True, tag="copied", kw_only=True):
+    """A stage is done with a `Copy`, except for the slots `failed`. Sent straight to the head."""
+
+    pipeline: Identifier
+    session: Count
+    event: Count
+    failed: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_COPY_BLOCKS)] = ()
 
 
 NackCode = Literal[
@@ -264,7 +290,7 @@ class Filler(msgspec.Struct, frozen=True, tag="filler", kw_only=True):
     tensor: Tensor
 
 
-Frame = Step | Sampled | Nack | Output | Cancel | Filler
+Frame = Step | Sampled | Copied | Nack | Output | Cancel | Filler
 """Everything that travels on a data channel."""
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,6 +7,7 @@ vLLM's block pool and prefix cache.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from pxd.engine.hashing import BlockHash
 
@@ -61,6 +62,14 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def block_of(self, name: BlockHash) -> int | None:
+        return self._by_hash.get(name)
+
+    def next_out(self, count: int) -> list[tuple[int, BlockHash]]:
+        """Those with a hash among the `count` blocks that will be given away next."""
+        idle = islice(self._idle, max(0, count - len(self._blank)))
+        return [(block, self._hash_of[block]) for block in idle]
+
     def find(self, hashes: Iterable[BlockHash]) -> list[int]:
         """The blocks of the longest known prefix of `hashes`."""
         found = []
@@ -79,10 +88,11 @@ class BlockPool:
             del self._idle[block]
             self._holders[block] = 1
 
-    def drop(self, blocks: Sequence[int]) -> None:
+    def drop(self, blocks: Sequence[int], *, soon: bool = False) -> None:
         """One holder less for each, in the order of their positions.
 
         Of one prefix the end is given away first: without its beginning it could not be found.
+        With `soon` they are given away before all others, in the order in which they are named.
         """
         for block in reversed(blocks):
             self._holders[block] -= 1
@@ -90,6 +100,8 @@ class BlockPool:
                 del self._holders[block]
                 if block in self._hash_of:
                     self._idle[block] = None
+                    if soon:
+                        self._idle.move_to_end(block, last=False)
                 else:
                     self._blank.append(block)
 

@@ -53,6 +53,10 @@ class BlockMirror:
     def piece_of(self, request: int) -> int:
         return self._of_request[request]
 
+    def place_of(self, block: int) -> tuple[int, int] | None:
+        """The piece that holds a block, and the block's number in it."""
+        return self._where.get(block)
+
     def blocks_kept(self, piece: int) -> int:
         """Up to which block a piece still holds something: what is behind may be given up."""
         blocks = self._pieces[piece].blocks

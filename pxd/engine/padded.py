@@ -11,7 +11,7 @@ import msgspec
 
 from pxd.engine.hashing import BlockHashes
 from pxd.engine.requests import Sequence
-from pxd.engine.scheduler import Batch
+from pxd.engine.scheduler import Batch, PlannedStep
 
 
 class PaddedConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +122,15 @@ class Padded:
 
     def ended(self, sequence: Sequence, *, intact: bool) -> None:  # noqa: ARG002
         self._leaving.append(sequence.number)
+
+    def copied(self, event: int, stage: int, failed: Iterable[int]) -> list[Sequence]:  # noqa: ARG002
+        return []
+
+    def oldest_copy(self) -> int | None:
+        return None
+
+    def lost(self, step: PlannedStep) -> list[int]:  # noqa: ARG002
+        return []
 
     def _fits(self, seat: _Seat, shift: int) -> bool:
         config = self.config

@@ -47,7 +47,8 @@ class Sequence:
     Of its positions `sent` are on their way through the pipeline or done, and `done` have been
     through every stage. `awaiting` says that a step in flight will draw its next token. `blocks` is
     its block table, of which stages know the first `granted`. `pinned` are blocks of others that
-    its opening copies from. The first `prompt` of `tokens` are not answer.
+    its opening copies from. The first `prompt` of `tokens` are not answer. While `loading`, what
+    follows `done` comes from the second tier, and no step has rows of it.
     """
 
     __slots__ = (
@@ -61,6 +62,7 @@ class Sequence:
         "hashes",
         "hits",
         "limit",
+        "loading",
         "number",
         "opened",
         "pinned",
@@ -92,7 +94,7 @@ class Sequence:
     def reset(self) -> None:
         """Nothing of it is on any stage."""
         self.sent = self.done = 0
-        self.awaiting = self.opened = False
+        self.awaiting = self.opened = self.loading = False
         self.blocks: list[int] = []
         self.hits: tuple[int, ...] = ()
         self.pinned: list[int] = []
@@ -104,15 +106,15 @@ class Sequence:
 
     @property
     def prefill_left(self) -> int:
-        """Positions before the last known token that no step has taken yet."""
-        return len(self.tokens) - 1 - self.sent
+        """Positions before the last known token that a step may take now."""
+        return 0 if self.loading else len(self.tokens) - 1 - self.sent
 
     @property
     def can_decode(self) -> bool:
         """Only the last known token is to be fed, and its successor drawn."""
-        return not self.awaiting and self.sent == len(self.tokens) - 1
+        return not (self.awaiting or self.loading) and self.sent == len(self.tokens) - 1
 
     @property
     def is_idle(self) -> bool:
-        """No step in flight has rows of it."""
-        return not self.awaiting and self.sent == self.done
+        """No step in flight has rows of it, and nothing is copied into its blocks."""
+        return not (self.awaiting or self.loading) and self.sent == self.done

@@ -12,7 +12,7 @@ import msgspec
 from pxd.engine.hashing import BlockHashes
 from pxd.engine.queue import QueueFull, WaitingQueue
 from pxd.engine.requests import Generated, NewRequest, Sequence
-from pxd.wire import Grant, Opening, Row, SampledToken
+from pxd.wire import Copy, Grant, Opening, Row, SampledToken
 
 __all__ = [
     "Batch",
@@ -44,6 +44,8 @@ class PlannedStep(msgspec.Struct, frozen=True):
     openings: tuple[Opening, ...]
     releases: tuple[int, ...]
     grants: tuple[Grant, ...] = ()
+    store: Copy | None = None
+    load: Copy | None = None
 
 
 class Batch:
@@ -54,14 +56,20 @@ class Batch:
         self.tokens: list[int] = []
         self.openings: list[Opening] = []
         self.grants: list[Grant] = []
+        self.store: Copy | None = None
+        self.load: Copy | None = None
         self._opening_cost = 0
 
     def accepts(self, sequence: Sequence) -> bool:
         """Whether there is room in the step's header, if the sequence must be opened first."""
         return sequence.opened or self._opening_cost < MAX_OPENING_COST
 
-    def take(self, sequence: Sequence, count: int, *, sample: bool) -> None:
-        """Run the next `count` positions of a sequence; with `sample` draw what follows them."""
+    @property
+    def is_empty(self) -> bool:
+        return not self.rows and self.store is None and self.load is None
+
+    def open(self, sequence: Sequence) -> None:
+        """Make a sequence and all of its blocks known to the stages."""
         if not sequence.opened:
             sequence.opened = True
             opening = Opening(
@@ -77,6 +85,10 @@ class Batch:
             blocks = tuple(sequence.blocks[sequence.granted :])
             self.grants.append(Grant(sequence.number, blocks))
             sequence.granted = len(sequence.blocks)
+
+    def take(self, sequence: Sequence, count: int, *, sample: bool) -> None:
+        """Run the next `count` positions of a sequence; with `sample` draw what follows them."""
+        self.open(sequence)
         self.rows.append(Row(sequence.number, sequence.sent, count, sample))
         self.tokens += sequence.tokens[sequence.sent : sequence.sent + count]
         sequence.sent += count
@@ -121,6 +133,18 @@ class Policy(Protocol):
     def ended(self, sequence: Sequence, *, intact: bool) -> None:
         """A running sequence has ended; `intact` unless a stage has lost what it held."""
 
+    def copied(self, event: int, stage: int, failed: Iterable[int]) -> list[Sequence]:
+        """A stage is done with a copy of the second tier, except for the slots `failed`.
+
+        Returns those for whom a load has failed: they have lost all they had.
+        """
+
+    def oldest_copy(self) -> int | None:
+        """The number of the copy that has been under way for longest; numbers only grow."""
+
+    def lost(self, step: PlannedStep) -> list[int]:
+        """A stage may not have seen this step. Returns the requests that waited for its load."""
+
 
 class Scheduler:
     """Every request that was added ends exactly once: by a `Generated` with a finish, by `cancel`
@@ -145,7 +169,13 @@ class Scheduler:
 
     @property
     def running(self) -> int:
+        """Requests that were let in, those who wait for the second tier included."""
         return len(self._running)
+
+    @property
+    def loading(self) -> int:
+        """How many of `running` wait for blocks from the second tier."""
+        return sum(sequence.loading for sequence in self._running.values())
 
     @property
     def in_flight(self) -> int:
@@ -194,7 +224,8 @@ class Scheduler:
     def next_step(self) -> PlannedStep | None:
         """Return the next step to send, or None while there is nothing to do or enough in flight.
 
-        A step without rows only carries releases; it still goes through all stages, in order.
+        A step without rows only carries releases and copies; it still goes through all stages, in
+        order.
         """
         if len(self._in_flight) >= self.policy.max_in_flight:
             return None
@@ -203,7 +234,7 @@ class Scheduler:
         batch = Batch()
         for sequence in self.policy.compose(self._running, batch):
             self._preempt(sequence)
-        if not batch.rows and not self._releases:
+        if batch.is_empty and not self._releases:
             return None
         step = self._step(batch)
         self._in_flight[step.number] = step
@@ -234,6 +265,7 @@ class Scheduler:
         step = self._in_flight.pop(number, None)
         if step is not None:
             lost += [row.request for row in step.rows]
+            lost += self.policy.lost(step)
             # Stages behind the failed one have not seen them; releasing twice is harmless.
             self._lost_releases += step.releases
         ended = []
@@ -243,6 +275,14 @@ class Scheduler:
                 self._end(sequence, intact=False)
                 ended.append(request)
         return ended
+
+    def copied(self, event: int, stage: int, failed: Iterable[int] = ()) -> None:
+        """A stage is done with a copy, except for the slots `failed`; unknown ones are ignored.
+
+        Whoever waited for what could not be loaded goes back to the queue and is computed anew.
+        """
+        for sequence in self.policy.copied(event, stage, failed):
+            self._preempt(sequence)
 
     def take_refused(self) -> list[tuple[int, str]]:
         """Who had to be refused after waiting, and why."""
@@ -265,7 +305,7 @@ class Scheduler:
 
     def _step(self, batch: Batch) -> PlannedStep:
         releases, self._releases = self._releases, []
-        if batch.rows:
+        if not batch.is_empty:
             # Not with a step of their own: a stage that is in trouble would fail it at once again.
             releases, self._lost_releases = releases + self._lost_releases, []
         number = self._next_step
@@ -277,6 +317,8 @@ class Scheduler:
             tuple(batch.openings),
             tuple(dict.fromkeys(releases)),
             tuple(batch.grants),
+            batch.store,
+            batch.load,
         )
 
     def _append(self, sequence: Sequence, drawn: SampledToken) -> Generated:

@@ -24,7 +24,9 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Which layers of which model to load. `path` is a directory in Hugging Face layout.
 
     `fingerprint`, where not empty, must equal `ModelDescription.fingerprint` of the directory.
-    `kv_bytes` bounds the KV caches of all requests together.
+    `kv_bytes` bounds the KV caches of all requests together. `tier_bytes` bounds what the second
+    tier keeps of them: in memory of the host where the device has its own, else in a file in
+    `tier_directory`; 0 means none.
     """
 
     path: str
@@ -32,12 +34,15 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     end: int
     fingerprint: str = ""
     kv_bytes: int = 0
+    tier_bytes: int = 0
+    tier_directory: str = ""
 
 
 class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`.
 
-    `prefix_cache` says that requests can begin with blocks that others have left.
+    `prefix_cache` says that requests can begin with blocks that others have left, and `tier_slots`
+    how many blocks the second tier can keep.
     """
 
     layers: int
@@ -45,6 +50,7 @@ class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     kv_tokens: int
     prefix_cache: bool = False
+    tier_slots: int = 0
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -40,6 +40,15 @@ def _check_openings(step: Step, lengths: Mapping[int, int]) -> None:
         raise StepRejected("bad-step", f"requests {again} are opened twice", again)
 
 
+def check_copies(step: Step, *, has_tier: bool) -> None:
+    """Raises `StepRejected` for copies that this stage cannot even begin."""
+    for copy in filter(None, (step.store, step.load)):
+        if not has_tier:
+            raise StepRejected("bad-step", "this stage has no second KV tier")
+        if len(copy.blocks) != len(copy.slots):
+            raise StepRejected("bad-step", f"{len(copy.blocks)} blocks for {len(copy.slots)} slots")
+
+
 def check_capacity(step: Step, lengths: Mapping[int, int], kv_tokens: int) -> None:
     """Raises `StepRejected` if the step would need more than `kv_tokens` positions in all."""
     total = sum(lengths.values()) + sum(row.count for row in step.rows)

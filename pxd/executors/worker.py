@@ -1,7 +1,8 @@
 """The executor process: `python -m pxd.executors.worker KIND FD`.
 
 One thread, the main one, reads commands from the socket FD, runs them on the engine and answers in
-order. Tensor libraries bind arrays and streams to threads, so nothing else ever touches the engine.
+order. Tensor libraries bind arrays and streams to threads, so nothing else ever touches the engine;
+copies of the second KV tier are reported from another thread.
 The process lives exactly as long as the daemon holds the other end of the socket.
 """
 
@@ -65,6 +66,7 @@ class FrameSocket:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._limits = Limits()
+        self._sending = threading.Lock()
 
     def receive(self) -> tuple[Command, Buffer]:
         """Raises `EOFError` when the daemon has closed its end."""
@@ -73,9 +75,11 @@ class FrameSocket:
         return command, self._read(body_size)
 
     def send(self, reply: Reply, body: Buffer = b"") -> None:
-        self._connection.sendall(encode(reply, len(body), self._limits))
-        if body:
-            self._connection.sendall(body)
+        header = encode(reply, len(body), self._limits)
+        with self._sending:
+            self._connection.sendall(header)
+            if body:
+                self._connection.sendall(body)
 
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)
@@ -180,7 +184,7 @@ class Worker:
 
     def _engine_of(self, backend: Backend) -> Engine:
         if self._engine is None:
-            self._engine = backend.engine()
+            self._engine = backend.engine(self._frames.send)
         return self._engine
 
     def _progress(self, done: float) -> None:

@@ -33,6 +33,7 @@ from pxd.wire import (
     MAX_HISTORY,
     Buffer,
     Cancel,
+    Copied,
     Count,
     Identifier,
     Nack,
@@ -112,6 +113,7 @@ class Head:
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
         self._sent_at: dict[int, float] = {}
+        self._oldest_copy: tuple[int | None, float] = None, 0.0
         self._timings = PipelineTimings()
         self._wake = trio.Event()
 
@@ -142,18 +144,26 @@ class Head:
             kv_tokens=state.kv_tokens,
             max_in_flight=len(self.pipeline.stages),
             prefix_cache=state.prefix_cache,
+            stages=len(self.pipeline.stages),
+            tier_slots=state.tier_slots,
             root=self.pipeline.id.encode(),
         )
         self._policy = Continuous(config)
         self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
-        log.info("pipeline %s serves: %d KV token positions", self.pipeline.id, state.kv_tokens)
+        log.info(
+            "pipeline %s serves: %d KV token positions, %d blocks in the second tier",
+            self.pipeline.id,
+            state.kv_tokens,
+            state.tier_slots,
+        )
 
     def close_session(self, reason: str) -> None:
         """Give every request back to its ingress, which may submit it again elsewhere."""
         self._scheduler = None
         self._sent_at.clear()
+        self._oldest_copy = None, 0.0
         if self._clients:
             log.warning(
                 "pipeline %s gives up %d requests: %s", self.pipeline.id, len(self._clients), reason
@@ -237,6 +247,12 @@ class Head:
             self._deliver(result)
         self._wake.set()
 
+    def copied(self, stage: int, frame: Copied) -> None:
+        if self._scheduler is None or frame.session != self._session:
+            return
+        self._scheduler.copied(frame.event, stage, frame.failed)
+        self._wake.set()
+
     def _keep_pace(self) -> None:
         positions = self._timings.positions_within(PACE_S)
         if positions is not None:
@@ -313,9 +329,15 @@ class Head:
         return step
 
     def _check_deadline(self) -> None:
+        now = trio.current_time()
         oldest = min(self._sent_at.values(), default=None)
-        if oldest is not None and trio.current_time() - oldest > STEP_DEADLINE_S:
+        if oldest is not None and now - oldest > STEP_DEADLINE_S:
             self.close_session(f"a step took longer than {STEP_DEADLINE_S:g} s")
+        copy = self._scheduler.policy.oldest_copy() if self._scheduler else None
+        if copy is None or copy != self._oldest_copy[0]:
+            self._oldest_copy = copy, now
+        elif now - self._oldest_copy[1] > STEP_DEADLINE_S:
+            self.close_session(f"a copy of KV blocks took longer than {STEP_DEADLINE_S:g} s")
 
     def _frame(self, step: PlannedStep) -> Step:
         return Step(
@@ -327,6 +349,8 @@ class Head:
             openings=step.openings,
             grants=step.grants,
             releases=step.releases,
+            store=step.store,
+            load=step.load,
         )
 
     @staticmethod
@@ -415,6 +439,12 @@ class HeadHost:
         head = self._heads.get(frame.pipeline)
         if head is not None and peer == head.pipeline.tail:
             head.sampled(frame)
+
+    def copied(self, peer: str, frame: Copied) -> None:
+        head = self._heads.get(frame.pipeline)
+        nodes = [stage.node for stage in head.pipeline.stages] if head is not None else []
+        if head is not None and peer in nodes:
+            head.copied(nodes.index(peer), frame)
 
     def nack(self, peer: str, frame: Nack) -> None:
         head = self._heads.get(frame.pipeline)

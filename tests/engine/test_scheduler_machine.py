@@ -38,9 +38,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             admission=admission,
             prefix_cache=prefix_cache,
         )
+        self.begin_with(config, Pipeline(capacity=blocks))
+
+    def begin_with(self, config: ContinuousConfig, pipeline) -> None:
         self.policy = Continuous(config)
         self.scheduler = Scheduler(self.policy, max_waiting=MAX_WAITING)
-        self.pipeline = Pipeline(capacity=blocks)
+        self.pipeline = pipeline
         self.flying: deque[tuple[int, list[SampledToken]]] = deque()
         self.prompts: dict[int, tuple[list[int], int, int | None]] = {}
         self.answers: dict[int, list[int]] = {}
@@ -146,14 +149,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert pool.free + pool.used == pool.capacity
         assert self.scheduler.waiting <= MAX_WAITING
 
+    def something_happens(self) -> bool:
+        if self.flying:
+            self.results_return(1)
+            return True
+        return False
+
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
         for _ in range(20_000):
             self.steps_are_sent(8)
-            if not self.flying:
+            if not self.something_happens():
                 break
-            self.results_return(1)
         assert not self.scheduler.requests, "somebody starves"
         assert self.policy.pool.used == 0
         for number, (tokens, new, eos) in self.prompts.items():

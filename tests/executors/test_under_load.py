@@ -5,6 +5,7 @@ additions to matter.
 """
 
 import itertools
+import queue
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from pxd.engine.continuous import Continuous, ContinuousConfig
 from pxd.engine.scheduler import NewRequest, PlannedStep, Scheduler
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec
-from pxd.wire import Buffer, SampledToken, Sampling, Step, Tensor
+from pxd.wire import Buffer, Copied, SampledToken, Sampling, Step, Tensor
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
 LAYERS = 6
@@ -33,13 +34,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Engines:
-    """Stages in order; hidden states travel as bytes."""
+    """Stages in order; hidden states travel as bytes. `copied` has (stage, report) of the tier."""
 
-    def __init__(self, path: Path, cuts: Sequence[int]) -> None:
-        self.stages = []
+    def __init__(self, path: Path, cuts: Sequence[int], **options: Any) -> None:
+        self.stages: list[MlxEngine] = []
+        self.copied: queue.SimpleQueue[tuple[int, Copied]] = queue.SimpleQueue()
         for start, end in itertools.pairwise([0, *cuts, LAYERS]):
-            self.stages.append(MlxEngine())
-            self.stages[-1].load(LoadSpec(path=str(path), start=start, end=end), lambda _: None)
+            number = len(self.stages)
+            self.stages.append(MlxEngine(lambda word, n=number: self.copied.put((n, word))))
+            spec = LoadSpec(path=str(path), start=start, end=end, **options)
+            self.info = self.stages[-1].load(spec, lambda _: None)
         self.session = 0
 
     def run(self, planned: PlannedStep) -> list[SampledToken]:
@@ -53,6 +57,8 @@ class Engines:
             openings=planned.openings,
             grants=planned.grants,
             releases=planned.releases,
+            store=planned.store,
+            load=planned.load,
         )
         body: Buffer = tokens.tobytes()
         output: Any = ()

@@ -5,6 +5,7 @@ right: a stage passes each value on plus one, and the next token depends on all 
 """
 
 import contextlib
+import math
 from array import array
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -20,7 +21,18 @@ from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
 from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
-from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, SampledToken, Step, Tensor
+from pxd.wire import (
+    Buffer,
+    Cancel,
+    Copied,
+    Frame,
+    Nack,
+    Output,
+    Sampled,
+    SampledToken,
+    Step,
+    Tensor,
+)
 from tests.memory_network import MemoryHub
 
 CONTEXT = 512
@@ -87,6 +99,7 @@ class ArithmeticExecutor:
         self.pid = 0
         self.node = node
         self.caches: dict[int, list[float]] = {}
+        self.send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
         self._died = trio.Event()
         self._why = ""
         self._last = False
@@ -116,6 +129,10 @@ class ArithmeticExecutor:
     async def memory(self) -> MemoryReport:
         return MemoryReport(active=0, resident=0, requests=len(self.caches))
 
+    def open(self, step: Step) -> None:
+        for opening in step.openings:
+            self.caches[opening.request] = []
+
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         await self.node.gate.wait()
         await trio.sleep(self.node.pace * sum(row.count for row in step.rows))
@@ -123,8 +140,7 @@ class ArithmeticExecutor:
         if self._died.is_set():
             raise ExecutorDied(self._why)
         await self.release(step.releases)
-        for opening in step.openings:
-            self.caches[opening.request] = []
+        self.open(step)
         values = array("i" if step.tensor.dtype == "i32" else "f", bytes(body))
         sampled, offset = [], 0
         for row in step.rows:
@@ -198,6 +214,8 @@ class ServingNode:
                 await self.stages.feed(peer, frame, body)
             case Sampled():
                 self.heads.sampled(peer, frame)
+            case Copied():
+                self.heads.copied(peer, frame)
             case Nack():
                 self.heads.nack(peer, frame)
             case Output():

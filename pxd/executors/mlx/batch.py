@@ -7,6 +7,7 @@ leave are cut out and those who join are appended, by mlx-lm's own batch caches.
 from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache
 
 from pxd.engine.sampling import Sampler
 from pxd.executors.mlx.stage import Caches
@@ -86,6 +87,16 @@ def copy_of(request: Request) -> Caches:
         row = request.batch.members.index(request)
         return [cache.extract(row) for cache in request.batch.caches]
     return own_caches(request)
+
+
+def positions_of(caches: Caches, row: int, begin: int, end: int) -> list[mx.array]:
+    """Keys and values of positions [begin, end) of one row, by turns; nothing is evaluated."""
+    arrays = []
+    for cache in caches:
+        padding = cache.left_padding[row].item() if isinstance(cache, BatchKVCache) else 0
+        for array in (cache.keys, cache.values):
+            arrays.append(array[row : row + 1, :, padding + begin : padding + end, :])
+    return arrays
 
 
 def batch_of(requests: Sequence[Request]) -> Batch:

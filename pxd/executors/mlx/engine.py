@@ -20,8 +20,9 @@ from pxd.executors.mlx.decode import draw_tokens
 from pxd.executors.mlx.loader import load_stage
 from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
 from pxd.executors.mlx.split import cache_token_bytes
-from pxd.executors.mlx.stage import Stage
+from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.mlx.tensors import from_wire, to_wire
+from pxd.executors.mlx.tier import Tier, open_tier
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches
 from pxd.executors.protocol import (
     Drawn,
@@ -35,11 +36,13 @@ from pxd.executors.protocol import (
 )
 from pxd.executors.rows import (
     check_capacity,
+    check_copies,
     check_hidden,
     check_rows,
     check_tokens,
     requests_of,
 )
+from pxd.executors.slots import Report
 from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError
 from pxd.wire import Buffer, Row, Step, Tensor
@@ -62,10 +65,13 @@ class _Part:
 class MlxEngine:
     """See `pxd.executors.protocol.Engine`. Everything must be called in one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report = lambda _: None) -> None:
+        """`report` is called from another thread for every copy of the second tier."""
+        self._report = report
         self._stage: Stage | None = None
         self._requests: dict[int, Request] = {}
         self._prefixes: PrefixStore | None = None
+        self._tier: Tier | None = None
         self._session = -1
         self._batching = False
         self._kv_tokens: int | None = None
@@ -98,7 +104,13 @@ class MlxEngine:
         if can_share_prefixes(loaded.stage.make_caches()):
             self._prefixes = PrefixStore(self._requests)
         mx.clear_cache()
-        token_bytes = _token_bytes(loaded.stage, loaded.dtype)
+        caches = _used_caches(loaded.stage, loaded.dtype)
+        # Counting windows in full promises less than there is, but holds for any mix of requests.
+        token_bytes = sum(cache_token_bytes(cache) for cache in caches)
+        if spec.tier_bytes and self._prefixes is None:
+            log.warning("no KV tier: caches of several kinds, or with a state, cannot be cut up")
+        elif spec.tier_bytes and self._prefixes is not None:
+            self._tier = open_tier(spec, caches, self._prefixes, self._requests, self._report)
         kv_tokens = spec.kv_bytes // token_bytes if token_bytes else 1 << 40
         self._kv_tokens = kv_tokens if spec.kv_bytes else None
         return StageInfo(
@@ -107,6 +119,7 @@ class MlxEngine:
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
             prefix_cache=self._prefixes is not None,
+            tier_slots=self._tier.slots if self._tier else 0,
         )
 
     def step(self, step: Step, body: Buffer) -> StepOutput:
@@ -114,11 +127,17 @@ class MlxEngine:
         except that its `releases` are freed."""
         self._follow_session(step)
         self.release(step.releases)
+        if self._tier is not None:
+            self._tier.put_in_place()
         stage = self._stage
         if stage is None:
             raise StepRejected("not-ready", "no layers are loaded")
         self._check(stage, step, body)
+        if self._tier is not None and step.store is not None:
+            self._tier.store(step, step.store)
         self._open(stage, step)
+        if self._tier is not None and step.load is not None:
+            self._tier.load(step, step.load)
         if not step.rows:
             return () if stage.last else (Tensor("i32", (0,)), b"")
         try:
@@ -148,6 +167,8 @@ class MlxEngine:
             self.release(tuple(self._requests))
             if self._prefixes is not None:
                 self._prefixes.clear()
+            if self._tier is not None:
+                self._tier.forget()
             self._session = step.session
 
     def _open(self, stage: Stage, step: Step) -> None:
@@ -178,6 +199,7 @@ class MlxEngine:
             self._prefixes.check(step)
         elif any(opening.cached for opening in step.openings):
             raise StepRejected("bad-step", "this model's caches cannot be shared")
+        check_copies(step, has_tier=self._tier is not None)
         if not step.rows:
             return
         if self._kv_tokens is not None:
@@ -290,11 +312,8 @@ def _hint(error: Exception) -> str:
     return ""
 
 
-def _token_bytes(stage: Stage, dtype: mx.Dtype) -> int:
-    """Bytes of KV cache that one position takes on this stage, sliding windows counted in full.
-
-    Counting windows in full promises less than there is, but holds for any mix of requests.
-    """
+def _used_caches(stage: Stage, dtype: mx.Dtype) -> Caches:
+    """Caches with a few positions, of which only shapes and types are known."""
     caches = stage.make_caches()
     stage.forward(dummy_inputs(stage, 1, 2, dtype), caches)
-    return sum(cache_token_bytes(cache) for cache in caches)
+    return caches

@@ -4,14 +4,14 @@ Each request's KV is one piece, its own caches or a row of a batch's. When it en
 kept for as long as the head may refer to any of its blocks. A new request gets copies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.mirror import BlockMirror, MirrorError, Run
-from pxd.executors.mlx.batch import Request, copy_of, own_caches
+from pxd.executors.mlx.batch import Request, copy_of, own_caches, positions_of
 from pxd.executors.mlx.stage import Caches
 from pxd.executors.protocol import StepRejected
 from pxd.wire import Opening, Step
@@ -45,7 +45,7 @@ class PrefixStore:
 
     def open(self, opening: Opening, fresh: Caches) -> Caches:
         """The caches of a new request; `fresh` ones where nothing is to be copied."""
-        by_piece = {self._mirror.piece_of(number): r for number, r in self._requests.items()}
+        by_piece = self._by_piece()
         parts: list[tuple[Run, Caches]] = []
         for run in self._mirror.open(opening):
             held = self._kept.get(run.piece)
@@ -56,6 +56,36 @@ class PrefixStore:
             # Or what is copied from could not be freed.
             mx.eval([cache.state for cache in fresh])
         return fresh
+
+    def blocks(self, blocks: Sequence[int]) -> list[list[mx.array]]:
+        """Keys and values of each block's positions, by turns; empty for what is not here."""
+        found: list[list[mx.array]] = []
+        for request, piece, place in self._places(blocks):
+            begin, end = place * BLOCK_TOKENS, (place + 1) * BLOCK_TOKENS
+            kept = self._kept.get(piece, [])
+            length = _length(kept) if request is None else request.length
+            if length < end or place < 0:
+                found.append([])
+            elif request is None or request.batch is None:
+                caches = kept if request is None else own_caches(request)
+                found.append(positions_of(caches, 0, begin, end))
+            else:
+                row = request.batch.members.index(request)
+                found.append(positions_of(request.batch.caches, row, begin, end))
+        return found
+
+    def owners(self, blocks: Sequence[int]) -> list[tuple[Request | None, int]]:
+        """The open request in whose piece each block lies, and its place there."""
+        return [(request, place) for request, _, place in self._places(blocks)]
+
+    def _places(self, blocks: Sequence[int]) -> Iterator[tuple[Request | None, int, int]]:
+        by_piece = self._by_piece()
+        for block in blocks:
+            piece, place = self._mirror.place_of(block) or (-1, -1)
+            yield by_piece.get(piece), piece, place
+
+    def _by_piece(self) -> dict[int, Request]:
+        return {self._mirror.piece_of(number): r for number, r in self._requests.items()}
 
     def grant(self, step: Step) -> None:
         for piece in self._mirror.grant(step.grants):
@@ -82,7 +112,8 @@ class PrefixStore:
         """Give up what is behind the last block that is wanted, once that is half of a piece."""
         for piece, caches in self._kept.items():
             wanted = self._mirror.blocks_kept(piece) * BLOCK_TOKENS
-            if caches and wanted * 2 <= caches[0].keys.shape[2]:
+            # A request that has left before it had anything has no arrays yet.
+            if _length(caches) and wanted * 2 <= caches[0].keys.shape[2]:
                 for cache in caches:
                     cache.state = (
                         mx.contiguous(cache.keys[..., :wanted, :]),
