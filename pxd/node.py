@@ -383,7 +383,7 @@ class Node:
 
     async def _on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
         if isinstance(frame, Filler):
-            self._survey.meter.arrived(peer, frame, len(body))
+            self._survey.meter.arrived(peer, frame)
             return
         self._survey.frame_arrived()
         match frame:

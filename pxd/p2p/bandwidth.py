@@ -159,14 +159,14 @@ class Meter:
                 break
         return rate
 
-    def arrived(self, peer: str, frame: wire.Filler, size: int) -> None:
+    def arrived(self, peer: str, frame: wire.Filler) -> None:
         """Raises `wire.WireError` for filler that this node has not agreed to."""
         incoming = self._incoming
         if (
             incoming is None
             or (incoming.peer, incoming.number) != (peer, frame.number)
             or frame.round >= len(ROUNDS)
-            or size > ROUNDS[frame.round] // FRAMES
+            or frame.tensor.nbytes > ROUNDS[frame.round] // FRAMES
         ):
             raise wire.WireError("filler that nobody asked for")
         incoming.rounds[frame.round].add(trio.current_time())

@@ -56,7 +56,7 @@ class LanNode:
 
     async def _on_frame(self, peer: str, frame: wire.Frame, body: wire.Buffer) -> None:
         if isinstance(frame, wire.Filler):
-            self.meter.arrived(peer, frame, len(body))
+            self.meter.arrived(peer, frame)
 
     def _on_event(self, event: GossipEvent) -> None:
         if isinstance(event, MemberEvent) and event.kind == "died":

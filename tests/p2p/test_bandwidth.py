@@ -28,7 +28,7 @@ class Measured:
 
     async def handle(self, peer: str, frame: wire.Frame, body: wire.Buffer) -> None:
         if isinstance(frame, wire.Filler):
-            self.meter.arrived(peer, frame, len(body))
+            self.meter.arrived(peer, frame)
             self.bytes += len(body)
             self.fillers += 1
 
@@ -168,7 +168,7 @@ async def test_many_members_together_cannot_have_a_node_measured_all_the_time(
             granted.append((trio.current_time(), f"peer{peer}"))
             for index, size in enumerate(ROUNDS):
                 for _ in range(FRAMES):
-                    meter.arrived(f"peer{peer}", filler(second, index, size // FRAMES), 4)
+                    meter.arrived(f"peer{peer}", filler(second, index, size // FRAMES))
         await trio.sleep(1)
     assert 600 / bandwidth.FROM_ALL_S - 2 <= len(granted) <= 600 / bandwidth.FROM_ALL_S + 2
     for peer in {name for _, name in granted}:
