@@ -51,7 +51,7 @@ from pxd.serving.survey import Survey
 from pxd.serving.timings import partners
 from pxd.serving.view import Planning, model_views, node_views, planning, turned_away
 from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings
-from pxd.wire import Buffer, Cancel, Filler, Frame, Nack, Output, Sampled, Step
+from pxd.wire import Buffer, Cancel, Copied, Filler, Frame, Nack, Output, Sampled, Step
 
 log = logging.getLogger("pxd.node")
 
@@ -112,6 +112,7 @@ class Node:
         self.stages = StageHost(
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
+        self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.heads = HeadHost(self.network, self.stages.feed)
         self._ingress = ChatIngress(
             self.network, self.models, lambda: self.plans.plan, self._members, self.changed
@@ -390,6 +391,8 @@ class Node:
                 await self.stages.feed(peer, frame, body)
             case Sampled():
                 self.heads.sampled(peer, frame)
+            case Copied():
+                self.heads.copied(peer, frame)
             case Nack():
                 self.heads.nack(peer, frame)
             case Output():

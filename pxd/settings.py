@@ -21,7 +21,7 @@ def default_name() -> str:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """One daemon's settings. Units: `memory` GiB.
+    """One daemon's settings. Units: `memory`, `kv_tier` GiB.
 
     `http` and `listen` are HOST:PORT; None means the default port, or any free one if it is taken.
     `relay`: pass traffic on for members that cannot reach each other. The host `*` of `listen`
@@ -36,10 +36,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     listen: str | None = None
     memory: float | None = None
     max_layers: int | None = None
+    kv_tier: float | None = None
     priority: int = 0
     mdns: bool = True
     relay: bool = False
     log_format: Literal["text", "json"] = "text"
+
+    @property
+    def kv_tier_bytes(self) -> int:
+        return int((self.kv_tier or 0) * (1 << 30))
 
     @property
     def files(self) -> "DataFiles":
@@ -59,6 +64,7 @@ class DataFiles:
         self.hardware = root / "hardware.json"
         self.lock = root / "daemon.lock"
         self.daemon = root / "daemon.json"
+        self.cache = root / "cache"
 
 
 def parse_endpoint(value: str) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 _PREFIX = struct.Struct(">II")
 PREFIX_SIZE = _PREFIX.size
@@ -59,17 +59,52 @@ class Tensor(msgspec.Struct, frozen=True):
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How a request's tokens are drawn. Temperature 0 is greedy.
+LogitBias = tuple[TokenId, Annotated[float, msgspec.Meta(ge=-100, le=100)]]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+MAX_LOGPROBS = 20
+LEAST_LOGPROB = -9999.0
+MAX_BIASES = 1024
+MAX_ENDS = 256
 
-    The random number for a token depends on `seed` and the token's position alone, so a replay on
-    another pipeline or in another batch draws the same token.
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a request's tokens are drawn; `pxd.engine.sampling` says in which order these apply.
+
+    Temperature 0 is greedy, `top_k` 0 takes all. The random number for a token depends on `seed`
+    and the token's position alone, so a replay on another pipeline or in another batch draws the
+    same token. The penalties depend on the tokens before it besides, see `History`. A token of
+    `barred` is not drawn for a position below `min_length`, which counts the prompt, too.
+    `logprobs` asks for that many of the likeliest tokens' log probabilities beside that of the
+    token drawn, None for none at all.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     top_k: Count = 0
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     seed: Seed = 0
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[tuple[LogitBias, ...], msgspec.Meta(max_length=MAX_BIASES)] = ()
+    min_length: Count = 0
+    barred: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_ENDS)] = ()
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+MAX_HISTORY = 1 << 19
+"""Tokens of a request with penalties: what its `History` takes stays within a header's limit."""
+
+
+class History(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The tokens that a request's penalties count, when it opens; the last stage goes on from here.
+
+    Both are ascending, each token as its distance from the one before it (from 0 for the first):
+    one byte each, mostly. `prompt` has every token once, `answer` as often as it was drawn.
+    """
+
+    prompt: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_HISTORY)] = ()
+    answer: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_HISTORY)] = ()
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -85,11 +120,43 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     sample: bool
 
 
-class Opening(msgspec.Struct, frozen=True):
-    """A request that first appears with this step; its first row has position 0."""
+class Opening(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request that first appears with this step; its first row has position `cached`.
+
+    What is before `cached` comes from the blocks `hits`, in their order. Those that are also at the
+    same place of the request's own table stay where they are; the others are copied before anything
+    else of this step. Only requests with penalties have a `history`.
+    """
 
     request: Count
     sampling: Sampling
+    cached: Count = 0
+    hits: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)] = ()
+    history: History | None = None
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """Further blocks of a request's table, in the order of its positions.
+
+    Whatever a granted block held before is forgotten, unless it is among the request's `hits`.
+    """
+
+    request: Count
+    blocks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)]
+
+
+MAX_COPY_BLOCKS = 65536
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks to be copied to or from slots of the second tier, pair by pair.
+
+    Each stage answers with one `Copied`, in the order of the events.
+    """
+
+    event: Count
+    blocks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_COPY_BLOCKS)]
+    slots: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_COPY_BLOCKS)]
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
@@ -99,7 +166,8 @@ class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     Step numbers grow within a session and steps run in that order on every stage. `releases` are
     applied before, `openings` after them, both before the rows run. A step may have no rows.
     `session` names one life of the head's scheduler: with a new one, a stage forgets every request
-    of the old.
+    of the old. `store` copies blocks as they are before the openings; `load` fills blocks that are
+    granted by now and that no row of this step uses. Both may go on while later steps run.
     """
 
     pipeline: Identifier
@@ -108,7 +176,24 @@ class Step(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     rows: Annotated[tuple[Row, ...], msgspec.Meta(max_length=4096)]
     tensor: Tensor
     openings: Annotated[tuple[Opening, ...], msgspec.Meta(max_length=4096)] = ()
+    grants: Annotated[tuple[Grant, ...], msgspec.Meta(max_length=4096)] = ()
     releases: Annotated[tuple[Count, ...], msgspec.Meta(max_length=65536)] = ()
+    store: Copy | None = None
+    load: Copy | None = None
+
+
+Logprob = Annotated[float, msgspec.Meta(ge=LEAST_LOGPROB, le=0)]
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of what the model itself thinks: before temperature, bias and penalties.
+
+    `token` is that of the token drawn; `top` are the likeliest tokens, likeliest first. What is
+    less likely, or impossible, has `LEAST_LOGPROB`.
+    """
+
+    token: Logprob
+    top: Annotated[tuple[tuple[TokenId, Logprob], ...], msgspec.Meta(max_length=MAX_LOGPROBS)] = ()
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):
@@ -117,6 +202,7 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     request: Count
     position: Count
     token: TokenId
+    logprobs: Logprobs | None = None
 
 
 class Sampled(msgspec.Struct, frozen=True, tag="sampled", kw_only=True):
@@ -126,6 +212,15 @@ class Sampled(msgspec.Struct, frozen=True, tag="sampled", kw_only=True):
     session: Count
     step: Count
     tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
+
+
+class Copied(msgspec.Struct, frozen=True, tag="copied", kw_only=True):
+    """A stage is done with a `Copy`, except for the slots `failed`. Sent straight to the head."""
+
+    pipeline: Identifier
+    session: Count
+    event: Count
+    failed: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_COPY_BLOCKS)] = ()
 
 
 NackCode = Literal[
@@ -157,19 +252,25 @@ class Nack(msgspec.Struct, frozen=True, tag="nack", kw_only=True):
 Finish = Literal["stop", "length"]
 
 
-class Output(msgspec.Struct, frozen=True, tag="output", kw_only=True):
+class Output(msgspec.Struct, frozen=True, tag="output", kw_only=True, omit_defaults=True):
     """New tokens of a request, from the head to the ingress.
 
     `index` is the place of the first of `tokens` among the request's generated tokens, counted from
-    0 including those the ingress handed over at submission. `failure` names why the head gave the
-    request up; the ingress may submit it again elsewhere.
+    0 including those the ingress handed over at submission. `logprobs` are one for each of `tokens`
+    or, where nobody asked, none. `failure` names why the head gave the request up; the ingress may
+    submit it again elsewhere.
     """
 
     request: Identifier
     index: Count
     tokens: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=65536)] = ()
+    logprobs: Annotated[tuple[Logprobs, ...], msgspec.Meta(max_length=65536)] = ()
     finish: Finish | None = None
     failure: Reason | None = None
+
+    def __post_init__(self) -> None:
+        if self.logprobs and len(self.logprobs) != len(self.tokens):
+            raise ValueError("log probabilities are for all tokens or for none")
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", kw_only=True):
@@ -189,7 +290,7 @@ class Filler(msgspec.Struct, frozen=True, tag="filler", kw_only=True):
     tensor: Tensor
 
 
-Frame = Step | Sampled | Nack | Output | Cancel | Filler
+Frame = Step | Sampled | Copied | Nack | Output | Cancel | Filler
 """Everything that travels on a data channel."""
 
 _encoder = msgspec.msgpack.Encoder()

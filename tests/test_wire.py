@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from pxd import wire
 
+NAN = float("nan")
+
 
 def reader(data: bytes):
     """An async read_exactly over bytes that raises EOFError where a connection would break."""
@@ -38,6 +40,7 @@ async def test_frames_follow_each_other() -> None:
         (wire.Sampled(pipeline="p", session=5, step=1, tokens=(wire.SampledToken(1, 3, 9),)), b""),
         (wire.Nack(pipeline="p", session=5, step=1, code="bad-step", reason="gap"), b""),
         (wire.Output(request="r", index=0, tokens=(1, 2), finish="stop"), b""),
+        (wire.Output(request="r", index=0, tokens=(1,), logprobs=(wire.Logprobs(-1.5),)), b""),
         (wire.Cancel(request="r"), b""),
     ]
     data = b"".join(wire.encode(header, len(body)) + body for header, body in frames)
@@ -88,6 +91,9 @@ def test_a_body_that_is_not_the_tensor_is_refused(size: int) -> None:
         {"type": "output", "request": "r", "index": -1},
         {"type": "output", "request": "r", "index": 1 << 48},
         {"type": "output", "request": "r", "index": 0, "tokens": [1 << 31]},
+        {"type": "output", "request": "r", "index": 0, "tokens": [1, 2], "logprobs": [[-1.0, []]]},
+        {"type": "output", "request": "r", "index": 0, "tokens": [1], "logprobs": [[0.5, []]]},
+        {"type": "output", "request": "r", "index": 0, "tokens": [1], "logprobs": [[NAN, []]]},
         {"type": "nack", "pipeline": "p", "session": 1, "step": 1, "code": "odd", "reason": ""},
         [],
         7,
@@ -96,6 +102,39 @@ def test_a_body_that_is_not_the_tensor_is_refused(size: int) -> None:
 def test_headers_out_of_bounds_are_refused(header: object) -> None:
     with pytest.raises(wire.WireError, match="bad header"):
         wire.decode_header(msgspec.msgpack.encode(header), 0, wire.frame_decoder)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": -1},
+        {"temperature": NAN},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": NAN},
+        {"presence_penalty": -2.5},
+        {"frequency_penalty": 3},
+        {"logit_bias": [[5, 101]]},
+        {"logit_bias": [[-5, 1]]},
+        {"logit_bias": [[5]]},
+        {"logit_bias": [[5, 1]] * (wire.MAX_BIASES + 1)},
+        {"barred": [1] * (wire.MAX_ENDS + 1)},
+        {"min_length": -1},
+        {"logprobs": wire.MAX_LOGPROBS + 1},
+    ],
+)
+def test_sampling_out_of_bounds_is_refused(sampling: dict[str, object]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(sampling), type=wire.Sampling)
+
+
+def test_what_nobody_asked_for_takes_no_bytes() -> None:
+    assert msgspec.msgpack.encode(wire.Sampling()) == b"\x80"
+    opening = wire.Opening(1, wire.Sampling(temperature=0))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(opening)) == {
+        "request": 1,
+        "sampling": {"temperature": 0},
+    }
 
 
 @given(st.binary(max_size=200))

@@ -4,7 +4,7 @@ A client that disconnects leaves its answer's context at once, which cancels it 
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +17,15 @@ from pxd.api.body import read_json_body
 from pxd.api.chat_request import ChatCall, parse_chat_request
 from pxd.api.daemon import Daemon
 from pxd.api.errors import from_request_error, json_response
-from pxd.serving.requests import Answer, Delta, GenerationFailed, Ingress, RequestError
+from pxd.api.logprobs import logprobs_object
+from pxd.serving.requests import (
+    Answer,
+    Delta,
+    GenerationFailed,
+    Ingress,
+    RequestError,
+    TokenLogprobs,
+)
 from pxd.wire import Finish
 
 KEEP_ALIVE_S = 10.0
@@ -89,17 +97,24 @@ class _WholeAnswer(Response):
     async def _compute(self) -> None:
         call = self._call
         text: list[str] = []
+        logprobs: list[TokenLogprobs] = []
         tokens = 0
         finish: Finish | None = None
         async with await self._ingress.chat(call.model, call.messages, call.generation) as answer:
             async for delta in answer:
                 text.append(delta.text)
+                logprobs += delta.logprobs
                 tokens += delta.tokens
                 finish = delta.finish
         if finish is None:
             raise GenerationFailed("the answer broke off")
         message = {"role": "assistant", "content": "".join(text), "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": logprobs_object(logprobs) if call.wants_logprobs else None,
+            "finish_reason": finish,
+        }
         self._completion = {
             **_head(answer, "chat.completion"),
             "choices": [choice],
@@ -146,14 +161,24 @@ class _Chunks:
         if not self._began:
             self._began = True
             await self._choice({"role": "assistant", "content": ""})
-        if delta.text:
-            await self._choice({"content": delta.text})
+        if delta.text or delta.logprobs:
+            await self._choice({"content": delta.text}, logprobs=delta.logprobs)
         if delta.finish is not None:
             await self._choice({}, delta.finish)
             await self._finish()
 
-    async def _choice(self, delta: dict[str, str], finish: Finish | None = None) -> None:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    async def _choice(
+        self,
+        delta: dict[str, str],
+        finish: Finish | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> None:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": logprobs_object(logprobs) if logprobs else None,
+            "finish_reason": finish,
+        }
         chunk = {**self._head, "choices": [choice]}
         if self._include_usage:
             chunk["usage"] = None

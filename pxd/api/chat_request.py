@@ -12,15 +12,18 @@ import msgspec
 from msgspec import Meta
 
 from pxd.serving.requests import Generation, InvalidRequest, Message
-from pxd.wire import Name
+from pxd.wire import MAX_BIASES, MAX_LOGPROBS, Name, TokenId
 
 _SEED_BITS = 63
 _PLACE = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+# No leading zeros: one token has one name, so no two keys mean the same.
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 _MISSING = re.compile(r"missing required field `(?P<field>[^`]*)`")
 
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 TokenCount = Annotated[int, Meta(ge=1, lt=1 << 31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 class ContentPart(msgspec.Struct):
@@ -52,6 +55,16 @@ class ChatRequest(msgspec.Struct, kw_only=True):
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stream: bool | None = None
@@ -60,11 +73,6 @@ class ChatRequest(msgspec.Struct, kw_only=True):
 
     # Known to OpenAI's clients and not offered here: only values that change nothing are taken.
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, float] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
@@ -86,6 +94,10 @@ class ChatCall(msgspec.Struct, frozen=True):
     stream: bool
     include_usage: bool
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.generation.logprobs is not None
+
 
 def _never(_: Any) -> bool:
     return False
@@ -93,11 +105,6 @@ def _never(_: Any) -> bool:
 
 _CHANGES_NOTHING: dict[str, Callable[[Any], bool]] = {
     "n": lambda n: n == 1,
-    "logprobs": lambda wanted: not wanted,
-    "top_logprobs": lambda count: count == 0,
-    "presence_penalty": lambda penalty: penalty == 0,
-    "frequency_penalty": lambda penalty: penalty == 0,
-    "logit_bias": lambda biases: not biases,
     "response_format": lambda wanted: wanted.type == "text",
     "tools": lambda tools: not tools,
     "tool_choice": lambda choice: choice in ("none", "auto"),
@@ -117,7 +124,8 @@ def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
     """msgspec's message, with the place it names as the error's `param`."""
     text = str(error)
     place = _PLACE.search(text)
-    path = place["path"] if place else ""
+    # An entry of a map has no name of its own there.
+    path = place["path"].removesuffix("[...]") if place else ""
     text = _PLACE.sub("", text)
     if missing := _MISSING.search(text):
         path = f"{path}.{missing['field']}" if path else missing["field"]
@@ -162,17 +170,58 @@ def _message(message: ChatMessage, place: str) -> Message:
     return Message(message.role, _text(message.content, place))
 
 
+def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    for key in biases:
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidRequest(
+                f"logit_bias: keys are token ids in decimal digits, and {key[:64]!r} is none",
+                param="logit_bias",
+            )
+    return tuple((int(key), bias) for key, bias in biases.items())
+
+
+def _logprobs(request: ChatRequest) -> int | None:
+    if request.logprobs:
+        return request.top_logprobs or 0
+    if request.top_logprobs:
+        raise InvalidRequest(
+            "top_logprobs: it needs `logprobs` to be true as well", param="top_logprobs"
+        )
+    return None
+
+
 def _generation(request: ChatRequest) -> Generation:
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     seed = request.seed
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    min_tokens = request.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens: {min_tokens} is more than max_tokens, which is {max_tokens}",
+            param="min_tokens",
+        )
     return Generation(
-        max_tokens=request.max_completion_tokens or request.max_tokens,
+        max_tokens=max_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
+        # As in vLLM, -1 means all, like 0; None leaves it to the model.
+        top_k=None if request.top_k is None else max(request.top_k, 0),
+        min_p=request.min_p,
+        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        presence_penalty=_or(request.presence_penalty, 0.0),
+        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        logit_bias=_logit_bias(request.logit_bias or {}),
+        logprobs=_logprobs(request),
+        min_tokens=min_tokens,
         stop=tuple(stop),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
         # OpenAI's seeds are signed, pxd's are not; which number it is matters to nobody.
         seed=None if seed is None else seed % (1 << _SEED_BITS),
     )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def parse_chat_request(body: bytes) -> ChatCall:

@@ -83,6 +83,15 @@ Name = Annotated[
 ]
 Memory = Annotated[float | None, _option("--memory", "GIB", "The most memory to offer, in GiB.")]
 MaxLayers = Annotated[int | None, _option("--max-layers", "N", "The most layers to hold.")]
+KvTier = Annotated[
+    float | None,
+    _option(
+        "--kv-tier",
+        "GIB",
+        "Keep up to this much of the attention caches that memory has no room for: on disk, or "
+        "in the host's memory where a GPU has its own. [dim]\\[default: none][/dim]",
+    ),
+]
 Priority = Annotated[
     int,
     _option(
@@ -156,6 +165,7 @@ def build_settings(
     name: str | None = None,
     memory: float | None = None,
     max_layers: int | None = None,
+    kv_tier: float | None = None,
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -169,6 +179,8 @@ def build_settings(
         raise BadOption(f"--memory: {memory:g} GiB is nothing to offer; give a number above 0")
     if max_layers is not None and max_layers < 1:
         raise BadOption(f"--max-layers: {max_layers} is too few; give 1 or more")
+    if kv_tier is not None and not (kv_tier > 0 and math.isfinite(kv_tier)):
+        raise BadOption(f"--kv-tier: {kv_tier:g} GiB keep nothing; give a number above 0")
     if not -1000 <= priority <= 1000:
         raise BadOption(f"--priority: {priority} is not between -1000 and 1000")
     return Settings(
@@ -180,6 +192,7 @@ def build_settings(
         listen=listen,
         memory=memory,
         max_layers=max_layers,
+        kv_tier=kv_tier,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -196,6 +209,7 @@ def start(
     name: Name = None,
     memory: Memory = None,
     max_layers: MaxLayers = None,
+    kv_tier: KvTier = None,
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -211,6 +225,7 @@ def start(
             name=name,
             memory=memory,
             max_layers=max_layers,
+            kv_tier=kv_tier,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

@@ -30,8 +30,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     """State of one stage on its node. `progress` runs from 0 to 1 while loading.
 
-    `kv_tokens` is how many token positions of KV cache the stage can hold once ready. What follows
-    is measured while the stage serves, in seconds, 0 until then: `decode_s` is one decode step of
+    `kv_tokens` is how many token positions of KV cache the stage can hold once ready, and
+    `prefix_cache` whether requests can begin with blocks that others have left; `tier_slots` is how
+    many blocks its second KV tier keeps. What follows is
+    measured while the stage serves, in seconds, 0 until then: `decode_s` is one decode step of
     one request and `prefill_s` one prompt token within a long chunk, both from the step's arrival
     at the idle stage to its result. Stage 0 alone, being at the head, tells of its whole pipeline:
     `token_s` per token and `ttft_s` to the first token of a prompt of about `ttft_tokens`, both
@@ -47,6 +49,8 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: Count = 0
     restarts: Count = 0
     reason: Reason = ""
+    prefix_cache: bool = False
+    tier_slots: Count = 0
     decode_s: Measure = 0.0
     prefill_s: Measure = 0.0
     token_s: Measure = 0.0

@@ -1,41 +1,38 @@
 """The head's step scheduler: which requests run which positions in the next step.
 
-A plain state machine: no I/O, no clock. Continuous batching with chunked prefill; admission is
-first come first served and reserves the worst case, so whatever is admitted can finish.
-
-The last prompt token is always fed as a decode. Prefill chunks then need no logits at all, and one
-request alone computes exactly what `mlx_lm.generate_step` computes.
+A plain state machine: no I/O, no clock. It owns the requests from the queue to their end; a
+`Policy` decides who is let in, how KV is counted, and what a step holds.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import msgspec
 
-from pxd.engine.blocks import BlockPool
-from pxd.wire import Finish, Opening, Row, SampledToken, Sampling
+from pxd.engine.hashing import BlockHashes
+from pxd.engine.queue import QueueFull, WaitingQueue
+from pxd.engine.requests import Generated, NewRequest, Sequence
+from pxd.wire import Copy, Grant, Opening, Row, SampledToken
+
+__all__ = [
+    "Batch",
+    "Generated",
+    "NeverFits",
+    "NewRequest",
+    "PlannedStep",
+    "Policy",
+    "QueueFull",
+    "Scheduler",
+]
+
+
+MAX_OPENING_COST = 1 << 17
+"""Bytes in a step's openings beyond which no further one is added. The largest `History` on top
+still leaves room in a header."""
 
 
 class NeverFits(Exception):
-    """The request needs more KV positions than the pipeline has, even when it is alone."""
-
-
-class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`max_in_flight` steps may be under way at once: the number of stages keeps all busy."""
-
-    kv_tokens: int
-    max_in_flight: int = 1
-    max_running: int = 256
-    prefill_chunk: int = 2048
-    step_tokens: int = 4096
-
-
-class Generated(msgspec.Struct, frozen=True):
-    """One step's result for a request. An end-of-sequence token is not among `tokens`."""
-
-    request: int
-    tokens: tuple[int, ...]
-    finish: Finish | None
+    """The request needs more than the pipeline has, even when it is alone."""
 
 
 class PlannedStep(msgspec.Struct, frozen=True):
@@ -46,61 +43,139 @@ class PlannedStep(msgspec.Struct, frozen=True):
     tokens: tuple[int, ...]
     openings: tuple[Opening, ...]
     releases: tuple[int, ...]
+    grants: tuple[Grant, ...] = ()
+    store: Copy | None = None
+    load: Copy | None = None
 
 
-class _Sequence:
-    """`sent` positions are on their way or done; `awaiting` while a sampled token is due."""
+class Batch:
+    """A step in the making."""
 
-    __slots__ = ("awaiting", "eos", "limit", "number", "opened", "sampling", "sent", "tokens")
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.tokens: list[int] = []
+        self.openings: list[Opening] = []
+        self.grants: list[Grant] = []
+        self.store: Copy | None = None
+        self.load: Copy | None = None
+        self._opening_cost = 0
 
-    def __init__(
-        self,
-        number: int,
-        tokens: list[int],
-        max_new: int,
-        sampling: Sampling,
-        eos: frozenset[int],
-    ) -> None:
-        self.number = number
-        self.tokens = tokens
-        self.limit = len(tokens) + max_new
-        self.sampling = sampling
-        self.eos = eos
-        self.sent = 0
-        self.opened = False
-        self.awaiting = False
+    def accepts(self, sequence: Sequence) -> bool:
+        """Whether there is room in the step's header, if the sequence must be opened first."""
+        return sequence.opened or self._opening_cost < MAX_OPENING_COST
 
     @property
-    def prefill_left(self) -> int:
-        return len(self.tokens) - 1 - self.sent
+    def is_empty(self) -> bool:
+        return not self.rows and self.store is None and self.load is None
+
+    def open(self, sequence: Sequence) -> None:
+        """Make a sequence and all of its blocks known to the stages."""
+        if not sequence.opened:
+            sequence.opened = True
+            opening = Opening(
+                sequence.number,
+                sequence.sampling,
+                sequence.sent,
+                sequence.hits,
+                sequence.history(),
+            )
+            self.openings.append(opening)
+            self._opening_cost += _opening_cost(opening)
+        if sequence.granted < len(sequence.blocks):
+            blocks = tuple(sequence.blocks[sequence.granted :])
+            self.grants.append(Grant(sequence.number, blocks))
+            sequence.granted = len(sequence.blocks)
+
+    def take(self, sequence: Sequence, count: int, *, sample: bool) -> None:
+        """Run the next `count` positions of a sequence; with `sample` draw what follows them."""
+        self.open(sequence)
+        self.rows.append(Row(sequence.number, sequence.sent, count, sample))
+        self.tokens += sequence.tokens[sequence.sent : sequence.sent + count]
+        sequence.sent += count
+        sequence.awaiting = sample
+
+
+def _opening_cost(opening: Opening) -> int:
+    """Bytes that it may take, beside what every opening takes. Distances are mostly of one byte."""
+    sampling, history = opening.sampling, opening.history
+    numbers = 5 * (len(opening.hits) + len(sampling.barred)) + 15 * len(sampling.logit_bias)
+    return numbers + (len(history.prompt) + len(history.answer) if history else 0)
+
+
+class Policy(Protocol):
+    """How KV is counted and steps are made. `Scheduler` calls; nothing calls back."""
+
+    max_in_flight: int
+
+    def hashes(self) -> BlockHashes: ...
+
+    def refusal(self, sequence: Sequence) -> str:
+        """Why a sequence could not even run alone; empty if it can."""
+
+    def hopeless(self, sequence: Sequence) -> str:
+        """Why a sequence that does not get in, though nobody runs, never will; empty if it may."""
+
+    def begin(self) -> None:
+        """A step is about to be made."""
+
+    def admit(self, sequence: Sequence, running: Mapping[int, Sequence]) -> bool:
+        """Let in whom the queue has first, taking what it needs; False to let it wait."""
+
+    def compose(self, running: dict[int, Sequence], batch: Batch) -> list[Sequence]:
+        """Fill `batch`. Returns those that had to make room: they have lost all they had.
+
+        `running` is in the order in which members should be served; it may be rearranged.
+        """
+
+    def progressed(self, sequence: Sequence) -> None:
+        """`sequence.done` has grown."""
+
+    def ended(self, sequence: Sequence, *, intact: bool) -> None:
+        """A running sequence has ended; `intact` unless a stage has lost what it held."""
+
+    def copied(self, event: int, stage: int, failed: Iterable[int]) -> list[Sequence]:
+        """A stage is done with a copy of the second tier, except for the slots `failed`.
+
+        Returns those for whom a load has failed: they have lost all they had.
+        """
+
+    def oldest_copy(self) -> int | None:
+        """The number of the copy that has been under way for longest; numbers only grow."""
+
+    def lost(self, step: PlannedStep) -> list[int]:
+        """A stage may not have seen this step. Returns the requests that waited for its load."""
 
 
 class Scheduler:
-    """Requests are named by numbers that the caller never reuses.
-
-    Every request that was added ends exactly once: by a `Generated` with a finish, by `cancel`
-    returning True, or by being listed by `step_failed`. After `requests` have been given up as a
-    whole, the scheduler is thrown away and a new one starts a new session.
+    """Every request that was added ends exactly once: by a `Generated` with a finish, by `cancel`
+    returning True, or by being listed by `expire`, `step_failed` or `take_refused`. When all are
+    given up as a whole, the scheduler is thrown away and a new one starts a new session.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.config = config
-        self._pool = BlockPool(config.kv_tokens)
-        self._waiting: deque[_Sequence] = deque()
-        self._running: dict[int, _Sequence] = {}
-        self._decodable: deque[int] = deque()
+    def __init__(self, policy: Policy, *, max_waiting: int = 16384) -> None:
+        self.policy = policy
+        self._queue = WaitingQueue(max_waiting)
+        self._running: dict[int, Sequence] = {}
         self._releases: list[int] = []
         self._lost_releases: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}
         self._next_step = 0
+        self._admitted = 0
+        self._refused: list[tuple[int, str]] = []
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def running(self) -> int:
+        """Requests that were let in, those who wait for the second tier included."""
         return len(self._running)
+
+    @property
+    def loading(self) -> int:
+        """How many of `running` wait for blocks from the second tier."""
+        return sum(sequence.loading for sequence in self._running.values())
 
     @property
     def in_flight(self) -> int:
@@ -109,84 +184,79 @@ class Scheduler:
     @property
     def requests(self) -> list[int]:
         """Numbers of all requests that have not ended."""
-        return [*self._running, *(sequence.number for sequence in self._waiting)]
+        return [*self._running, *self.queued]
 
     @property
-    def free_blocks(self) -> int:
-        return self._pool.free
+    def queued(self) -> list[int]:
+        """Numbers of those that wait, in order of arrival."""
+        return [sequence.number for sequence in self._queue]
 
-    def add(
-        self,
-        number: int,
-        tokens: Iterable[int],
-        max_new: int,
-        sampling: Sampling,
-        eos: frozenset[int],
-    ) -> None:
-        """Queue a request that has `tokens` so far and may generate `max_new` more.
+    @property
+    def admitted(self) -> list[int]:
+        """Numbers of those that run, in order of admission."""
+        return [s.number for s in sorted(self._running.values(), key=lambda s: s.admitted)]
 
-        Raises `NeverFits` at once for one that no amount of waiting would let in.
-        """
-        sequence = _Sequence(number, list(tokens), max_new, sampling, eos)
-        if not sequence.tokens or max_new < 1:
+    def add(self, request: NewRequest) -> None:
+        """Queue a request. Raises `NeverFits` at once for one that no amount of waiting would let
+        in, and `QueueFull`."""
+        if not request.tokens or request.max_new < 1:
             raise ValueError("a request needs at least one token and room for one more")
-        if not self._pool.fits_ever(sequence.limit):
-            capacity = self.config.kv_tokens
-            raise NeverFits(
-                f"prompt and answer may take {sequence.limit} tokens, "
-                f"but this pipeline's KV cache holds {capacity}"
-            )
-        self._waiting.append(sequence)
+        sequence = Sequence(request, self.policy.hashes())
+        refusal = self.policy.refusal(sequence)
+        if refusal:
+            raise NeverFits(refusal)
+        self._queue.push(sequence)
 
     def cancel(self, number: int) -> bool:
         """Forget a request in whatever state it is; False if it has already ended."""
         if number in self._running:
             self._end(self._running[number])
             return True
-        for sequence in self._waiting:
-            if sequence.number == number:
-                self._waiting.remove(sequence)
-                return True
-        return False
+        return self._queue.remove(number) is not None
+
+    def expire(self, now: float) -> list[int]:
+        """End those whose deadline is over; returns their numbers."""
+        late = [s.number for s in (*self._running.values(), *self._queue) if s.deadline <= now]
+        for number in late:
+            self.cancel(number)
+        return late
 
     def next_step(self) -> PlannedStep | None:
         """Return the next step to send, or None while there is nothing to do or enough in flight.
 
-        A step without rows only carries releases; it still goes through all stages, in order.
+        A step without rows only carries releases and copies; it still goes through all stages, in
+        order.
         """
-        if len(self._in_flight) >= self.config.max_in_flight:
+        if len(self._in_flight) >= self.policy.max_in_flight:
             return None
+        self.policy.begin()
         self._admit()
-        rows: list[Row] = []
-        tokens: list[int] = []
-        openings: list[Opening] = []
-        self._take_decodes(rows, tokens, openings)
-        self._take_prefills(rows, tokens, openings)
-        if not rows and not self._releases:
+        batch = Batch()
+        for sequence in self.policy.compose(self._running, batch):
+            self._preempt(sequence)
+        if batch.is_empty and not self._releases:
             return None
-        number = self._next_step
-        self._next_step += 1
-        releases, self._releases = self._releases, []
-        if rows:
-            # Not with a step of their own: a stage that is in trouble would fail it at once again.
-            releases, self._lost_releases = releases + self._lost_releases, []
-        step = PlannedStep(
-            number, tuple(rows), tuple(tokens), tuple(openings), tuple(dict.fromkeys(releases))
-        )
-        self._in_flight[number] = step
+        step = self._step(batch)
+        self._in_flight[step.number] = step
         return step
 
     def step_done(self, number: int, sampled: Iterable[SampledToken]) -> list[Generated]:
         """Take a step's tokens. Unknown steps and tokens that are not due are ignored."""
-        if self._in_flight.pop(number, None) is None:
+        step = self._in_flight.pop(number, None)
+        if step is None:
             return []
+        for row in step.rows:
+            sequence = self._running.get(row.request)
+            if sequence is not None and row.position == sequence.done:
+                sequence.done += row.count
+                self.policy.progressed(sequence)
         results = []
         for item in sampled:
             sequence = self._running.get(item.request)
             if sequence is None or not sequence.awaiting or item.position != len(sequence.tokens):
                 continue
             sequence.awaiting = False
-            results.append(self._append(sequence, item.token))
+            results.append(self._append(sequence, item))
         return results
 
     def step_failed(self, number: int, also: Iterable[int] = ()) -> list[int]:
@@ -195,82 +265,86 @@ class Scheduler:
         step = self._in_flight.pop(number, None)
         if step is not None:
             lost += [row.request for row in step.rows]
+            lost += self.policy.lost(step)
             # Stages behind the failed one have not seen them; releasing twice is harmless.
             self._lost_releases += step.releases
         ended = []
         for request in dict.fromkeys(lost):
             sequence = self._running.get(request)
             if sequence is not None:
-                self._end(sequence)
+                self._end(sequence, intact=False)
                 ended.append(request)
         return ended
 
-    def _append(self, sequence: _Sequence, token: int) -> Generated:
+    def copied(self, event: int, stage: int, failed: Iterable[int] = ()) -> None:
+        """A stage is done with a copy, except for the slots `failed`; unknown ones are ignored.
+
+        Whoever waited for what could not be loaded goes back to the queue and is computed anew.
+        """
+        for sequence in self.policy.copied(event, stage, failed):
+            self._preempt(sequence)
+
+    def take_refused(self) -> list[tuple[int, str]]:
+        """Who had to be refused after waiting, and why."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def _admit(self) -> None:
+        while (sequence := self._queue.first()) is not None:
+            if not self.policy.admit(sequence, self._running):
+                reason = "" if self._running else self.policy.hopeless(sequence)
+                if not reason:
+                    return
+                self._queue.remove(sequence.number)
+                self._refused.append((sequence.number, reason))
+                continue
+            self._queue.take(sequence)
+            self._admitted += 1
+            sequence.admitted = self._admitted
+            self._running[sequence.number] = sequence
+
+    def _step(self, batch: Batch) -> PlannedStep:
+        releases, self._releases = self._releases, []
+        if not batch.is_empty:
+            # Not with a step of their own: a stage that is in trouble would fail it at once again.
+            releases, self._lost_releases = releases + self._lost_releases, []
+        number = self._next_step
+        self._next_step += 1
+        return PlannedStep(
+            number,
+            tuple(batch.rows),
+            tuple(batch.tokens),
+            tuple(batch.openings),
+            tuple(dict.fromkeys(releases)),
+            tuple(batch.grants),
+            batch.store,
+            batch.load,
+        )
+
+    def _append(self, sequence: Sequence, drawn: SampledToken) -> Generated:
+        token = drawn.token
+        logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
         if token in sequence.eos:
             self._end(sequence)
             return Generated(sequence.number, (), "stop")
         sequence.tokens.append(token)
         if len(sequence.tokens) >= sequence.limit:
             self._end(sequence)
-            return Generated(sequence.number, (token,), "length")
-        self._decodable.append(sequence.number)
-        return Generated(sequence.number, (token,), None)
+            return Generated(sequence.number, (token,), "length", logprobs)
+        return Generated(sequence.number, (token,), None, logprobs)
 
-    def _end(self, sequence: _Sequence) -> None:
-        """Steps in flight still run for it; the release is behind them on every stage."""
+    def _preempt(self, sequence: Sequence) -> None:
+        """Its blocks are gone already; what it has generated is part of its prompt from now on."""
         del self._running[sequence.number]
-        self._pool.release(sequence.number)
         if sequence.opened:
             self._releases.append(sequence.number)
+        sequence.preemptions += 1
+        sequence.reset()
+        self._queue.put_back(sequence)
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.config.max_running:
-            sequence = self._waiting[0]
-            if not self._pool.reserve(sequence.number, sequence.limit):
-                return
-            self._waiting.popleft()
-            self._running[sequence.number] = sequence
-            if sequence.prefill_left == 0:
-                self._decodable.append(sequence.number)
-
-    def _take_decodes(self, rows: list[Row], tokens: list[int], openings: list[Opening]) -> None:
-        # An even share per step in flight keeps every stage busy instead of one big batch moving
-        # from stage to stage.
-        share = min(-(-len(self._running) // self.config.max_in_flight), self.config.step_tokens)
-        while self._decodable and len(rows) < share:
-            sequence = self._running.get(self._decodable.popleft())
-            if sequence is None:
-                continue
-            self._take(sequence, 1, True, rows, tokens, openings)
-            sequence.awaiting = True
-
-    def _take_prefills(self, rows: list[Row], tokens: list[int], openings: list[Opening]) -> None:
-        for sequence in self._running.values():
-            left = sequence.prefill_left
-            room = self.config.step_tokens - len(tokens)
-            if room <= 0:
-                return
-            if left <= 0:
-                continue
-            count = min(left, self.config.prefill_chunk, self.config.step_tokens)
-            if count > room:
-                return
-            self._take(sequence, count, False, rows, tokens, openings)
-            if sequence.prefill_left == 0:
-                self._decodable.append(sequence.number)
-
-    @staticmethod
-    def _take(
-        sequence: _Sequence,
-        count: int,
-        sample: bool,
-        rows: list[Row],
-        tokens: list[int],
-        openings: list[Opening],
-    ) -> None:
-        if not sequence.opened:
-            sequence.opened = True
-            openings.append(Opening(sequence.number, sequence.sampling))
-        rows.append(Row(sequence.number, sequence.sent, count, sample))
-        tokens.extend(sequence.tokens[sequence.sent : sequence.sent + count])
-        sequence.sent += count
+    def _end(self, sequence: Sequence, *, intact: bool = True) -> None:
+        """Steps in flight still run for it; the release is behind them on every stage."""
+        del self._running[sequence.number]
+        self.policy.ended(sequence, intact=intact)
+        if sequence.opened:
+            self._releases.append(sequence.number)

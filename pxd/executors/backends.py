@@ -5,6 +5,7 @@ from typing import Protocol
 
 from pxd.cluster.records import Device
 from pxd.executors.protocol import Engine, ExecutorError, ModelDescription
+from pxd.executors.slots import Report
 
 KINDS = ("mlx",)
 
@@ -12,7 +13,8 @@ KINDS = ("mlx",)
 class Backend(Protocol):
     """What one kind of executor can do inside its worker process."""
 
-    def engine(self) -> Engine: ...
+    def engine(self, report: Report) -> Engine:
+        """`report` may be called from any thread, for every copy that is done."""
 
     def describe(self, path: Path) -> ModelDescription:
         """Raises `ExecutorError` when nothing of this model could ever be loaded."""

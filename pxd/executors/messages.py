@@ -1,7 +1,8 @@
 """Frames between the daemon and a worker process, in the framing of `pxd.wire`.
 
 The daemon sends commands. The worker runs them strictly in order and answers each with exactly one
-reply, except `Release`, which has none; `LoadProgress` frames may come before the reply to `Load`.
+reply, except `Release`, which has none; `LoadProgress` frames may come before the reply to `Load`,
+and `Copied` at any time.
 """
 
 from typing import Annotated
@@ -10,7 +11,7 @@ import msgspec
 
 from pxd.cluster.records import Device
 from pxd.executors.protocol import LoadSpec, MemoryReport, ModelDescription, StageInfo
-from pxd.wire import Count, Nack, Reason, Sampled, Step
+from pxd.wire import Copied, Count, Nack, Reason, Sampled, Step
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -60,7 +61,9 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Command = Load | Step | Release | ReadMemory | Describe | Measure
-Reply = LoadProgress | Loaded | Step | Sampled | Nack | Memory | Described | Measured | Failed
+Reply = (
+    LoadProgress | Loaded | Step | Sampled | Copied | Nack | Memory | Described | Measured | Failed
+)
 
 command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)

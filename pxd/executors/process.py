@@ -52,7 +52,7 @@ from pxd.executors.protocol import (
     Progress,
     StageInfo,
 )
-from pxd.wire import Buffer, Nack, Sampled, Step, WireError, encode, read_frame
+from pxd.wire import Buffer, Copied, Nack, Sampled, Step, WireError, encode, read_frame
 
 log = logging.getLogger("pxd.executors")
 
@@ -105,7 +105,7 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
 
     Use it as an async context manager. A caller that is cancelled while it waits leaves the worker
     in order: its reply is read and dropped. `progress` callbacks run in the executor's own task and
-    must neither block nor raise.
+    must neither block nor raise. `copied` receives a word for every copy of the second KV tier.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         self._died = trio.Event()
         self._closing = False
         self._hung = False
+        self._send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
         self._send_frames, self._frames = trio.open_memory_channel[tuple[bytes, Buffer]](math.inf)
         self._nursery_manager = trio.open_nursery()
 
@@ -263,6 +264,10 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
             while True:
                 reply, body = await read_frame(self._read_exactly, reply_decoder)
                 self._last_sign = trio.current_time()
+                if isinstance(reply, Copied):
+                    # Unbounded: there is at most one for each copy that was asked for.
+                    self._send_copied.send_nowait(reply)
+                    continue
                 if not self._pending:
                     return "it sent a reply that nobody asked for"
                 if isinstance(reply, LoadProgress):

@@ -5,11 +5,11 @@ asynchronous, and owns that process (`process.py`). Between them run the frames 
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pxd.wire import Buffer, Nack, Reason, Sampled, Step, Tensor
+from pxd.wire import Buffer, Logprobs, Nack, Reason, Sampled, Step, Tensor
 
 
 class ExecutorError(Exception):
@@ -24,7 +24,9 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Which layers of which model to load. `path` is a directory in Hugging Face layout.
 
     `fingerprint`, where not empty, must equal `ModelDescription.fingerprint` of the directory.
-    `kv_bytes` bounds the KV caches of all requests together.
+    `kv_bytes` bounds the KV caches of all requests together. `tier_bytes` bounds what the second
+    tier keeps of them: in memory of the host where the device has its own, else in a file in
+    `tier_directory`; 0 means none.
     """
 
     path: str
@@ -32,15 +34,23 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     end: int
     fingerprint: str = ""
     kv_bytes: int = 0
+    tier_bytes: int = 0
+    tier_directory: str = ""
 
 
 class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`."""
+    """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`.
+
+    `prefix_cache` says that requests can begin with blocks that others have left, and `tier_slots`
+    how many blocks the second tier can keep.
+    """
 
     layers: int
     hidden_size: int
     weight_bytes: int
     kv_tokens: int
+    prefix_cache: bool = False
+    tier_slots: int = 0
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,8 +87,16 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     unsupported: Reason = ""
 
 
+class Scored(NamedTuple):
+    """A token id with the log probabilities that its request asked for."""
+
+    token: int
+    logprobs: Logprobs
+
+
 Progress = Callable[[float], None]
-StepOutput = tuple[Tensor, Buffer] | tuple[int, ...]
+Drawn = int | Scored
+StepOutput = tuple[Tensor, Buffer] | tuple[Drawn, ...]
 """Hidden states, or on a last stage one token id per row with `sample`, in row order."""
 
 

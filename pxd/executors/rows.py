@@ -15,7 +15,7 @@ def check_rows(step: Step, lengths: Mapping[int, int]) -> None:
     request may have several rows, one behind the other, of which only the last may sample.
     """
     _check_openings(step, lengths)
-    expected = {**lengths, **{opening.request: 0 for opening in step.openings}}
+    expected = {**lengths, **{opening.request: opening.cached for opening in step.openings}}
     unknown = tuple({row.request for row in step.rows} - expected.keys())
     if unknown:
         raise StepRejected("unknown-request", f"requests {unknown} are not open", unknown)
@@ -38,6 +38,15 @@ def _check_openings(step: Step, lengths: Mapping[int, int]) -> None:
     again = tuple({number for number in opened if number in lengths or opened.count(number) > 1})
     if again:
         raise StepRejected("bad-step", f"requests {again} are opened twice", again)
+
+
+def check_copies(step: Step, *, has_tier: bool) -> None:
+    """Raises `StepRejected` for copies that this stage cannot even begin."""
+    for copy in filter(None, (step.store, step.load)):
+        if not has_tier:
+            raise StepRejected("bad-step", "this stage has no second KV tier")
+        if len(copy.blocks) != len(copy.slots):
+            raise StepRejected("bad-step", f"{len(copy.blocks)} blocks for {len(copy.slots)} slots")
 
 
 def check_capacity(step: Step, lengths: Mapping[int, int], kv_tokens: int) -> None:

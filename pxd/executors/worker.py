@@ -1,7 +1,8 @@
 """The executor process: `python -m pxd.executors.worker KIND FD`.
 
 One thread, the main one, reads commands from the socket FD, runs them on the engine and answers in
-order. Tensor libraries bind arrays and streams to threads, so nothing else ever touches the engine.
+order. Tensor libraries bind arrays and streams to threads, so nothing else ever touches the engine;
+copies of the second KV tier are reported from another thread.
 The process lives exactly as long as the daemon holds the other end of the socket.
 """
 
@@ -35,16 +36,18 @@ from pxd.executors.messages import (
     Reply,
     command_decoder,
 )
-from pxd.executors.protocol import Engine, ExecutorError, StepRejected
+from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
 from pxd.wire import (
     PREFIX_SIZE,
     Buffer,
     Limits,
+    Logprobs,
     Nack,
     NackCode,
     Sampled,
     SampledToken,
     Step,
+    Tensor,
     WireError,
     decode_header,
     decode_prefix,
@@ -63,6 +66,7 @@ class FrameSocket:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._limits = Limits()
+        self._sending = threading.Lock()
 
     def receive(self) -> tuple[Command, Buffer]:
         """Raises `EOFError` when the daemon has closed its end."""
@@ -71,9 +75,11 @@ class FrameSocket:
         return command, self._read(body_size)
 
     def send(self, reply: Reply, body: Buffer = b"") -> None:
-        self._connection.sendall(encode(reply, len(body), self._limits))
-        if body:
-            self._connection.sendall(body)
+        header = encode(reply, len(body), self._limits)
+        with self._sending:
+            self._connection.sendall(header)
+            if body:
+                self._connection.sendall(body)
 
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)
@@ -101,16 +107,20 @@ def run_step(engine: Engine, step: Step, body: Buffer) -> tuple[Sampled | Nack |
             requests=error.requests,
         )
         return nack, b""
-    if len(output) == 2 and not isinstance(output[0], int):
+    if len(output) == 2 and isinstance(output[0], Tensor):
         tensor, hidden = output
         return msgspec.structs.replace(step, tensor=tensor), hidden
     drawn = [row for row in step.rows if row.sample]
     tokens = tuple(
-        SampledToken(row.request, row.position + row.count, token)
+        SampledToken(row.request, row.position + row.count, *_parts(token))
         for row, token in zip(drawn, output, strict=True)
     )
     sampled = Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=tokens)
     return sampled, b""
+
+
+def _parts(drawn: Drawn) -> tuple[int, Logprobs | None]:
+    return drawn if isinstance(drawn, Scored) else (drawn, None)
 
 
 class Worker:
@@ -174,7 +184,7 @@ class Worker:
 
     def _engine_of(self, backend: Backend) -> Engine:
         if self._engine is None:
-            self._engine = backend.engine()
+            self._engine = backend.engine(self._frames.send)
         return self._engine
 
     def _progress(self, done: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from pxd.models.config import ModelConfig
 from pxd.models.detokenizer import Detokenizer
 from pxd.models.errors import ModelError
+from pxd.models.pieces import Pieces
 
 
 class MessageLike(Protocol):
@@ -18,16 +19,23 @@ class MessageLike(Protocol):
 
 
 class ChatTokenizer:
-    """A model's tokenizer. `eos` are the ids that end an answer; `temperature` and `top_p` are what
-    the model wants where a request does not say."""
+    """A model's tokenizer. `eos` are the ids that end an answer; the rest is what the model wants
+    where a request does not say."""
 
     def __init__(
-        self, tokenizer: Any, eos: tuple[int, ...], temperature: float = 1.0, top_p: float = 1.0
+        self,
+        tokenizer: Any,
+        eos: tuple[int, ...],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
     ) -> None:
         self._tokenizer = tokenizer
+        self._pieces = Pieces(tokenizer)
         self.eos = eos
-        self.temperature = temperature
-        self.top_p = top_p
+        self.temperature, self.top_p = temperature, top_p
+        self.top_k, self.min_p = top_k, min_p
 
     @classmethod
     def load(cls, path: Path) -> "ChatTokenizer":
@@ -66,6 +74,14 @@ class ChatTokenizer:
         except TemplateError as error:
             raise ModelError(f"the model's chat template refuses this chat: {error}") from error
         return list(ids)
+
+    def knows(self, token: int) -> bool:
+        """Whether an id stands for anything."""
+        return self._pieces.name(token) is not None
+
+    def piece(self, token: int) -> bytes:
+        """See `Pieces.of`."""
+        return self._pieces.of(token)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one for one answer."""

@@ -124,17 +124,25 @@ class ModelConfig:
         return name if name in ("float16", "float32") else "bfloat16"
 
     @property
-    def sampling(self) -> tuple[float, float]:
-        """(temperature, top-p) for requests that name none; both 1 where the model has no wish."""
-        if self._generation.get("do_sample") is False:
-            return 0.0, 1.0
-        return self._wish("temperature", 100.0), self._wish("top_p", 1.0)
+    def sampling(self) -> tuple[float, float, int, float]:
+        """(temperature, top-p, top-k, min-p) for requests that name none.
 
-    def _wish(self, key: str, limit: float) -> float:
+        (1, 1, 0, 0) where the model has no wish.
+        """
+        if self._generation.get("do_sample") is False:
+            return 0.0, 1.0, 0, 0.0
+        return (
+            self._wish("temperature", 100.0, 1.0),
+            self._wish("top_p", 1.0, 1.0),
+            int(self._wish("top_k", 1 << 31, 0.0)),
+            self._wish("min_p", 1.0, 0.0),
+        )
+
+    def _wish(self, key: str, limit: float, default: float) -> float:
         value = self._generation.get(key)
         if isinstance(value, int | float) and 0 <= value <= limit:
             return float(value)
-        return 1.0
+        return default
 
     @property
     def eos(self) -> tuple[int, ...]:

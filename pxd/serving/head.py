@@ -15,13 +15,25 @@ import msgspec
 import trio
 
 from pxd.cluster.plans import PipelinePlan, Plan
-from pxd.engine.scheduler import Generated, NeverFits, PlannedStep, Scheduler, SchedulerConfig
+from pxd.engine.continuous import Continuous, ContinuousConfig
+from pxd.engine.history import has_penalties
+from pxd.engine.scheduler import (
+    Generated,
+    NeverFits,
+    NewRequest,
+    PlannedStep,
+    QueueFull,
+    Scheduler,
+)
 from pxd.p2p.network import CallFailed, Method, Network, NetworkError
-from pxd.serving.readiness import Members, readiness
+from pxd.serving.readiness import Members, Readiness, readiness
 from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
+    MAX_ENDS,
+    MAX_HISTORY,
     Buffer,
     Cancel,
+    Copied,
     Count,
     Identifier,
     Nack,
@@ -37,6 +49,10 @@ log = logging.getLogger("pxd.serving.head")
 
 STEP_DEADLINE_S = 300.0
 HEARTBEAT_S = 15.0
+PACE_S = 0.25
+"""How long a step's share of prompts may hold up those who wait for their next token."""
+
+LEAST_PREFILL = 64
 OUTBOX_FRAMES = 4096
 OUTPUT_RETRIES_S = (0.1, 0.5, 2.0, 5.0)
 MAX_REQUESTS = 4096
@@ -53,7 +69,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     generated: Count
     max_new: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     sampling: Sampling
-    eos: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=256)]
+    eos: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_ENDS)]
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -91,11 +107,13 @@ class Head:
         self._emit = emit
         self._self_id = self_id
         self._scheduler: Scheduler | None = None
+        self._policy = Continuous(ContinuousConfig(kv_tokens=0))
         self._session = 0
         self._next_request = 0
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
         self._sent_at: dict[int, float] = {}
+        self._oldest_copy: tuple[int | None, float] = None, 0.0
         self._timings = PipelineTimings()
         self._wake = trio.Event()
 
@@ -116,22 +134,36 @@ class Head:
         state = readiness(self.pipeline, members)
         self.reason = state.reason
         if state.ready and self._scheduler is None:
-            self._open(state.kv_tokens)
+            self._open(state)
         elif not state.ready and self._scheduler is not None:
             died = "executor-died: " if "restarting" in state.states else ""
             self.close_session(died + state.reason)
 
-    def _open(self, kv_tokens: int) -> None:
-        config = SchedulerConfig(kv_tokens=kv_tokens, max_in_flight=len(self.pipeline.stages))
-        self._scheduler = Scheduler(config)
+    def _open(self, state: Readiness) -> None:
+        config = ContinuousConfig(
+            kv_tokens=state.kv_tokens,
+            max_in_flight=len(self.pipeline.stages),
+            prefix_cache=state.prefix_cache,
+            stages=len(self.pipeline.stages),
+            tier_slots=state.tier_slots,
+            root=self.pipeline.id.encode(),
+        )
+        self._policy = Continuous(config)
+        self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
-        log.info("pipeline %s serves: %d KV token positions", self.pipeline.id, kv_tokens)
+        log.info(
+            "pipeline %s serves: %d KV token positions, %d blocks in the second tier",
+            self.pipeline.id,
+            state.kv_tokens,
+            state.tier_slots,
+        )
 
     def close_session(self, reason: str) -> None:
         """Give every request back to its ingress, which may submit it again elsewhere."""
         self._scheduler = None
         self._sent_at.clear()
+        self._oldest_copy = None, 0.0
         if self._clients:
             log.warning(
                 "pipeline %s gives up %d requests: %s", self.pipeline.id, len(self._clients), reason
@@ -149,17 +181,28 @@ class Head:
             raise CallFailed("duplicate", "the head already has a request of this name")
         if len(self._clients) >= MAX_REQUESTS:
             raise CallFailed("overloaded", f"this pipeline holds {MAX_REQUESTS} requests already")
-        number = self._next_request
-        try:
-            scheduler.add(
-                number,
-                submission.tokens,
-                submission.max_new,
-                submission.sampling,
-                frozenset(submission.eos),
+        longest = len(submission.tokens) + submission.max_new
+        if has_penalties(submission.sampling) and longest > MAX_HISTORY:
+            raise CallFailed(
+                "never-fits",
+                f"with penalties, prompt and answer may take {MAX_HISTORY} tokens, not {longest}",
             )
+        number = self._next_request
+        request = NewRequest(
+            number=number,
+            tokens=submission.tokens,
+            max_new=submission.max_new,
+            sampling=submission.sampling,
+            generated=submission.generated,
+            eos=frozenset(submission.eos),
+            source=peer,
+        )
+        try:
+            scheduler.add(request)
         except NeverFits as error:
             raise CallFailed("never-fits", str(error)) from error
+        except QueueFull as error:
+            raise CallFailed("overloaded", str(error)) from error
         self._next_request += 1
         self._timings.submitted(
             trio.current_time(), number, len(submission.tokens), alone=not self._clients
@@ -199,9 +242,22 @@ class Head:
         results = self._scheduler.step_done(frame.step, frame.tokens)
         if sent is not None:
             self._timings.returned(trio.current_time(), frame.step, sent, results)
+            self._keep_pace()
         for result in results:
             self._deliver(result)
         self._wake.set()
+
+    def copied(self, stage: int, frame: Copied) -> None:
+        if self._scheduler is None or frame.session != self._session:
+            return
+        self._scheduler.copied(frame.event, stage, frame.failed)
+        self._wake.set()
+
+    def _keep_pace(self) -> None:
+        positions = self._timings.positions_within(PACE_S)
+        if positions is not None:
+            most = self._policy.config.step_tokens
+            self._policy.mixed_tokens = min(max(positions, LEAST_PREFILL), most)
 
     def nack(self, frame: Nack) -> None:
         if self._scheduler is None or frame.session != self._session:
@@ -225,6 +281,7 @@ class Head:
                 request=client.request,
                 index=client.index,
                 tokens=result.tokens,
+                logprobs=result.logprobs,
                 finish=result.finish,
             ),
         )
@@ -250,7 +307,7 @@ class Head:
         """Send steps as the scheduler gives them, until cancelled."""
         with self.cancel_scope:
             while True:
-                step = self._scheduler.next_step() if self._scheduler else None
+                step = self._next_step()
                 if step is None:
                     self._wake = trio.Event()
                     with trio.move_on_after(STEP_DEADLINE_S / 4):
@@ -263,10 +320,24 @@ class Head:
                     await self._feed(self._self_id, self._frame(step), self._body(step))
         self.close_session("the plan no longer has this pipeline")
 
+    def _next_step(self) -> PlannedStep | None:
+        if self._scheduler is None:
+            return None
+        step = self._scheduler.next_step()
+        for number, reason in self._scheduler.take_refused():
+            self._fail(number, reason)
+        return step
+
     def _check_deadline(self) -> None:
+        now = trio.current_time()
         oldest = min(self._sent_at.values(), default=None)
-        if oldest is not None and trio.current_time() - oldest > STEP_DEADLINE_S:
+        if oldest is not None and now - oldest > STEP_DEADLINE_S:
             self.close_session(f"a step took longer than {STEP_DEADLINE_S:g} s")
+        copy = self._scheduler.policy.oldest_copy() if self._scheduler else None
+        if copy is None or copy != self._oldest_copy[0]:
+            self._oldest_copy = copy, now
+        elif now - self._oldest_copy[1] > STEP_DEADLINE_S:
+            self.close_session(f"a copy of KV blocks took longer than {STEP_DEADLINE_S:g} s")
 
     def _frame(self, step: PlannedStep) -> Step:
         return Step(
@@ -276,7 +347,10 @@ class Head:
             rows=step.rows,
             tensor=Tensor("i32", (len(step.tokens),)),
             openings=step.openings,
+            grants=step.grants,
             releases=step.releases,
+            store=step.store,
+            load=step.load,
         )
 
     @staticmethod
@@ -365,6 +439,12 @@ class HeadHost:
         head = self._heads.get(frame.pipeline)
         if head is not None and peer == head.pipeline.tail:
             head.sampled(frame)
+
+    def copied(self, peer: str, frame: Copied) -> None:
+        head = self._heads.get(frame.pipeline)
+        nodes = [stage.node for stage in head.pipeline.stages] if head is not None else []
+        if head is not None and peer in nodes:
+            head.copied(nodes.index(peer), frame)
 
     def nack(self, peer: str, frame: Nack) -> None:
         head = self._heads.get(frame.pipeline)

@@ -10,6 +10,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 import trio
 
@@ -17,8 +18,8 @@ from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.models.chat import ChatTokenizer
 from pxd.models.errors import ModelError
-from pxd.models.stops import StopMatcher
 from pxd.p2p.network import CallFailed, Network, NetworkError
+from pxd.serving.answertext import AnswerText
 from pxd.serving.head import SUBMIT, Submission
 from pxd.serving.models import ModelSource
 from pxd.serving.readiness import Members, readiness
@@ -36,6 +37,8 @@ from pxd.serving.signal import Signal
 from pxd.wire import Cancel, Output, Sampling
 
 log = logging.getLogger("pxd.serving.ingress")
+
+Number = TypeVar("Number", int, float)
 
 DEFAULT_MAX_TOKENS = 4096
 SUBMIT_TIMEOUT_S = 10.0
@@ -121,6 +124,7 @@ class ChatIngress:
             tokenizer = await self.models.tokenizer(planned.name)
         except ModelError as error:
             raise NotReady(f"this node cannot take requests for {planned.name}: {error}") from error
+        _check_tokens(planned.name, tokenizer, generation)
         try:
             prompt = await trio.to_thread.run_sync(tokenizer.encode_chat, messages)
         except ModelError as error:
@@ -236,15 +240,9 @@ class ChatAnswer:
         self._room = room
         self._wanted = generation.max_tokens
         self._limit = 0
-        seed = secrets.randbits(63) if generation.seed is None else generation.seed
-        self._sampling = Sampling(
-            temperature=_or(generation.temperature, tokenizer.temperature),
-            top_p=_or(generation.top_p, tokenizer.top_p),
-            seed=seed & ((1 << 63) - 1),
-        )
-        self._eos = tuple(tokenizer.eos)
-        self._text = tokenizer.detokenizer()
-        self._stops = StopMatcher(generation.stop)
+        self._eos = tuple(dict.fromkeys((*tokenizer.eos, *generation.stop_token_ids)))
+        self._sampling = _sampling(generation, tokenizer, len(prompt), self._eos)
+        self._text = AnswerText(tokenizer, generation.stop)
         self._attempt: _Attempt | None = None
         self._attempts = 0
         self._pipeline = ""
@@ -379,30 +377,57 @@ class ChatAnswer:
                 if self._generated >= self._limit:
                     # All tokens are here; only the word that it was the last one was lost.
                     self._drop_attempt(cancel=True)
-                    text, stopped = self._stops.add(self._text.finish())
-                    yield Delta(text + self._stops.finish(), 0, "stop" if stopped else "length")
+                    yield self._text.add((), (), "length")
                     return
                 await self._recover(output.failure or "tokens were lost on the way")
                 continue
-            fresh = output.tokens[self._generated - output.index :]
+            known = self._generated - output.index
+            fresh = output.tokens[known:]
             self._tokens.extend(fresh)
             if fresh:
                 self._fruitless = self._executor_deaths = 0
-            text = self._text.add(list(fresh))
-            if output.finish is not None:
-                text += self._text.finish()
-            text, stopped = self._stops.add(text)
-            if stopped:
+            logprobs = () if self._sampling.logprobs is None else output.logprobs[known:]
+            delta = self._text.add(fresh, logprobs, output.finish)
+            if delta.finish is not None:
                 self._drop_attempt(cancel=output.finish is None)
-                yield Delta(text, len(fresh), "stop")
-                return
-            if output.finish is not None:
-                self._drop_attempt(cancel=False)
-                yield Delta(text + self._stops.finish(), len(fresh), output.finish)
+                yield delta
                 return
             if fresh:
-                yield Delta(text, len(fresh))
+                yield delta
 
 
-def _or(value: float | None, default: float) -> float:
+def _check_tokens(model: str, tokenizer: ChatTokenizer, generation: Generation) -> None:
+    """Raises `InvalidRequest` for token ids that the model's tokenizer does not know."""
+    for field, tokens in (
+        ("logit_bias", [token for token, _ in generation.logit_bias]),
+        ("stop_token_ids", generation.stop_token_ids),
+    ):
+        for token in tokens:
+            if not tokenizer.knows(token):
+                raise InvalidRequest(
+                    f"{field}: {model} has no token {token}", param=field, code="unknown_token"
+                )
+
+
+def _sampling(
+    generation: Generation, tokenizer: ChatTokenizer, prompt: int, eos: tuple[int, ...]
+) -> Sampling:
+    seed = secrets.randbits(63) if generation.seed is None else generation.seed
+    return Sampling(
+        temperature=_or(generation.temperature, tokenizer.temperature),
+        top_p=_or(generation.top_p, tokenizer.top_p),
+        top_k=_or(generation.top_k, tokenizer.top_k),
+        min_p=_or(generation.min_p, tokenizer.min_p),
+        seed=seed & ((1 << 63) - 1),
+        repetition_penalty=generation.repetition_penalty,
+        presence_penalty=generation.presence_penalty,
+        frequency_penalty=generation.frequency_penalty,
+        logit_bias=generation.logit_bias,
+        min_length=prompt + generation.min_tokens if generation.min_tokens else 0,
+        barred=eos if generation.min_tokens else (),
+        logprobs=generation.logprobs,
+    )
+
+
+def _or(value: Number | None, default: Number) -> Number:
     return default if value is None else value

@@ -9,45 +9,55 @@ from pxd.cluster.records import NodeRecord, StageReport
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     """`states` has one word per stage. `lost` is set when a node is gone, so waiting is vain until
-    there is another plan. `kv_tokens` is the capacity of the smallest stage once `ready`."""
+    there is another plan. `kv_tokens` is the capacity of the smallest stage once `ready`, and
+    `prefix_cache` says whether all of them can begin a request with what another one has left;
+    `tier_slots` is the size of the smallest second tier, in blocks."""
 
     ready: bool
     lost: bool
     states: tuple[str, ...]
     reason: str
     kv_tokens: int
+    prefix_cache: bool
+    tier_slots: int
 
 
 def stage_report(record: NodeRecord, pipeline: str) -> StageReport | None:
     return next((report for report in record.stages if report.pipeline == pipeline), None)
 
 
-def _stage_state(stage: StagePlan, pipeline: str, members: Members) -> tuple[str, str, int]:
-    """Return (state word, reason where it is not ready, kv tokens)."""
+def _stage_state(
+    stage: StagePlan, pipeline: str, members: Members
+) -> tuple[str, str, StageReport | None]:
+    """Return (state word, reason where it is not ready, report where it is)."""
     member = members.get(stage.node)
     if member is None:
-        return "dead", f"node {stage.node} is gone", 0
+        return "dead", f"node {stage.node} is gone", None
     name = member.record.name
     if member.state in ("dead", "left"):
-        return member.state, f"{name} is {member.state}", 0
+        return member.state, f"{name} is {member.state}", None
     report = stage_report(member.record, pipeline)
     layers = f"layers [{stage.start}, {stage.end})"
     if report is None:
-        return "planned", f"{name} has not begun to load {layers} yet", 0
+        return "planned", f"{name} has not begun to load {layers} yet", None
     if report.state == "loading":
-        return "loading", f"{name} is loading {layers}, {report.progress:.0%} done", 0
+        return "loading", f"{name} is loading {layers}, {report.progress:.0%} done", None
     if report.state != "ready":
-        return report.state, f"{name}, {layers}: {report.reason}", 0
-    return "ready", "", report.kv_tokens
+        return report.state, f"{name}, {layers}: {report.reason}", None
+    return "ready", "", report
 
 
 def readiness(pipeline: PipelinePlan, members: Members) -> Readiness:
     stages = [_stage_state(stage, pipeline.id, members) for stage in pipeline.stages]
-    states = tuple(state for state, _, _ in stages)
+    states = tuple(state for state, *_ in stages)
+    reports = [report for *_, report in stages if report is not None]
+    ready = len(reports) == len(stages)
     return Readiness(
-        ready=all(state == "ready" for state in states),
+        ready=ready,
         lost=any(state in ("dead", "left") for state in states),
         states=states,
         reason="; ".join(reason for _, reason, _ in stages if reason),
-        kv_tokens=min(tokens for _, _, tokens in stages),
+        kv_tokens=min(report.kv_tokens for report in reports) if ready else 0,
+        prefix_cache=ready and all(report.prefix_cache for report in reports),
+        tier_slots=min(report.tier_slots for report in reports) if ready else 0,
     )

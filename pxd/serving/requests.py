@@ -44,27 +44,55 @@ class Message(msgspec.Struct, frozen=True):
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """How to answer. `max_tokens` None means up to the model's context, within the server's cap.
 
-    `temperature` and `top_p` None mean what the model's own generation_config.json says, else 1.
-    `seed` None lets the ingress draw one. `stop` strings end the answer and are not part of it.
+    `temperature`, `top_p`, `top_k` and `min_p` None mean what the model's own
+    generation_config.json says, else 1, 1, 0 (off) and 0 (off). `seed` None lets the ingress draw
+    one. `stop` strings and `stop_token_ids` end the answer and are not part of it; before
+    `min_tokens` tokens no end-of-sequence token and none of `stop_token_ids` can be drawn, but a
+    stop string still ends the answer. The rest is as in `pxd.wire.Sampling`.
     """
 
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+
+
+class ScoredPiece(msgspec.Struct, frozen=True):
+    """A token's own bytes, which need not be whole characters, and its log probability."""
+
+    piece: bytes
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """A token of the answer, and the likeliest at its place, likeliest first."""
+
+    token: ScoredPiece
+    top: tuple[ScoredPiece, ...]
 
 
 class Delta(msgspec.Struct, frozen=True):
     """A piece of the answer. `tokens` counts the tokens behind it; `finish` is set on the last.
 
     Text may lag behind tokens (an unfinished character, a possible stop string): a delta with
-    empty text and tokens > 0 is normal.
+    empty text and tokens > 0 is normal. `logprobs`, if asked for, are of the tokens that begin in
+    the text so far and were not in an earlier delta.
     """
 
     text: str
     tokens: int
     finish: Finish | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Answer(Protocol):

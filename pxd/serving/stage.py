@@ -24,7 +24,7 @@ from pxd.executors.protocol import (
 from pxd.models.errors import ModelError
 from pxd.p2p.network import Network, NetworkError
 from pxd.serving.timings import HeadFigures, StageTimings, figures_to_publish
-from pxd.wire import Buffer, Frame, Nack, NackCode, Sampled, Step, Tensor
+from pxd.wire import Buffer, Copied, Frame, Nack, NackCode, Sampled, Step, Tensor
 
 log = logging.getLogger("pxd.serving.stage")
 
@@ -46,6 +46,9 @@ class RunningExecutor(Protocol):
     async def release(self, requests: tuple[int, ...]) -> None: ...
     async def memory(self) -> MemoryReport: ...
     async def wait_died(self) -> str: ...
+
+    @property
+    def copied(self) -> "trio.MemoryReceiveChannel[Copied]": ...
 
 
 OpenExecutor = Callable[[], AbstractAsyncContextManager[RunningExecutor]]
@@ -190,6 +193,8 @@ class StageRunner:
                 end=end,
                 fingerprint=self.model.fingerprint,
                 kv_bytes=self.stage.kv_bytes,
+                tier_bytes=self._host.tier_bytes,
+                tier_directory=str(self._host.tier_directory),
             )
             info = await executor.load(
                 spec, lambda done: self._progress(FETCH_SHARE + done * (1 - FETCH_SHARE))
@@ -197,13 +202,21 @@ class StageRunner:
             self._requests.clear()
             self._timings = StageTimings()
             log.info("stage %s is ready (executor pid %d)", self._label(), executor.pid)
-            self._set(state="ready", progress=1.0, kv_tokens=info.kv_tokens, reason="")
+            self._set(
+                state="ready",
+                progress=1.0,
+                kv_tokens=info.kv_tokens,
+                prefix_cache=info.prefix_cache,
+                tier_slots=info.tier_slots,
+                reason="",
+            )
             async with trio.open_nursery() as nursery:
                 results, outgoing = trio.open_memory_channel[Sampled | tuple[Step, Buffer]](
                     OUTBOX_STEPS
                 )
                 nursery.start_soon(self._forward, outgoing)
                 nursery.start_soon(self._execute, executor, results)
+                nursery.start_soon(self._report_copies, executor)
                 death = await executor.wait_died()
                 nursery.cancel_scope.cancel()
             raise ExecutorDied(death)
@@ -259,7 +272,7 @@ class StageRunner:
                 reason="this stage serves another pipeline now",
             )
         await self._follow_session(executor, step)
-        if step.rows:
+        if step.rows or step.store or step.load:
             return await executor.step(step, body)
         await executor.release(step.releases)
         if self._next is None:
@@ -280,6 +293,14 @@ class StageRunner:
                     log.warning("the head of %s is unreachable: %s", self._label(), error)
                 else:
                     await self._nack(result[0], "unreachable", f"next stage: {error}")
+
+    async def _report_copies(self, executor: RunningExecutor) -> None:
+        async for copied in executor.copied:
+            try:
+                await self._host.network.send(self.pipeline.head, copied)
+            except NetworkError as error:
+                # The head ends its session when it loses a stage, and waits for nothing then.
+                log.warning("the head of %s is unreachable: %s", self._label(), error)
 
     async def _nack(
         self, step: Step, code: NackCode, reason: str, requests: tuple[int, ...] = ()
@@ -310,6 +331,7 @@ class StageHost:
         find_directory: FindDirectory,
         report: Callable[[tuple[StageReport, ...]], None],
     ) -> None:
+        self.tier_bytes, self.tier_directory = 0, Path()
         self.network = network
         self.open_executor = open_executor
         self.find_directory = find_directory
@@ -322,6 +344,11 @@ class StageHost:
         """Follow a new plan. Returns at once; `run` makes it so and reports tell how far it is."""
         self._plan = plan
         self._plan_changed.set()
+
+    def allow_tier(self, size: int, directory: Path) -> None:
+        """Stages that are loaded from now on have a second KV tier of up to `size` bytes each;
+        where it is a file, it lies in `directory`."""
+        self.tier_bytes, self.tier_directory = size, directory
 
     def report_changed(self) -> None:
         self._report(tuple(runner.report for runner in self._runners.values()))

@@ -15,6 +15,8 @@ from pxd.wire import Row
 
 CHUNK_POSITIONS = 64
 CHUNK_SHARE = 0.8
+PACE_POSITIONS = 32
+STEPS_KEPT = 64
 RATE_SPAN_S = 5.0
 RATE_LEAST_S = 1.0
 
@@ -139,6 +141,8 @@ class PipelineTimings:
         self._lone_step: int | None = None
         self._lone_prompt: tuple[int, int, float] | None = None
         self._last_return = 0.0
+        self._positions: dict[int, int] = {}
+        self._pace = Figure(warm_up=1, needed=2, window=8)
 
     def submitted(self, now: float, request: int, prompt: int, *, alone: bool) -> None:
         """A request with `prompt` tokens came in; `alone` says that the head had no other."""
@@ -147,11 +151,19 @@ class PipelineTimings:
     def sent(self, step: int, rows: Sequence[Row], *, alone: bool) -> None:
         """A step went out; `alone` says that no other is in flight."""
         self._lone_step = step if alone and is_lone_decode(rows) else None
+        positions = sum(row.count for row in rows)
+        if positions >= PACE_POSITIONS:
+            self._positions[step] = positions
+            # Steps that failed never return.
+            self._positions.pop(step - STEPS_KEPT, None)
 
     def returned(self, now: float, step: int, sent: float, results: Sequence[Generated]) -> None:
         """The tokens of `step` are here, which was sent at `sent`."""
         if step == self._lone_step:
             self._token.add(now - sent)
+        positions = self._positions.pop(step, 0)
+        if positions:
+            self._pace.add((now - max(sent, self._last_return)) / positions)
         tokens = sum(len(result.tokens) for result in results)
         self._rate.add(now - max(sent, self._last_return), tokens)
         self._last_return = now
@@ -161,6 +173,11 @@ class PipelineTimings:
                 self._ttft.add(now - submitted)
                 self._prompt.add(prompt)
                 self._lone_prompt = None
+
+    def positions_within(self, seconds: float) -> int | None:
+        """How many positions of prompts a step may have so that the next one is not held up longer
+        than that; None while it is not known."""
+        return int(seconds / self._pace.value) if self._pace.value else None
 
     @property
     def figures(self) -> HeadFigures:

@@ -75,12 +75,20 @@ def test_every_parameter_arrives(server: LiveServer, client: openai.OpenAI) -> N
         seed=3,
         user="somebody",
         n=1,
-        logprobs=False,
-        presence_penalty=0,
-        frequency_penalty=0.0,
-        logit_bias={},
+        logprobs=True,
+        top_logprobs=2,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        logit_bias={"5": -100, "0": 1},
         response_format={"type": "text"},
-        extra_body={"a_field_of_another_dialect": [1]},
+        extra_body={
+            "a_field_of_another_dialect": [1],
+            "top_k": 40,
+            "min_p": 0.05,
+            "repetition_penalty": 1.1,
+            "min_tokens": 2,
+            "stop_token_ids": [7, 8],
+        },
     )
     assert server.daemon.ingress.calls == [
         (
@@ -91,7 +99,22 @@ def test_every_parameter_arrives(server: LiveServer, client: openai.OpenAI) -> N
                 Message("assistant", "a"),
                 Message("user", "one two"),
             ),
-            Generation(max_tokens=7, temperature=0.5, top_p=0.9, stop=("x", "yy"), seed=3),
+            Generation(
+                max_tokens=7,
+                temperature=0.5,
+                top_p=0.9,
+                top_k=40,
+                min_p=0.05,
+                repetition_penalty=1.1,
+                presence_penalty=0.5,
+                frequency_penalty=-0.25,
+                logit_bias=((5, -100.0), (0, 1.0)),
+                logprobs=2,
+                min_tokens=2,
+                stop=("x", "yy"),
+                stop_token_ids=(7, 8),
+                seed=3,
+            ),
         )
     ]
 
@@ -111,6 +134,13 @@ def test_defaults(server: LiveServer) -> None:
         ({"max_tokens": 5, "max_completion_tokens": 6}, Generation(max_tokens=6)),
         ({"seed": -1}, Generation(seed=(1 << 63) - 1)),
         ({"temperature": 0}, Generation(temperature=0.0)),
+        ({"logprobs": True}, Generation(logprobs=0)),
+        ({"logprobs": False, "top_logprobs": 0}, Generation()),
+        ({"extra_body": {"top_k": -1}}, Generation(top_k=0)),
+        (
+            {"extra_body": {"min_tokens": 5}, "max_tokens": 5},
+            Generation(max_tokens=5, min_tokens=5),
+        ),
     ],
 )
 def test_parameter_forms(

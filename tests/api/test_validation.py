@@ -38,6 +38,29 @@ def refused(fields: dict[str, Any]) -> InvalidRequest:
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, "stop[0]"),
         ({"stop": 5}, "stop"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1}, "repetition_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"logit_bias": {"5": 100.5}}, "logit_bias"),
+        ({"logit_bias": {"hello": 1}}, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias"),
+        ({"logit_bias": {"05": 1}}, "logit_bias"),
+        ({"logit_bias": {"5\n": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 400: 1}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
         ({"seed": "x"}, "seed"),
         ({"seed": 1 << 63}, "seed"),
         ({"stream": "yes"}, "stream"),
@@ -71,11 +94,6 @@ def test_values_that_mean_nothing(fields: dict[str, Any], param: str) -> None:
     ("field", "value"),
     [
         ("n", 2),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"5": 1}),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
@@ -99,7 +117,7 @@ def test_fields_that_would_change_the_answer(field: str, value: Any) -> None:
     [
         {"n": 1, "tools": [], "tool_choice": "none", "logprobs": False, "top_logprobs": 0},
         {"response_format": {"type": "text"}, "logit_bias": {}, "presence_penalty": 0},
-        {"modalities": ["text"], "reasoning_effort": "none", "store": True, "top_k": 40},
+        {"modalities": ["text"], "reasoning_effort": "none", "store": True},
         {"messages": [USER | {"name": "anna"}], "metadata": {"a": "b"}},
     ],
 )
@@ -138,7 +156,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=8,
 )
-FIELDS = ["temperature", "stop", "seed", "tools", "stream_options", "messages", "n", "logit_bias"]
+FIELDS = [
+    *("temperature", "stop", "seed", "tools", "stream_options", "messages", "n", "logit_bias"),
+    *("top_k", "min_tokens", "logprobs", "top_logprobs", "stop_token_ids", "repetition_penalty"),
+]
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))

@@ -68,7 +68,8 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
     result = pxd(
         *("start", "--model", str(tmp_path), "--join", TICKET, "--data-dir", str(tmp_path)),
         *("--http", "127.0.0.1:0", "--listen", "[::]:9000", "--name", "ben", "--memory", "7.5"),
-        *("--max-layers", "4", "--priority", "-5", "--no-mdns", "--relay", "--log-format", "json"),
+        *("--max-layers", "4", "--kv-tier", "20", "--priority", "-5", "--no-mdns", "--relay"),
+        *("--log-format", "json"),
     )
     assert result.exit_code == 0, result.output
     assert node.settings == Settings(
@@ -80,6 +81,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         listen="[::]:9000",
         memory=7.5,
         max_layers=4,
+        kv_tier=20.0,
         priority=-5,
         mdns=False,
         relay=True,
@@ -141,6 +143,8 @@ def test_an_interrupt_before_the_daemon_is_up(node: FakeNode) -> None:
         ("--http", "8470", "not HOST:PORT"),
         ("--http", "127.0.0.1:x", "not HOST:PORT"),
         ("--listen", "[::1]:70000", "not HOST:PORT"),
+        ("--kv-tier", "0", "keep nothing"),
+        ("--kv-tier", "inf", "keep nothing"),
         ("--memory", "0", "nothing to offer"),
         ("--memory", "-1", "nothing to offer"),
         ("--memory", "nan", "nothing to offer"),

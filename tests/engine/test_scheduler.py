@@ -3,50 +3,23 @@
 from collections import deque
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pxd.engine.blocks import BLOCK_TOKENS, BlockPool
-from pxd.engine.scheduler import NeverFits, PlannedStep, Scheduler, SchedulerConfig
-from pxd.wire import SampledToken, Sampling
+from pxd.engine.blocks import BLOCK_TOKENS
+from pxd.engine.continuous import Continuous, ContinuousConfig
+from pxd.engine.queue import OLDEST_EVERY
+from pxd.engine.scheduler import NeverFits, QueueFull, Scheduler
+from pxd.wire import SampledToken
 
-GREEDY = Sampling(temperature=0)
-EOS = 7
-
-
-def make(kv_tokens: int = 10_000, in_flight: int = 1, **options: int) -> Scheduler:
-    return Scheduler(SchedulerConfig(kv_tokens=kv_tokens, max_in_flight=in_flight, **options))
+from .pipeline import EOS, Pipeline, answer, request
 
 
-class Pipeline:
-    """Runs steps in order as a stage would, and insists on gapless positions and known requests.
+def make(kv_tokens: int = 10_000, in_flight: int = 1, **options: object) -> Scheduler:
+    config = ContinuousConfig(kv_tokens=kv_tokens, max_in_flight=in_flight, **options)  # type: ignore[arg-type]
+    return Scheduler(Continuous(config))
 
-    The next token of a request is its position + 100, or EOS where `ends` says so.
-    """
 
-    def __init__(self, ends: dict[int, int] | None = None) -> None:
-        self.caches: dict[int, list[int]] = {}
-        self.ends = ends or {}
-
-    def run(self, step: PlannedStep) -> list[SampledToken]:
-        for request in step.releases:
-            del self.caches[request]
-        for opening in step.openings:
-            assert opening.request not in self.caches
-            self.caches[opening.request] = []
-        assert sum(row.count for row in step.rows) == len(step.tokens)
-        sampled, offset = [], 0
-        for row in step.rows:
-            cache = self.caches[row.request]
-            assert row.position == len(cache)
-            assert row.count == 1 or not row.sample
-            cache.extend(step.tokens[offset : offset + row.count])
-            offset += row.count
-            if row.sample:
-                ends = self.ends.get(row.request) == len(cache)
-                token = EOS if ends else len(cache) + 100
-                sampled.append(SampledToken(row.request, len(cache), token))
-        return sampled
+def pool(scheduler: Scheduler):
+    return scheduler.policy.pool  # type: ignore[attr-defined]
 
 
 def drain(scheduler: Scheduler, pipeline: Pipeline) -> dict[int, list[int]]:
@@ -58,12 +31,13 @@ def drain(scheduler: Scheduler, pipeline: Pipeline) -> dict[int, list[int]]:
         step = scheduler.next_step()
         if step is not None:
             flying.append((step.number, pipeline.run(step)))
-            assert len(flying) <= scheduler.config.max_in_flight
+            assert len(flying) <= scheduler.policy.max_in_flight
             continue
         if not flying:
             assert not scheduler.requests
-            assert not pipeline.caches
+            assert not pipeline.open
             assert set(finished) == set(answers)
+            assert pool(scheduler).used == 0
             return answers
         for result in scheduler.step_done(*flying.popleft()):
             assert result.request not in finished
@@ -74,7 +48,7 @@ def drain(scheduler: Scheduler, pipeline: Pipeline) -> dict[int, list[int]]:
 
 def test_the_last_prompt_token_is_a_decode() -> None:
     scheduler = make()
-    scheduler.add(0, [1, 2, 3], 2, GREEDY, frozenset())
+    scheduler.add(request(0, [1, 2, 3], 2))
     first = scheduler.next_step()
     assert first is not None
     assert [(r.position, r.count, r.sample) for r in first.rows] == [(0, 2, False)]
@@ -89,8 +63,8 @@ def test_the_last_prompt_token_is_a_decode() -> None:
 def test_long_prompts_are_chunked_and_other_requests_go_on() -> None:
     scheduler = make(in_flight=2, prefill_chunk=4, step_tokens=8)
     pipeline = Pipeline()
-    scheduler.add(0, [1], 50, GREEDY, frozenset())
-    scheduler.add(1, list(range(20)), 1, GREEDY, frozenset())
+    scheduler.add(request(0, [1], 50))
+    scheduler.add(request(1, range(20), 1))
     mixed = 0
     while 1 in scheduler.requests:
         step = scheduler.next_step()
@@ -102,24 +76,66 @@ def test_long_prompts_are_chunked_and_other_requests_go_on() -> None:
     assert mixed >= 3
 
 
+def test_prefills_share_the_budget_in_turns() -> None:
+    scheduler = make(in_flight=4, prefill_chunk=8, step_tokens=8)
+    scheduler.add(request(0, range(100), 1))
+    scheduler.add(request(1, range(100), 1))
+    steps = [scheduler.next_step() for _ in range(4)]
+    assert [[row.request for row in step.rows] for step in steps if step] == [[0], [1], [0], [1]]
+
+
+def test_prompts_take_little_of_a_step_while_somebody_waits_for_a_token() -> None:
+    scheduler = make(step_tokens=100)
+    scheduler.policy.mixed_tokens = 10  # type: ignore[attr-defined]
+    scheduler.add(request(0, range(300), 9))
+    first = scheduler.next_step()
+    assert first is not None
+    assert len(first.tokens) == 100
+    scheduler.cancel(0)
+    scheduler.step_done(first.number, [])
+    scheduler.add(request(1, [1], 9))
+    scheduler.add(request(2, range(300), 9))
+    second = scheduler.next_step()
+    assert second is not None
+    assert [row.count for row in second.rows] == [1, 9]
+
+
 def test_end_of_sequence_is_not_part_of_the_answer() -> None:
     scheduler = make()
-    scheduler.add(3, [1, 2], 10, GREEDY, frozenset({EOS}))
-    assert drain(scheduler, Pipeline(ends={3: 4})) == {3: [102, 103]}
+    scheduler.add(request(3, [1, 2], 10, eos=frozenset({EOS})))
+    assert drain(scheduler, Pipeline(ends={3: 4})) == {3: answer([1, 2], 2)}
 
 
 def test_a_request_that_never_fits_is_refused_at_once() -> None:
     scheduler = make(kv_tokens=BLOCK_TOKENS * 2)
     with pytest.raises(NeverFits, match="129 tokens"):
-        scheduler.add(0, [1] * 100, 29, GREEDY, frozenset())
-    scheduler.add(0, [1] * 100, 28, GREEDY, frozenset())
+        scheduler.add(request(0, [1] * 100, 29))
+    scheduler.add(request(0, [1] * 100, 28))
     assert len(drain(scheduler, Pipeline())[0]) == 28
+
+
+def test_a_request_without_tokens_or_room_is_a_mistake() -> None:
+    for bad in (request(0, [], 1), request(0, [1], 0)):
+        with pytest.raises(ValueError, match="at least one token"):
+            make().add(bad)
+
+
+def test_the_queue_is_bounded() -> None:
+    config = ContinuousConfig(kv_tokens=1000)
+    scheduler = Scheduler(Continuous(config), max_waiting=2)
+    for number in range(2):
+        scheduler.add(request(number, [1], 1))
+    with pytest.raises(QueueFull):
+        scheduler.add(request(2, [1], 1))
+    assert scheduler.cancel(0)
+    scheduler.add(request(2, [1], 1))
+    assert scheduler.queued == [1, 2]
 
 
 def test_decodes_are_spread_over_the_steps_in_flight() -> None:
     scheduler = make(in_flight=3)
     for number in range(6):
-        scheduler.add(number, [1], 5, GREEDY, frozenset())
+        scheduler.add(request(number, [1], 5))
     steps = [scheduler.next_step() for _ in range(3)]
     assert [len(step.rows) for step in steps if step] == [2, 2, 2]
     assert scheduler.next_step() is None
@@ -127,8 +143,8 @@ def test_decodes_are_spread_over_the_steps_in_flight() -> None:
 
 def test_a_failed_step_ends_its_requests_and_releases_them_everywhere() -> None:
     scheduler = make(in_flight=2)
-    scheduler.add(0, [1], 5, GREEDY, frozenset())
-    scheduler.add(1, [1], 5, GREEDY, frozenset())
+    scheduler.add(request(0, [1], 5))
+    scheduler.add(request(1, [1], 5))
     first, second = scheduler.next_step(), scheduler.next_step()
     assert first is not None
     assert second is not None
@@ -140,80 +156,27 @@ def test_a_failed_step_ends_its_requests_and_releases_them_everywhere() -> None:
     assert scheduler.requests == [1]
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(1, 300),
-            st.integers(1, 40),
-            st.none() | st.integers(0, 30),
-            st.none() | st.integers(0, 60),
-        ),
-        min_size=1,
-        max_size=12,
-    ),
-    st.integers(1, 4),
-    st.integers(6, 40),
-    st.randoms(use_true_random=False),
-)
-def test_every_request_ends_once_and_right(requests, in_flight, blocks, random) -> None:
-    """Requests: (prompt length, max new, EOS after n tokens, cancelled at event n)."""
-    scheduler = make(blocks * BLOCK_TOKENS, in_flight, max_running=5, prefill_chunk=64)
-    pipeline = Pipeline({n: r[0] + r[2] for n, r in enumerate(requests) if r[2] is not None})
-    answers: dict[int, list[int]] = {n: [] for n in range(len(requests))}
-    ended: dict[int, str] = {}
-    flying: deque[tuple[int, list[SampledToken]]] = deque()
-    for number, (prompt, new, _, _) in enumerate(requests):
-        scheduler.add(number, range(prompt), new, GREEDY, frozenset({EOS}))
-    events = 0
-    while len(ended) < len(requests) or flying or pipeline.caches:
-        for number, request in enumerate(requests):
-            if request[3] == events and number not in ended:
-                assert scheduler.cancel(number)
-                ended[number] = "cancelled"
-        events += 1
-        step = scheduler.next_step() if random.random() < 0.6 else None
-        if step is not None:
-            flying.append((step.number, pipeline.run(step)))
-        elif flying:
-            for result in scheduler.step_done(*flying.popleft()):
-                answers[result.request].extend(result.tokens)
-                if result.finish:
-                    assert result.request not in ended
-                    ended[result.request] = result.finish
-        assert events < 50_000
-    for number, (prompt, new, eos, _) in enumerate(requests):
-        stops = eos is not None and eos < new
-        expected = [prompt + i + 100 for i in range(eos if stops else new)]
-        if ended[number] == "cancelled":
-            assert answers[number] == expected[: len(answers[number])]
-        else:
-            assert ended[number] == ("stop" if stops else "length")
-            assert answers[number] == expected
-    assert scheduler.free_blocks == blocks
-    assert not scheduler.requests
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 500)), max_size=40))
-def test_the_pool_never_gives_more_than_it_has(operations: list[tuple[int, int]]) -> None:
-    pool = BlockPool(20 * BLOCK_TOKENS)
-    held: dict[int, int] = {}
-    for request, tokens in operations:
-        if request in held:
-            pool.release(request)
-            del held[request]
-        elif pool.reserve(request, tokens):
-            held[request] = -(-tokens // BLOCK_TOKENS)
-        assert pool.used == sum(held.values()) <= pool.capacity
+def test_what_a_failed_request_has_left_is_not_used_again() -> None:
+    scheduler, pipeline = make(), Pipeline()
+    tokens = range(3 * BLOCK_TOKENS)
+    scheduler.add(request(0, tokens, 9))
+    step = scheduler.next_step()
+    assert step is not None
+    scheduler.step_done(step.number, pipeline.run(step))
+    assert pool(scheduler).cached == 2
+    step = scheduler.next_step()
+    assert step is not None
+    assert scheduler.step_failed(step.number) == [0]
+    assert pool(scheduler).cached == 0
 
 
 def test_releases_of_a_failed_step_are_not_lost() -> None:
     scheduler = make(in_flight=2)
-    scheduler.add(0, [1], 5, GREEDY, frozenset())
+    scheduler.add(request(0, [1], 5))
     first = scheduler.next_step()
     assert first is not None
     scheduler.cancel(0)
-    scheduler.add(1, [1], 5, GREEDY, frozenset())
+    scheduler.add(request(1, [1], 5))
     second = scheduler.next_step()
     assert second is not None
     assert second.releases == (0,)
@@ -221,8 +184,127 @@ def test_releases_of_a_failed_step_are_not_lost() -> None:
     released = scheduler.next_step()
     assert released is None or released.releases == (1,)
     scheduler.step_done(first.number, [])
-    scheduler.add(2, [1], 5, GREEDY, frozenset())
+    scheduler.add(request(2, [1], 5))
     seen = set(released.releases) if released else set()
     while (step := scheduler.next_step()) is not None:
         seen.update(step.releases)
     assert seen == {0, 1}
+
+
+def test_deadlines_end_requests_in_every_state() -> None:
+    scheduler = make(max_running=1)
+    scheduler.add(request(0, [1], 5, deadline=10.0))
+    scheduler.add(request(1, [1], 5, deadline=5.0))
+    scheduler.add(request(2, [1], 5))
+    step = scheduler.next_step()
+    assert step is not None
+    assert scheduler.expire(4.9) == []
+    assert scheduler.expire(5.0) == [1]
+    assert scheduler.expire(20.0) == [0]
+    assert scheduler.requests == [2]
+    assert not scheduler.cancel(0)
+
+
+def order_of_admission(scheduler: Scheduler) -> list[int]:
+    """With one request at a time and one token for each."""
+    pipeline, order = Pipeline(), []
+    while (step := scheduler.next_step()) is not None:
+        order += [row.request for row in step.rows if row.sample]
+        scheduler.step_done(step.number, pipeline.run(step))
+    return order
+
+
+def test_priority_goes_first_but_starves_nobody() -> None:
+    scheduler = make(max_running=1)
+    scheduler.add(request(0, [1], 1))
+    for number in range(1, 30):
+        scheduler.add(request(number, [1], 1, priority=5))
+    order = order_of_admission(scheduler)
+    assert order[0] == 1
+    assert order.index(0) == OLDEST_EVERY - 1
+    assert sorted(order) == list(range(30))
+
+
+def test_sources_take_turns() -> None:
+    scheduler = make(max_running=1)
+    for number in range(20):
+        scheduler.add(request(number, [1], 1, source="crowd"))
+    for number in range(20, 23):
+        scheduler.add(request(number, [1], 1, source="single"))
+    order = order_of_admission(scheduler)
+    assert [order.index(number) for number in (20, 21, 22)] <= [1, 4, 7]
+    assert order[:1] == [0]
+
+
+def test_a_common_prefix_is_computed_once() -> None:
+    scheduler, pipeline = make(), Pipeline()
+    common = list(range(1000, 1000 + 2 * BLOCK_TOKENS))
+    scheduler.add(request(0, [*common, 1], 3))
+    assert drain(scheduler, pipeline) == {0: answer([*common, 1], 3)}
+    scheduler.add(request(1, [*common, 2], 3))
+    first = scheduler.next_step()
+    assert first is not None
+    [opening] = first.openings
+    assert (opening.cached, len(opening.hits)) == (2 * BLOCK_TOKENS, 2)
+    assert [(row.position, row.sample) for row in first.rows] == [(2 * BLOCK_TOKENS, True)]
+    scheduler.step_done(first.number, pipeline.run(first))
+    # The second one has taken the blocks over; a third one meanwhile gets copies.
+    scheduler.add(request(2, [*common, 3], 3))
+    answers = drain(scheduler, pipeline)
+    assert answers[1] == answer([*common, 2], 3)[1:]
+    assert answers[2] == answer([*common, 3], 3)
+    assert pipeline.copied == 4 * BLOCK_TOKENS
+
+
+def test_a_prompt_that_is_all_known_still_feeds_its_last_token() -> None:
+    scheduler, pipeline = make(), Pipeline()
+    tokens = list(range(2 * BLOCK_TOKENS))
+    for number in range(2):
+        scheduler.add(request(number, tokens, 2))
+        assert drain(scheduler, pipeline)[number] == answer(tokens, 2)
+    assert pipeline.copied == BLOCK_TOKENS
+
+
+def test_shared_blocks_are_held_by_all_who_use_them() -> None:
+    scheduler = make(storage="shared")
+    common = list(range(2 * BLOCK_TOKENS))
+    scheduler.add(request(0, [*common, 1], 30))
+    for _ in range(2):
+        step = scheduler.next_step()
+        assert step is not None
+        sampled = [SampledToken(0, len(common) + 1, 9)] if step.rows[0].sample else []
+        scheduler.step_done(step.number, sampled)
+    used = pool(scheduler).used
+    scheduler.add(request(1, [*common, 2], 30))
+    step = scheduler.next_step()
+    assert step is not None
+    [opening] = step.openings
+    [grant] = [grant for grant in step.grants if grant.request == 1]
+    assert grant.blocks[:2] == opening.hits
+    assert pool(scheduler).used == used + 1
+    scheduler.cancel(0)
+    assert pool(scheduler).holders(opening.hits[0]) == 1
+
+
+def test_when_blocks_run_out_the_latest_comer_makes_room_and_is_done_all_the_same() -> None:
+    scheduler = make(6 * BLOCK_TOKENS, admission="preempt")
+    pipeline = Pipeline(capacity=6)
+    prompts = {number: [number] * BLOCK_TOKENS for number in range(3)}
+    for number, tokens in prompts.items():
+        scheduler.add(request(number, tokens, 4 * BLOCK_TOKENS))
+    order: list[int] = []
+    answers: dict[int, list[int]] = {number: [] for number in prompts}
+    while (step := scheduler.next_step()) is not None:
+        for result in scheduler.step_done(step.number, pipeline.run(step)):
+            answers[result.request] += result.tokens
+            order += [result.request] if result.finish else []
+    assert order == [0, 1, 2]
+    assert answers == {n: answer(tokens, 4 * BLOCK_TOKENS) for n, tokens in prompts.items()}
+
+
+def test_a_hundred_thousand_tokens_and_ten_thousand_requests() -> None:
+    scheduler, pipeline = make(kv_tokens=200_000), Pipeline()
+    scheduler.add(request(0, range(100_000), 1))
+    for number in range(1, 10_000):
+        scheduler.add(request(number, [number], 1))
+    assert len(drain(scheduler, pipeline)) == 10_000

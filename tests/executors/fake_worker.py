@@ -6,6 +6,7 @@ Its engine does what the pipeline name of a step says: ``echo``, ``sleep:SECONDS
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from pxd.executors.protocol import (
     StepOutput,
     StepRejected,
 )
+from pxd.executors.slots import Report
 from pxd.executors.worker import serve
-from pxd.wire import Buffer, Step
+from pxd.wire import Buffer, Copied, Step
 
 
 class FakeEngine:
-    def __init__(self) -> None:
+    def __init__(self, report: Report) -> None:
+        self.report = report
         self.released: list[int] = []
 
     def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
@@ -54,6 +57,10 @@ class FakeEngine:
             raise StepRejected("unknown-request", "never heard of it", (7,))
         elif action == "forward":
             return step.tensor, bytes(body)
+        elif action == "copy" and step.store:
+            copied = Copied(pipeline=step.pipeline, session=step.session, event=step.store.event)
+            # Its own thread, and this step's reply after it or before it.
+            threading.Thread(target=self.report, args=(copied,)).start()
         return tuple(100 + row.request for row in step.rows if row.sample)
 
     def release(self, requests: tuple[int, ...]) -> None:
@@ -64,8 +71,8 @@ class FakeEngine:
 
 
 class FakeBackend:
-    def engine(self) -> Engine:
-        return FakeEngine()
+    def engine(self, report: Report) -> Engine:
+        return FakeEngine(report)
 
     def describe(self, path: Path) -> ModelDescription:
         raise ExecutorError(f"nothing at {path}")

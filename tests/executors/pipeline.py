@@ -11,7 +11,7 @@ import numpy as np
 
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec
-from pxd.wire import Buffer, Opening, Row, Sampling, Step, Tensor
+from pxd.wire import Buffer, History, Opening, Row, Sampling, Step, Tensor
 
 GREEDY = Sampling(temperature=0)
 
@@ -38,7 +38,8 @@ class Pipeline:
         rows: Sequence[tuple[int, int, Sequence[int], bool]],
         samplings: dict[int, Sampling] | None = None,
         releases: Sequence[int] = (),
-    ) -> tuple[int, ...]:
+        histories: dict[int, History | None] | None = None,
+    ) -> tuple[Any, ...]:
         """Run rows of (request, position, tokens, sample); returns the sampled tokens."""
         tokens = np.array([token for row in rows for token in row[2]], "<i4")
         new = dict.fromkeys(row[0] for row in rows if row[0] not in self._open)
@@ -50,7 +51,10 @@ class Pipeline:
             step=next(self._steps),
             rows=tuple(Row(r, position, len(t), sample) for r, position, t, sample in rows),
             tensor=Tensor("i32", tokens.shape),
-            openings=tuple(Opening(r, (samplings or {}).get(r, GREEDY)) for r in new),
+            openings=tuple(
+                Opening(r, (samplings or {}).get(r, GREEDY), history=(histories or {}).get(r))
+                for r in new
+            ),
             releases=tuple(releases),
         )
         body: Buffer = tokens.tobytes()

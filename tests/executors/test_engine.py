@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
+import numpy as np
 import pytest
 
+from pxd.engine.history import history_of
 from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.protocol import ExecutorError, LoadSpec, StepRejected
+from pxd.executors.protocol import ExecutorError, LoadSpec, Scored, StepRejected
 from pxd.models.describe import describe_checkpoint
-from pxd.wire import Opening, Row, Sampling, Step, Tensor
+from pxd.wire import History, Opening, Row, Sampling, Step, Tensor
 from tests.executors.pipeline import GREEDY, Pipeline
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
@@ -198,6 +201,83 @@ def test_sampling_is_the_same_alone_in_a_batch_and_in_any_split(model: Path) -> 
     alone = run([], [[1], [2], [3], [4]])
     assert run([], [[1, 2, 3, 4]]) == alone
     assert run([1, 4], [[4, 2], [3, 1]]) == alone
+
+
+PENALTIES = {
+    1: Sampling(temperature=0, repetition_penalty=0.4),
+    2: Sampling(temperature=0.9, presence_penalty=-2, frequency_penalty=-1, seed=8),
+    3: Sampling(temperature=1.1, min_p=0.1, repetition_penalty=0.5, logit_bias=((3, 2.0),), seed=9),
+    4: Sampling(temperature=0, frequency_penalty=-2, logprobs=2),
+}
+
+
+def test_penalties_are_the_same_alone_in_a_batch_and_after_an_opening_in_the_middle(
+    model: Path,
+) -> None:
+    def run(groups: list[list[int]], again_at: int = -1) -> dict[int, list[int]]:
+        pipeline = Pipeline.load(model, LAYERS, [2])
+        sequences = {number: PROMPT[number:] for number in PENALTIES}
+
+        def begin(number: int) -> None:
+            tokens, prompt = sequences[number], len(PROMPT) - number
+            history = history_of(PENALTIES[number], tokens, prompt)
+            pipeline.prefill(number, tokens, samplings=PENALTIES, histories={number: history})
+
+        for number in PENALTIES:
+            begin(number)
+        for count in range(12):
+            if count == again_at:
+                pipeline.release(list(PENALTIES))
+                for number in PENALTIES:
+                    begin(number)
+            for group in groups:
+                rows = [(n, len(sequences[n]) - 1, sequences[n][-1:], True) for n in group]
+                for number, drawn in zip(group, pipeline.step(rows), strict=True):
+                    sequences[number].append(drawn.token if isinstance(drawn, Scored) else drawn)
+        return sequences
+
+    alone = run([[1], [2], [3], [4]])
+    assert run([[1, 2, 3, 4]]) == alone
+    assert run([[4, 2], [3, 1]], again_at=7) == alone
+    plain = Pipeline.load(model, LAYERS)
+    for number in (1, 4):
+        assert alone[number] != PROMPT[number:] + plain.generate(PROMPT[number:], 12)
+
+
+def test_a_greedy_token_is_the_same_with_its_log_probabilities(model: Path) -> None:
+    pipeline = Pipeline.load(model, LAYERS, [3])
+    wanted = pipeline.generate(PROMPT, 4)
+    pipeline.prefill(1, PROMPT, samplings={1: Sampling(temperature=0, logprobs=3)})
+    sequence = list(PROMPT)
+    whole = mlx_lm.load(str(model))[0]
+    for token in wanted:
+        [drawn] = pipeline.step([(1, len(sequence) - 1, sequence[-1:], True)])
+        logits = np.array(whole(mx.array([sequence]))[0, -1].astype(mx.float32)).astype(float)
+        expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        assert drawn.token == token == drawn.logprobs.top[0][0]
+        assert drawn.logprobs.token == drawn.logprobs.top[0][1]
+        # Prefilled in one piece, in the model's bfloat16, other roundings come out.
+        assert drawn.logprobs.token == pytest.approx(expected[token], abs=0.05)
+        assert [value for _, value in drawn.logprobs.top] == pytest.approx(
+            sorted(expected, reverse=True)[:3], abs=0.05
+        )
+        sequence.append(token)
+
+
+def test_tokens_that_do_not_exist_are_of_no_consequence(model: Path) -> None:
+    """They may come from any head; the vocabulary is this stage's."""
+    pipeline = Pipeline.load(model, LAYERS)
+    wanted = pipeline.generate(PROMPT, 2)
+    odd = Sampling(
+        temperature=0,
+        repetition_penalty=1.000001,
+        logit_bias=(((1 << 31) - 1, 5.0),),
+        barred=((1 << 31) - 1,),
+        min_length=1000,
+    )
+    history = History(prompt=((1 << 31) - 1,) * 3, answer=((1 << 31) - 1,))
+    pipeline.prefill(1, PROMPT, samplings={1: odd}, histories={1: history})
+    assert list(pipeline.step([(1, len(PROMPT) - 1, PROMPT[-1:], True)])) == wanted[:1]
 
 
 def test_logits_that_are_not_finite_end_the_step_but_not_the_engine(

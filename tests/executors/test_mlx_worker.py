@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import trio
 
+from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.executors import describe_model, measure_device, open_executor
 from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
 from pxd.models.catalog import DEMO_DIRECTORY
 from pxd.models.chat import ChatTokenizer
 from pxd.serving.requests import Message
-from pxd.wire import Opening, Row, Sampled, Sampling, Step, Tensor
+from pxd.wire import Copy, Grant, Opening, Row, Sampled, Sampling, Step, Tensor
 from tests.models.files import write_model
 from tests.tiny_models import make_tiny_model
 
@@ -95,6 +96,53 @@ async def test_the_demo_model_answers_a_batch_through_two_processes() -> None:
     assert report.requests == len(QUESTIONS)
     assert report.active > 0
     assert report.resident > 0
+
+
+async def test_a_block_goes_to_the_second_tier_and_comes_back(tmp_path: Path) -> None:
+    """Into another request, which then goes on as the first one did."""
+    tokens = list(range(1, 1 + BLOCK_TOKENS))
+
+    async def run(executor: Any, number: int, rows: Sequence[Row], **more: Any) -> Sampled:
+        fed = [
+            tokens[p % BLOCK_TOKENS]
+            for row in rows
+            for p in range(row.position, row.position + row.count)
+        ]
+        step = Step(
+            pipeline="demo",
+            session=1,
+            step=number,
+            rows=tuple(rows),
+            tensor=Tensor("i32", (len(fed),)),
+            **more,
+        )
+        result = await executor.step(step, np.array(fed, "<i4").tobytes())
+        assert isinstance(result, Sampled), result
+        return result
+
+    def opened(request: int) -> dict[str, Any]:
+        opening = Opening(request, Sampling(temperature=0))
+        return {"openings": (opening,), "grants": (Grant(request, (request, request + 1)),)}
+
+    with trio.fail_after(DEADLINE_S):
+        async with open_executor("mlx") as executor:
+            spec = LoadSpec(
+                path=str(DEMO_DIRECTORY),
+                start=0,
+                end=8,
+                tier_bytes=1 << 24,
+                tier_directory=str(tmp_path),
+            )
+            info = await executor.load(spec, lambda _: None)
+            assert info.tier_slots > 3
+            await run(executor, 0, [Row(1, 0, BLOCK_TOKENS, False)], **opened(1))
+            wanted = await run(executor, 1, [Row(1, BLOCK_TOKENS, 1, True)])
+            await run(executor, 2, [], store=Copy(0, (1,), (3,)))
+            assert (await executor.copied.receive()).failed == ()
+            await run(executor, 3, [], load=Copy(1, (5,), (3,)), releases=(1,), **opened(5))
+            assert (await executor.copied.receive()).event == 1
+            got = await run(executor, 4, [Row(5, BLOCK_TOKENS, 1, True)])
+    assert [t.token for t in got.tokens] == [t.token for t in wanted.tokens]
 
 
 async def test_a_load_that_is_refused_or_killed(tmp_path: Path) -> None:

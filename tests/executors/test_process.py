@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import trio
@@ -13,7 +14,7 @@ import trio.testing
 
 from pxd.executors.process import WorkerExecutor, open_executor, worker_environment
 from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
-from pxd.wire import Nack, Row, Sampled, SampledToken, Step, Tensor
+from pxd.wire import Copy, Nack, Row, Sampled, SampledToken, Step, Tensor
 
 WORKER = Path(__file__).with_name("fake_worker.py")
 DEADLINE_S = 60
@@ -57,6 +58,20 @@ async def test_a_failed_load_leaves_the_worker_usable(path: str, message: str) -
             with pytest.raises(ExecutorError, match=message):
                 await executor.load(LoadSpec(path=path, start=0, end=1), lambda _: None)
             assert (await executor.load(SPEC, lambda _: None)).layers == 3
+
+
+async def test_copies_are_reported_besides_the_answers() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            for number in range(20):
+                step = make_step("copy", number)
+                step = msgspec.structs.replace(step, store=Copy(100 + number, (1,), (2,)))
+                result = await executor.step(step, BODY)
+                assert isinstance(result, Sampled)
+                assert result.step == number
+            events = [(await executor.copied.receive()).event for _ in range(20)]
+    assert sorted(events) == list(range(100, 120))
 
 
 async def test_steps_are_answered_in_order_while_later_ones_wait() -> None:

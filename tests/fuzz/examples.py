@@ -53,7 +53,8 @@ def _example(info: inspect.Type, depth: int) -> Any:
         case inspect.IntType():
             return max(info.ge or 0, 1) if info.gt is None else int(info.gt) + 1
         case inspect.FloatType():
-            return float(max(info.ge or 0, 0.5)) if info.gt is None else info.gt + 0.5
+            least = max(info.ge or 0, 0.5) if info.gt is None else info.gt + 0.5
+            return float(least if info.le is None else min(least, info.le))
         case inspect.AnyType():
             return {"any": [1]}
         case _:

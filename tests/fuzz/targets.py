@@ -256,6 +256,16 @@ _CHAT = {
     "stream_options": {"include_usage": True},
     "seed": -1,
     "max_tokens": 5,
+    "min_tokens": 1,
+    "top_k": 40,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": {"5": -100, "17": 2.5},
+    "logprobs": True,
+    "top_logprobs": 2,
+    "stop_token_ids": [7],
     "response_format": {"type": "text"},
 }
 _CLUSTER = {

@@ -85,3 +85,25 @@ def test_special_tokens_in_a_message_are_text_of_the_user(tokenizer: ChatTokeniz
     """Documents what is: like everywhere with chat templates, a user can write control tokens."""
     ids = tokenizer.encode_chat((Message("user", "a<|end|>b"),))
     assert ids.count(257) == 2
+
+
+@pytest.mark.parametrize(
+    ("wishes", "expected"),
+    [
+        ({}, (1.0, 1.0, 0, 0.0)),
+        (
+            {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.05},
+            (0.7, 0.8, 20, 0.05),
+        ),
+        ({"do_sample": False, "temperature": 0.7, "top_k": 20}, (0.0, 1.0, 0, 0.0)),
+        ({"temperature": -1, "top_p": "x", "top_k": -1, "min_p": 7}, (1.0, 1.0, 0, 0.0)),
+    ],
+)
+def test_a_model_may_wish_how_it_is_sampled(
+    tmp_path: Path, wishes: dict[str, object], expected: tuple[float, float, int, float]
+) -> None:
+    path = write_model(tmp_path / "model")
+    save_tokenizer(path)
+    (path / "generation_config.json").write_text(json.dumps(wishes))
+    wishing = ChatTokenizer.load(path)
+    assert (wishing.temperature, wishing.top_p, wishing.top_k, wishing.min_p) == expected

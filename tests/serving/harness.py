@@ -5,8 +5,9 @@ right: a stage passes each value on plus one, and the next token depends on all 
 """
 
 import contextlib
+import math
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,18 @@ from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
 from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
-from pxd.wire import Buffer, Cancel, Frame, Nack, Output, Sampled, SampledToken, Step, Tensor
+from pxd.wire import (
+    Buffer,
+    Cancel,
+    Copied,
+    Frame,
+    Nack,
+    Output,
+    Sampled,
+    SampledToken,
+    Step,
+    Tensor,
+)
 from tests.memory_network import MemoryHub
 
 CONTEXT = 512
@@ -50,6 +62,8 @@ class FakeTokenizer:
     eos = (EOS,)
     temperature = 0.0
     top_p = 1.0
+    top_k = 0
+    min_p = 0.0
 
     def encode_chat(self, messages: tuple[Message, ...]) -> list[int]:
         return [ord(c) % 90 for message in messages for c in message.content]
@@ -62,6 +76,12 @@ class FakeTokenizer:
 
     def finish(self) -> str:
         return ""
+
+    def knows(self, token: int) -> bool:
+        return token < VOCABULARY
+
+    def piece(self, token: int) -> bytes:
+        return self.add([token]).encode()
 
 
 class FakeModels:
@@ -79,6 +99,7 @@ class ArithmeticExecutor:
         self.pid = 0
         self.node = node
         self.caches: dict[int, list[float]] = {}
+        self.send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
         self._died = trio.Event()
         self._why = ""
         self._last = False
@@ -108,6 +129,10 @@ class ArithmeticExecutor:
     async def memory(self) -> MemoryReport:
         return MemoryReport(active=0, resident=0, requests=len(self.caches))
 
+    def open(self, step: Step) -> None:
+        for opening in step.openings:
+            self.caches[opening.request] = []
+
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         await self.node.gate.wait()
         await trio.sleep(self.node.pace * sum(row.count for row in step.rows))
@@ -115,8 +140,7 @@ class ArithmeticExecutor:
         if self._died.is_set():
             raise ExecutorDied(self._why)
         await self.release(step.releases)
-        for opening in step.openings:
-            self.caches[opening.request] = []
+        self.open(step)
         values = array("i" if step.tensor.dtype == "i32" else "f", bytes(body))
         sampled, offset = [], 0
         for row in step.rows:
@@ -155,6 +179,7 @@ class ServingNode:
         self.gate = trio.Event()
         self.gate.set()
         self.refuse_load = ""
+        self.executor_type: Callable[[ServingNode], ArithmeticExecutor] = ArithmeticExecutor
         self.pace = 0.0
         self.changed = Signal()
         self.scope = trio.CancelScope()
@@ -175,7 +200,7 @@ class ServingNode:
 
     @contextlib.asynccontextmanager
     async def open_executor(self) -> AsyncIterator[ArithmeticExecutor]:
-        executor = ArithmeticExecutor(self)
+        executor = self.executor_type(self)
         self.executors.append(executor)
         yield executor
 
@@ -189,6 +214,8 @@ class ServingNode:
                 await self.stages.feed(peer, frame, body)
             case Sampled():
                 self.heads.sampled(peer, frame)
+            case Copied():
+                self.heads.copied(peer, frame)
             case Nack():
                 self.heads.nack(peer, frame)
             case Output():

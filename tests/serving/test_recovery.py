@@ -5,7 +5,7 @@ import trio
 from trio.testing import MockClock
 
 from pxd.cluster.plans import Epoch, ModelPlan, Plan
-from pxd.engine.scheduler import SchedulerConfig
+from pxd.engine.continuous import ContinuousConfig
 from pxd.executors.protocol import ExecutorError
 from pxd.serving import head
 from pxd.serving.head import SUBMIT, Submission
@@ -90,8 +90,8 @@ async def test_a_long_prefill_is_not_taken_for_a_stall(
     monkeypatch.setattr(harness, "CONTEXT", 40_000)
     monkeypatch.setattr(
         head,
-        "SchedulerConfig",
-        lambda **options: SchedulerConfig(**{**options, "kv_tokens": 64_000}),
+        "ContinuousConfig",
+        lambda **options: ContinuousConfig(**{**options, "kv_tokens": 64_000}),
     )
     async with ServingCluster("a", "b").running() as cluster:
         await cluster.ready(cluster.publish("b"))

@@ -103,6 +103,24 @@ class Session:
         return self.timings.figures
 
 
+def test_the_pace_of_prompts_is_that_of_the_slowest_stage() -> None:
+    session = Session()
+    for _ in range(3):
+        session.run((prefill(8),), 4.0)
+    assert session.timings.positions_within(1.0) is None
+    for _ in range(3):
+        session.run((prefill(100), decode(2)), 0.505, 2)
+    assert session.timings.positions_within(0.25) == 50
+    # Steps that follow each other closely were under way at the same time.
+    first = session.step
+    for step in range(first, first + 12):
+        session.timings.sent(step, (prefill(100),), alone=False)
+    for step in range(first, first + 12):
+        session.now += 0.1
+        session.timings.returned(session.now, step, session.now - 0.3, [])
+    assert session.timings.positions_within(0.25) == 250
+
+
 def test_time_per_token_of_one_request_alone() -> None:
     session = Session()
     for _ in range(4):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pxd.cluster.records import Device
 from pxd.executors.protocol import Engine, ModelDescription
+from pxd.executors.slots import Report
 
 # Imported where they are used: mlx-lm takes seconds, and a worker needs but one of these.
 
@@ -15,10 +16,10 @@ class MlxBackend:
 
         del mlx.core
 
-    def engine(self) -> Engine:
+    def engine(self, report: Report) -> Engine:
         from pxd.executors.mlx.engine import MlxEngine
 
-        return MlxEngine()
+        return MlxEngine(report)
 
     def describe(self, path: Path) -> ModelDescription:
         from pxd.executors.mlx.describe import describe

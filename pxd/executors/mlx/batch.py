@@ -7,22 +7,23 @@ leave are cut out and those who join are appended, by mlx-lm's own batch caches.
 from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache
 
+from pxd.engine.sampling import Sampler
 from pxd.executors.mlx.stage import Caches
-from pxd.wire import Sampling
 
 
 class Request:
-    """One request on this stage: `length` positions are in its caches.
+    """One request on this stage: `length` positions are in its caches. Only the last stage draws.
 
     The caches are its own, or while it is in a batch one row of the batch's.
     """
 
-    __slots__ = ("batch", "caches", "length", "number", "sampling")
+    __slots__ = ("batch", "caches", "length", "number", "sampler")
 
-    def __init__(self, number: int, sampling: Sampling, caches: Caches) -> None:
+    def __init__(self, number: int, sampler: Sampler | None, caches: Caches) -> None:
         self.number = number
-        self.sampling = sampling
+        self.sampler = sampler
         self.length = 0
         self.caches: Caches | None = caches
         self.batch: Batch | None = None
@@ -78,6 +79,24 @@ def own_caches(request: Request) -> Caches:
     if request.caches is None:
         raise RuntimeError(f"request {request.number} has lost its caches")
     return request.caches
+
+
+def copy_of(request: Request) -> Caches:
+    """Caches with what the request has now; it stays where it is."""
+    if request.batch is not None:
+        row = request.batch.members.index(request)
+        return [cache.extract(row) for cache in request.batch.caches]
+    return own_caches(request)
+
+
+def positions_of(caches: Caches, row: int, begin: int, end: int) -> list[mx.array]:
+    """Keys and values of positions [begin, end) of one row, by turns; nothing is evaluated."""
+    arrays = []
+    for cache in caches:
+        padding = cache.left_padding[row].item() if isinstance(cache, BatchKVCache) else 0
+        for array in (cache.keys, cache.values):
+            arrays.append(array[row : row + 1, :, padding + begin : padding + end, :])
+    return arrays
 
 
 def batch_of(requests: Sequence[Request]) -> Batch:

@@ -14,14 +14,18 @@ import mlx.core as mx
 import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from pxd.engine.sampling import Sampler
 from pxd.executors.mlx.batch import Request, batch_of, drop, own_caches
 from pxd.executors.mlx.decode import draw_tokens
 from pxd.executors.mlx.loader import load_stage
+from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
 from pxd.executors.mlx.split import cache_token_bytes
-from pxd.executors.mlx.stage import Stage
+from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.mlx.tensors import from_wire, to_wire
+from pxd.executors.mlx.tier import Tier, open_tier
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches
 from pxd.executors.protocol import (
+    Drawn,
     ExecutorError,
     LoadSpec,
     MemoryReport,
@@ -32,11 +36,13 @@ from pxd.executors.protocol import (
 )
 from pxd.executors.rows import (
     check_capacity,
+    check_copies,
     check_hidden,
     check_rows,
     check_tokens,
     requests_of,
 )
+from pxd.executors.slots import Report
 from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError
 from pxd.wire import Buffer, Row, Step, Tensor
@@ -59,9 +65,14 @@ class _Part:
 class MlxEngine:
     """See `pxd.executors.protocol.Engine`. Everything must be called in one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report = lambda _: None) -> None:
+        """`report` is called from another thread for every copy of the second tier."""
+        self._report = report
         self._stage: Stage | None = None
         self._requests: dict[int, Request] = {}
+        self._prefixes: PrefixStore | None = None
+        self._tier: Tier | None = None
+        self._session = -1
         self._batching = False
         self._kv_tokens: int | None = None
         self._steps = 0
@@ -90,8 +101,16 @@ class MlxEngine:
             ) from error
         self._stage = loaded.stage
         self._batching = supports_batches(loaded.stage, loaded.dtype)
+        if can_share_prefixes(loaded.stage.make_caches()):
+            self._prefixes = PrefixStore(self._requests)
         mx.clear_cache()
-        token_bytes = _token_bytes(loaded.stage, loaded.dtype)
+        caches = _used_caches(loaded.stage, loaded.dtype)
+        # Counting windows in full promises less than there is, but holds for any mix of requests.
+        token_bytes = sum(cache_token_bytes(cache) for cache in caches)
+        if spec.tier_bytes and self._prefixes is None:
+            log.warning("no KV tier: caches of several kinds, or with a state, cannot be cut up")
+        elif spec.tier_bytes and self._prefixes is not None:
+            self._tier = open_tier(spec, caches, self._prefixes, self._requests, self._report)
         kv_tokens = spec.kv_bytes // token_bytes if token_bytes else 1 << 40
         self._kv_tokens = kv_tokens if spec.kv_bytes else None
         return StageInfo(
@@ -99,20 +118,26 @@ class MlxEngine:
             hidden_size=loaded.stage.hidden_size,
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
+            prefix_cache=self._prefixes is not None,
+            tier_slots=self._tier.slots if self._tier else 0,
         )
 
     def step(self, step: Step, body: Buffer) -> StepOutput:
         """Run a step. Raises `StepRejected`; one that is rejected before it runs changes nothing,
         except that its `releases` are freed."""
+        self._follow_session(step)
         self.release(step.releases)
+        if self._tier is not None:
+            self._tier.put_in_place()
         stage = self._stage
         if stage is None:
             raise StepRejected("not-ready", "no layers are loaded")
         self._check(stage, step, body)
-        for opening in step.openings:
-            self._requests[opening.request] = Request(
-                opening.request, opening.sampling, stage.make_caches()
-            )
+        if self._tier is not None and step.store is not None:
+            self._tier.store(step, step.store)
+        self._open(stage, step)
+        if self._tier is not None and step.load is not None:
+            self._tier.load(step, step.load)
         if not step.rows:
             return () if stage.last else (Tensor("i32", (0,)), b"")
         try:
@@ -127,9 +152,38 @@ class MlxEngine:
 
     def release(self, requests: tuple[int, ...]) -> None:
         """Free requests; unknown ones are ignored."""
-        known = [self._requests.pop(number) for number in requests if number in self._requests]
+        known = [self._requests[number] for number in requests if number in self._requests]
+        if self._prefixes is not None:
+            for request in known:
+                self._prefixes.release(request)
+        for request in known:
+            del self._requests[request.number]
         if known:
             drop(known)
+
+    def _follow_session(self, step: Step) -> None:
+        """What an earlier life of the head knew is of no use to this one."""
+        if step.session != self._session:
+            self.release(tuple(self._requests))
+            if self._prefixes is not None:
+                self._prefixes.clear()
+            if self._tier is not None:
+                self._tier.forget()
+            self._session = step.session
+
+    def _open(self, stage: Stage, step: Step) -> None:
+        for opening in step.openings:
+            caches, length = stage.make_caches(), 0
+            if self._prefixes is not None:
+                caches, length = self._prefixes.open(opening, caches), opening.cached
+            sampler = (
+                Sampler(opening.sampling, stage.vocabulary, opening.history) if stage.last else None
+            )
+            request = Request(opening.request, sampler, caches)
+            request.length = length
+            self._requests[opening.request] = request
+        if self._prefixes is not None:
+            self._prefixes.grant(step)
 
     def memory(self) -> MemoryReport:
         return MemoryReport(
@@ -141,6 +195,11 @@ class MlxEngine:
     def _check(self, stage: Stage, step: Step, body: Buffer) -> None:
         lengths = {number: request.length for number, request in self._requests.items()}
         check_rows(step, lengths)
+        if self._prefixes is not None:
+            self._prefixes.check(step)
+        elif any(opening.cached for opening in step.openings):
+            raise StepRejected("bad-step", "this model's caches cannot be shared")
+        check_copies(step, has_tier=self._tier is not None)
         if not step.rows:
             return
         if self._kv_tokens is not None:
@@ -160,6 +219,8 @@ class MlxEngine:
         for number in lost:
             request = self._requests.pop(number)
             request.batch = request.caches = None
+            if self._prefixes is not None:
+                self._prefixes.lose(number)
         return tuple(lost)
 
     def _run(self, stage: Stage, step: Step, body: Buffer) -> StepOutput:
@@ -168,7 +229,7 @@ class MlxEngine:
         outputs: list[tuple[_Part, mx.array]] = []
         for part in prefills:
             outputs.append((part, self._prefill(stage, part, inputs)))
-        tokens: dict[int, int] = {}
+        tokens: dict[int, Drawn] = {}
         for group in self._groups(decodes):
             rows = mx.array([part.begin for part in group])
             decoded = self._decode(stage, group, inputs[rows][:, None])
@@ -218,7 +279,7 @@ class MlxEngine:
         part.request.length += part.end - part.begin
         return output[0]
 
-    def _decode(self, stage: Stage, group: list[_Part], inputs: mx.array) -> mx.array | list[int]:
+    def _decode(self, stage: Stage, group: list[_Part], inputs: mx.array) -> mx.array | list[Drawn]:
         """Hidden states ``(rows, 1, hidden)``, or on the last stage tokens, in group order."""
         requests = [part.request for part in group]
         order = list(range(len(group)))
@@ -251,11 +312,8 @@ def _hint(error: Exception) -> str:
     return ""
 
 
-def _token_bytes(stage: Stage, dtype: mx.Dtype) -> int:
-    """Bytes of KV cache that one position takes on this stage, sliding windows counted in full.
-
-    Counting windows in full promises less than there is, but holds for any mix of requests.
-    """
+def _used_caches(stage: Stage, dtype: mx.Dtype) -> Caches:
+    """Caches with a few positions, of which only shapes and types are known."""
     caches = stage.make_caches()
     stage.forward(dummy_inputs(stage, 1, 2, dtype), caches)
-    return sum(cache_token_bytes(cache) for cache in caches)
+    return caches

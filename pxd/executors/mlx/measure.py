@@ -38,6 +38,11 @@ def _identify() -> tuple[str, str, int]:
     return kind, name, int(memory)
 
 
+def has_own_memory() -> bool:
+    """Whether the device does not share the memory of the host."""
+    return bool(mx.default_device() == mx.gpu) and not mx.metal.is_available()
+
+
 def _best(rate: Callable[[int], float], first: int, last: int) -> float:
     """The best rate over growing sizes, until the time is up."""
     best, size = 0.0, first

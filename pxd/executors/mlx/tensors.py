@@ -20,11 +20,17 @@ def from_wire(tensor: Tensor, body: Buffer) -> mx.array:
     return array.view(mx.bfloat16) if tensor.dtype == "bf16" else array
 
 
-def to_wire(array: mx.array) -> tuple[Tensor, memoryview]:
+def dtype_of(array: mx.array) -> DType:
     """Raises `TypeError` for a type that has no name on the wire."""
     dtype = _FROM_MLX.get(array.dtype)
     if dtype is None:
-        raise TypeError(f"hidden states of type {array.dtype} cannot be sent")
+        raise TypeError(f"numbers of type {array.dtype} cannot be sent")
+    return dtype
+
+
+def to_wire(array: mx.array) -> tuple[Tensor, memoryview]:
+    """Raises `TypeError` as `dtype_of` does."""
+    dtype = dtype_of(array)
     bits = array.view(mx.uint16) if dtype == "bf16" else array
     data = np.ascontiguousarray(np.array(bits, copy=False))
     return Tensor(dtype, tuple(array.shape)), data.data.cast("B")

@@ -1,0 +1,66 @@
+"""Guessing the next tokens of a request from what it has said before.
+
+Prompt lookup (Saxena 2023): where the last few tokens stood before, what followed them then is
+likely to follow again. A guess is checked by the model itself in one pass, so it changes nothing
+but the time; it pays where a pass through the pipeline takes long, whatever is in it.
+"""
+
+LONGEST, SHORTEST = 4, 2
+"""Tokens that must agree, of which the longest match is preferred."""
+
+
+class Lookup:
+    """Where each run of `SHORTEST` to `LONGEST` tokens of a growing sequence stood last."""
+
+    __slots__ = ("_seen", "_tokens")
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._seen: dict[tuple[int, ...], int] = {}
+
+    def follow(self, tokens: list[int]) -> None:
+        """`tokens` begin with all of those followed so far."""
+        known = self._tokens
+        for token in tokens[len(known) :]:
+            # What ends before this token is indexed only now, so that it is never its own match.
+            for length in range(SHORTEST, min(LONGEST, len(known)) + 1):
+                self._seen[tuple(known[-length:])] = len(known)
+            known.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """Up to `most` tokens that may come next."""
+        known = self._tokens
+        for length in range(min(LONGEST, len(known)), SHORTEST - 1, -1):
+            place = self._seen.get(tuple(known[-length:]))
+            if place is not None:
+                return known[place : place + most]
+        return []
+
+
+class Confidence:
+    """How many tokens to guess for one request: more while guesses come true, fewer otherwise."""
+
+    __slots__ = ("_most", "_pause", "_width")
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._width = min(4, most)
+        self._pause = 0
+
+    @property
+    def width(self) -> int:
+        return 0 if self._pause else self._width
+
+    def passed(self) -> None:
+        """A token was drawn without a guess."""
+        self._pause = max(0, self._pause - 1)
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Of a guess of `guessed` tokens the first `right` were what the model drew."""
+        if right == guessed:
+            self._width = min(self._most, 2 * self._width)
+        elif right == 0:
+            if self._width == 1:
+                # Guess again only after a while: even a wrong guess costs some computing.
+                self._pause = 16
+            self._width = max(1, self._width // 2)
