@@ -86,6 +86,10 @@ class Schedule:
         if len(leaders) != 1 or {process.leadership.leader for process in running} != {*leaders}:
             followed = {p.name: p.leadership.leader for p in running}
             return f"{leaders} are in office, followed are {followed}"
+        terms = {process.leadership.term for process in running}
+        led = self.simulator.processes[leaders[0]].leadership.leads
+        if terms != {led}:
+            return f"{leaders} leads in term {led}, known are {sorted(terms)}"
         for process in running:
             if not self.simulator.sees_exactly(process, names):
                 return f"{process.name} sees {process.states()}, running are {sorted(names)}"
