@@ -135,6 +135,7 @@ class Membership:
 
     def disconnected(self, now: float, peer: str) -> None:
         """The transport lost a connection: ask at once whether the peer is still there."""
+        self._forgive_freeze(now)
         self._connected.discard(peer)
         self._strangers.discard(peer)
         member = self._table.members.get(peer)
@@ -151,6 +152,7 @@ class Membership:
     def vanished(self, now: float, peer: str) -> None:
         """The transport was told that nobody listens any more where the peer was: its process has
         ended, unless others still reach it elsewhere."""
+        self._forgive_freeze(now)
         member = self._table.members.get(peer)
         if self._running and member is not None and member.live and peer not in self._connected:
             self._beliefs.vanished(now, peer)
@@ -296,7 +298,10 @@ class Membership:
 
     def _forgive_freeze(self, now: float) -> None:
         """After a time in which this node was frozen nobody is blamed for not having answered:
-        the answers may be waiting unread."""
+        the answers may be waiting unread. Before anything else, or what is begun now would be put
+        off, too."""
+        if not self._running:
+            return
         late = now - max(self._called_at, self._promised)
         self._called_at = now
         if late > self._config.lateness:

@@ -18,6 +18,7 @@ EVER_FAILED = {
     1334: "a slow node still told of the dead what it had been told long before",
     1513: "a slow node still answered what it had been asked long before",
     7111: "a slow node's old work took a ban back",
+    7903: "a question begun after a freeze was put off by the length of the freeze",
     8636: "a leader about to take another term was taken for settled",
     9148: "the same",
     10186: "what came by synchronisation was not passed on, and took its time to reach everybody",

@@ -85,3 +85,14 @@ def test_one_that_others_reach_elsewhere_is_not_suspected_for_a_closed_door() ->
     membership.disconnected(20.0, "a")
     run_answered(membership, 22.4, others)
     assert membership.members["a"].state == "suspect"
+
+
+def test_what_is_asked_after_a_freeze_is_not_put_off() -> None:
+    membership = member(record("a"), *(record(f"n{i}") for i in range(6)))
+    membership.connected("a")
+    run_answered(membership, 3.0)
+    # Frozen for a minute; the first thing that it hears is that a connection is gone.
+    membership.disconnected(63.0, "a")
+    membership.tick(63.0)
+    run_answered(membership, 65.0, others)
+    assert membership.members["a"].state == "suspect"
