@@ -14,7 +14,7 @@ from tests.netns import Machine, lan, needs_netns
 
 from .daemons import Daemon, wait_for
 
-pytestmark = [pytest.mark.slow, needs_netns]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, needs_netns]
 
 NAMES = ("ann", "bob", "cat", "old", "far")
 Findings = dict[str, dict[str, Any]]

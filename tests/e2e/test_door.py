@@ -10,7 +10,7 @@ from pxd.identity import Ticket
 
 from .daemons import Daemon, Status, cluster, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def control(daemon: Daemon, *arguments: str) -> Any:

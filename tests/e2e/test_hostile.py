@@ -19,7 +19,7 @@ from pxd.identity import Ticket
 
 from .daemons import Daemon, all_hold, cluster, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 MIB = 1 << 20
 GROWTH_LIMIT = 64 * MIB

@@ -20,7 +20,7 @@ from tests.netns import lan, needs_netns, partition
 
 from .daemons import Daemon, Status, pipelines, wait_for
 
-pytestmark = [pytest.mark.slow, needs_netns]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, needs_netns]
 
 NAMES = ("ann", "bob", "cat", "dan", "eve")
 QUESTION, FACT = "What is the capital of Norway?", "Oslo"

@@ -9,7 +9,7 @@ from tests.netns import homes, needs_netns
 from .daemons import Daemon, Status, pipelines, wait_for
 from .test_lan import FACT, QUESTION
 
-pytestmark = [pytest.mark.slow, needs_netns]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, needs_netns]
 
 LAYERS = ("--max-layers", "4")
 

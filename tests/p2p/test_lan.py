@@ -16,7 +16,7 @@ import pytest
 
 from tests.netns import Machine, Network, needs_netns, network
 
-pytestmark = [pytest.mark.slow, needs_netns]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, needs_netns]
 
 KEY = "6b" * 32
 Seen = dict[str, Any]

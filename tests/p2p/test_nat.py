@@ -12,7 +12,7 @@ from pxd.p2p import punch
 from tests.netns import homes, lan, needs_netns, partition
 from tests.p2p.remote import RelayProcess, Remote
 
-pytestmark = needs_netns
+pytestmark = [pytest.mark.alone, needs_netns]
 
 
 def wait_for(condition: Callable[[], object], what: str, within: float = 30.0) -> None:

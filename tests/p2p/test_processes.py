@@ -12,7 +12,7 @@ from pxd.p2p.network import PeerUnreachable
 from tests.p2p.nodes import ECHO, Nodes, Text, eventually
 from tests.p2p.test_channels import Collector, step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 async def start_peer(nursery: trio.Nursery, directory: Path, *join: str) -> trio.Process:
