@@ -3,9 +3,9 @@
 Every node computes the same leader from the same view, among live members that have settled and
 are not about to leave: the greatest priority, then who is in office in the latest term, then the
 smallest seniority (the place in join order), then the smallest id. Whoever was away and has been
-followed does not take the lead back, so that leaders do not take turns. Where leaders have just
-changed, a further one that is merely silent is given time: the network may be what is at fault, and
-the members' views with it. Two leaders for a moment
+followed does not take the lead back, so that leaders do not take turns. A leader that is merely
+silent is given time where others are, too, or where leaders have just changed: the network may be
+what is at fault, and the members' views with it. Two leaders for a moment
 are harmless: a plan carries its term, and only the derived leader goes on to take terms that are
 greater than all it has seen.
 """
@@ -22,15 +22,15 @@ from pxd.cluster.messages import LAST_COUNT
 class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. A node takes its place in join order `settle_alone` after its start if it expects
     nobody, else `settle` after it has synchronised with a member, or `settle_lonely` after its
-    start. It takes office once it has been the leader for `stable`. Within `calm` after a change,
-    a leader that died without a trace is waited for, for `patience`."""
+    start. It takes office once it has been the leader for `stable`. Within `calm` after a change of
+    leaders, or after somebody else fell silent, a silent leader is waited for, for `patience`."""
 
     settle_alone: float = 0.3
     settle: float = 1.0
     settle_lonely: float = 6.0
     stable: float = 1.0
     calm: float = 60.0
-    patience: float = 15.0
+    patience: float = 12.0
 
 
 class LeadershipEvent(msgspec.Struct, frozen=True):
@@ -135,7 +135,7 @@ class Leadership:
             self._silent_since = None
             return []
         before = members.get(self.leader) if self.leader is not None else None
-        if self._is_patient(now, before):
+        if self._is_patient(now, before, members):
             return []
         self._silent_since = None
         if before is not None and before.record.leads:
@@ -146,11 +146,15 @@ class Leadership:
         self.leader = leader
         return [LeaderChanged(leader, self.term)]
 
-    def _is_patient(self, now: float, leader: Member | None) -> bool:
+    def _is_patient(
+        self, now: float, leader: Member | None, members: Mapping[str, Member]
+    ) -> bool:
         if leader is None or leader.state != "dead" or leader.vanished:
             return False
         if self._silent_since is None:
-            if now >= self._changed_at + self._config.calm:
+            calm = now - self._config.calm
+            others = (member for member in members.values() if member is not leader)
+            if self._changed_at <= calm and not any(_is_silent(other, calm) for other in others):
                 return False
             self._silent_since = now
         return now < self._silent_since + self._config.patience
@@ -220,6 +224,12 @@ class Leadership:
             return self._silent_since + self._config.patience
         waits = self.leader == self._node and (not self.in_office or self._is_contested(members))
         return self._office_at if waits else math.inf
+
+
+def _is_silent(member: Member, since: float) -> bool:
+    """Whether a member does not answer, and nobody knows why; of the dead, since that time."""
+    gone = member.state == "dead" and not member.vanished and member.since > since
+    return member.state == "suspect" or gone
 
 
 def _terms(member: Member) -> tuple[int, int, int]:
