@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import pytest
@@ -260,6 +261,26 @@ def lan(names: Sequence[str]) -> Iterator[list[Machine]]:
     with network() as made:
         switch = made.switch("sw", "10.77.0")
         yield [made.machine(name, switch, host) for host, name in enumerate(names, 2)]
+
+
+def wait_home(within: float = 30.0) -> None:
+    """Return when no thread of this process is in a namespace any more.
+
+    Trio keeps idle threads for some seconds, for whichever loop wants one next, and a thread stays
+    in the namespace that it was begun in: a process started there would find nobody on loopback.
+    """
+    home = os.readlink("/proc/self/ns/net")
+    end = time.monotonic() + within
+    while any(place != home for place in _namespaces_of_threads()):
+        assert time.monotonic() < end, "a thread stays in a namespace"
+        time.sleep(0.1)
+
+
+def _namespaces_of_threads() -> Iterator[str]:
+    for task in os.listdir("/proc/self/task"):
+        # A thread may end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield os.readlink(f"/proc/self/task/{task}/ns/net")
 
 
 def partition(*groups: Sequence[Machine]) -> None:

@@ -146,9 +146,7 @@ class Leadership:
         self.leader = leader
         return [LeaderChanged(leader, self.term)]
 
-    def _is_patient(
-        self, now: float, leader: Member | None, members: Mapping[str, Member]
-    ) -> bool:
+    def _is_patient(self, now: float, leader: Member | None, members: Mapping[str, Member]) -> bool:
         if leader is None or leader.state != "dead" or leader.vanished:
             return False
         if self._silent_since is None:

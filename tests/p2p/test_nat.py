@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 
 from pxd.p2p import punch
-from tests.netns import homes, lan, needs_netns, partition
+from tests.netns import homes, lan, needs_netns, partition, wait_home
 from tests.p2p.remote import RelayProcess, Remote
 
 pytestmark = [pytest.mark.alone, needs_netns]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_go_home() -> Iterator[None]:
+    yield
+    wait_home()
 
 
 def wait_for(condition: Callable[[], object], what: str, within: float = 30.0) -> None:
