@@ -4,10 +4,10 @@ Every node computes the same leader from the same view, among live members that 
 are not about to leave: the greatest priority, then who is in office in the latest term, then the
 smallest seniority (the place in join order), then the smallest id. Whoever was away and has been
 followed does not take the lead back, so that leaders do not take turns. A leader that is merely
-silent is given time where others are, too, or where leaders have just changed: the network may be
-what is at fault, and the members' views with it. Two leaders for a moment
-are harmless: a plan carries its term, and only the derived leader goes on to take terms that are
-greater than all it has seen.
+silent is given time, and more of it where others are silent, too, or where leaders have just
+changed: the network may be what is at fault, and the members' views with it. Two leaders for a
+moment are harmless: a plan carries its term, and only the derived leader goes on to take terms that
+are greater than all it has seen.
 """
 
 import math
@@ -22,15 +22,17 @@ from pxd.cluster.messages import LAST_COUNT
 class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. A node takes its place in join order `settle_alone` after its start if it expects
     nobody, else `settle` after it has synchronised with a member, or `settle_lonely` after its
-    start. It takes office once it has been the leader for `stable`. Within `calm` after a change of
-    leaders, or after somebody else fell silent, a silent leader is waited for, for `patience`."""
+    start. It takes office once it has been the leader for `stable`. A leader that died without a
+    trace is waited for, for `patience`, and within `calm` after a change of leaders or after
+    somebody else fell silent for `long_patience`."""
 
     settle_alone: float = 0.3
     settle: float = 1.0
     settle_lonely: float = 6.0
     stable: float = 1.0
     calm: float = 60.0
-    patience: float = 12.0
+    patience: float = 5.0
+    long_patience: float = 12.0
 
 
 class LeadershipEvent(msgspec.Struct, frozen=True):
@@ -73,7 +75,7 @@ class Leadership:
         self._synced_at: float | None = None
         self._office_at = math.inf
         self._changed_at = -math.inf
-        self._silent_since: float | None = None
+        self._silent_until: float | None = None
         self._contested = False
         self._candidates = _Candidates()
         # Those whose terms are too great to be believed, for now.
@@ -132,12 +134,12 @@ class Leadership:
     def _follow(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
         leader = self._candidates.first()
         if leader == self.leader:
-            self._silent_since = None
+            self._silent_until = None
             return []
         before = members.get(self.leader) if self.leader is not None else None
         if self._is_patient(now, before, members):
             return []
-        self._silent_since = None
+        self._silent_until = None
         if before is not None and before.record.leads:
             self._changed_at = now
         handed_over = before is not None and (before.state == "left" or before.record.leaving)
@@ -147,15 +149,15 @@ class Leadership:
         return [LeaderChanged(leader, self.term)]
 
     def _is_patient(self, now: float, leader: Member | None, members: Mapping[str, Member]) -> bool:
-        if leader is None or leader.state != "dead" or leader.vanished:
+        if leader is None or leader.state != "dead" or leader.vanished or not leader.record.leads:
             return False
-        if self._silent_since is None:
+        if self._silent_until is None:
             calm = now - self._config.calm
             others = (member for member in members.values() if member is not leader)
-            if self._changed_at <= calm and not any(_is_silent(other, calm) for other in others):
-                return False
-            self._silent_since = now
-        return now < self._silent_since + self._config.patience
+            unrest = self._changed_at > calm or any(_is_silent(other, calm) for other in others)
+            patience = self._config.long_patience if unrest else self._config.patience
+            self._silent_until = now + patience
+        return now < self._silent_until
 
     def _govern(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
         if self.leader != self._node:
@@ -218,8 +220,8 @@ class Leadership:
     def _wakeup(self, members: Mapping[str, Member]) -> float:
         if self.seniority == 0:
             return self._settle_at
-        if self._silent_since is not None:
-            return self._silent_since + self._config.patience
+        if self._silent_until is not None:
+            return self._silent_until
         waits = self.leader == self._node and (not self.in_office or self._is_contested(members))
         return self._office_at if waits else math.inf
 

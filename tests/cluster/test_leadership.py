@@ -111,7 +111,7 @@ def successor(view: View) -> Leadership:
 def test_a_dead_leader_is_followed_after_a_stable_time() -> None:
     view = View()
     machine = successor(view)
-    view.put("a", "dead", seniority=1, leads=4, term=4)
+    view.put("a", "dead", vanished=True, seniority=1, leads=4, term=4)
     events = drive(machine, view, 30.0, since=10.0)
     assert events == [(10.0, LeaderChanged("me", 4)), (11.0, TookOffice("me", 5))]
 
@@ -127,7 +127,7 @@ def test_a_goodbye_hands_over_at_once() -> None:
 def test_a_leader_that_recovers_in_time_is_not_followed() -> None:
     view = View()
     machine = successor(view)
-    view.put("a", "dead", seniority=1, leads=4, term=4)
+    view.put("a", "dead", vanished=True, seniority=1, leads=4, term=4)
     drive(machine, view, 10.9, since=10.0)
     view.put("a", "alive", seniority=1, leads=4, term=4)
     events = drive(machine, view, 30.0, since=10.9)
@@ -347,11 +347,11 @@ def three_leaders() -> tuple[Leadership, View]:
     return machine, view
 
 
-def test_a_silent_leader_is_waited_for_when_leaders_have_just_changed() -> None:
+def test_a_silent_leader_is_waited_for_and_longer_when_leaders_have_just_changed() -> None:
     machine, view = three_leaders()
     view.put("a", "dead", seniority=1, leads=1)
-    drive(machine, view, 10.0, since=10.0)
-    assert machine.leader == "b"
+    events = drive(machine, view, 16.0, since=10.0)
+    assert [(when, event.leader) for when, event in events] == [(10.0 + CONFIG.patience, "b")]
     view.put("b", "dead", seniority=2, leads=2, term=2)
     assert drive(machine, view, 24.9, since=20.0) == []
     # It is back before anybody has followed it.
@@ -361,24 +361,33 @@ def test_a_silent_leader_is_waited_for_when_leaders_have_just_changed() -> None:
     # The next silence counts from its own beginning.
     view.put("b", "dead", seniority=2, leads=2, term=2)
     events = drive(machine, view, 60.0, since=31.0)
-    assert [(when, event.leader) for when, event in events] == [(31.0 + CONFIG.patience, "c")]
+    assert [(when, event.leader) for when, event in events] == [(31.0 + CONFIG.long_patience, "c")]
+
+
+def test_a_silent_leader_is_waited_for_longer_when_others_are_silent_too() -> None:
+    machine, view = three_leaders()
+    view.put("c", "suspect", seniority=3)
+    view.put("a", "dead", seniority=1, leads=1)
+    events = drive(machine, view, 60.0, since=10.0)
+    assert [(when, event.leader) for when, event in events] == [(10.0 + CONFIG.long_patience, "b")]
 
 
 def test_a_leader_whose_process_has_ended_is_followed_at_once() -> None:
     machine, view = three_leaders()
-    view.put("a", "dead", seniority=1, leads=1)
-    drive(machine, view, 10.0, since=10.0)
-    view.put("b", "dead", vanished=True, seniority=2, leads=2, term=2)
-    drive(machine, view, 20.0, since=20.0)
-    assert machine.leader == "c"
+    for now, (node, follower) in ((10.0, ("a", "b")), (20.0, ("b", "c"))):
+        leads = int(now / 10)
+        view.put(node, "dead", vanished=True, seniority=leads, leads=leads, term=leads)
+        events = drive(machine, view, now, since=now)
+        assert [(when, event.leader) for when, event in events] == [(now, follower)]
 
 
-def test_patience_ends_with_the_unrest() -> None:
+def test_long_patience_ends_with_the_unrest() -> None:
     machine, view = three_leaders()
-    view.put("a", "dead", seniority=1, leads=1)
+    view.put("a", "dead", vanished=True, seniority=1, leads=1)
     drive(machine, view, 10.0, since=10.0)
     view.put("b", seniority=2, leads=2, term=2)
     drive(machine, view, 11.0, since=11.0)
     view.put("b", "dead", seniority=2, leads=2, term=2)
-    drive(machine, view, 80.0, since=10.0 + CONFIG.calm)
-    assert machine.leader == "c"
+    began = 10.0 + CONFIG.calm
+    events = drive(machine, view, 90.0, since=began)
+    assert [(when, event.leader) for when, event in events] == [(began + CONFIG.patience, "c")]
