@@ -32,7 +32,7 @@ class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     stable: float = 1.0
     calm: float = 60.0
     patience: float = 5.0
-    long_patience: float = 12.0
+    long_patience: float = 20.0
 
 
 class LeadershipEvent(msgspec.Struct, frozen=True):
@@ -75,7 +75,8 @@ class Leadership:
         self._synced_at: float | None = None
         self._office_at = math.inf
         self._changed_at = -math.inf
-        self._silent_until: float | None = None
+        self._silent_since: float | None = None
+        self._unrest = False
         self._contested = False
         self._candidates = _Candidates()
         # Those whose terms are too great to be believed, for now.
@@ -134,12 +135,12 @@ class Leadership:
     def _follow(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
         leader = self._candidates.first()
         if leader == self.leader:
-            self._silent_until = None
+            self._silent_since = None
             return []
         before = members.get(self.leader) if self.leader is not None else None
         if self._is_patient(now, before, members):
             return []
-        self._silent_until = None
+        self._silent_since = None
         if before is not None and before.record.leads:
             self._changed_at = now
         handed_over = before is not None and (before.state == "left" or before.record.leaving)
@@ -151,13 +152,19 @@ class Leadership:
     def _is_patient(self, now: float, leader: Member | None, members: Mapping[str, Member]) -> bool:
         if leader is None or leader.state != "dead" or leader.vanished or not leader.record.leads:
             return False
-        if self._silent_until is None:
-            calm = now - self._config.calm
-            others = (member for member in members.values() if member is not leader)
-            unrest = self._changed_at > calm or any(_is_silent(other, calm) for other in others)
-            patience = self._config.long_patience if unrest else self._config.patience
-            self._silent_until = now + patience
-        return now < self._silent_until
+        if self._silent_since is None:
+            self._silent_since, self._unrest = now, False
+        calm = now - self._config.calm
+        others = (member for member in members.values() if member is not leader)
+        self._unrest |= self._changed_at > calm or any(_is_silent(each, calm) for each in others)
+        return now < self._patient_until
+
+    @property
+    def _patient_until(self) -> float:
+        if self._silent_since is None:
+            return math.inf
+        config = self._config
+        return self._silent_since + (config.long_patience if self._unrest else config.patience)
 
     def _govern(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
         if self.leader != self._node:
@@ -220,8 +227,8 @@ class Leadership:
     def _wakeup(self, members: Mapping[str, Member]) -> float:
         if self.seniority == 0:
             return self._settle_at
-        if self._silent_until is not None:
-            return self._silent_until
+        if self._silent_since is not None:
+            return self._patient_until
         waits = self.leader == self._node and (not self.in_office or self._is_contested(members))
         return self._office_at if waits else math.inf
 

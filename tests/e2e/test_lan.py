@@ -226,7 +226,10 @@ def test_half_of_all_packets_lost_does_not_make_leaders_take_turns(five: list[Da
             daemon.machine.heal()
     took(lambda: agreed(five), "five agree", 30)
     changes = [sum(a != b for a, b in itertools.pairwise(seen)) for seen in history]
-    assert max(changes) <= 1, (changes, [d.log[m:] for d, m in zip(five, marks, strict=True)])
+    logs = [daemon.log[mark:] for daemon, mark in zip(five, marks, strict=True)]
+    # One that hears nobody may think of another leader meanwhile; in office nobody takes turns.
+    assert sum(log.count("leading the cluster in term") for log in logs) <= 1, logs
+    assert max(changes) <= 2, (changes, logs)
 
 
 def test_the_dead_are_dropped_after_the_reap_time(five: list[Daemon]) -> None:
