@@ -32,7 +32,7 @@ class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     stable: float = 1.0
     calm: float = 60.0
     patience: float = 5.0
-    long_patience: float = 20.0
+    long_patience: float = 12.0
 
 
 class LeadershipEvent(msgspec.Struct, frozen=True):
