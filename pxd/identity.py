@@ -13,7 +13,6 @@ from typing import Annotated, BinaryIO
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from pxd.wire import DECODE_ERRORS, Count
 
@@ -217,12 +216,6 @@ def node_key(path: Path) -> bytes:
 
 def public_key(seed: bytes) -> bytes:
     return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
-
-
-def node_key_pem(seed: bytes) -> bytes:
-    """The node key as unencrypted PKCS#8 PEM, for TLS libraries."""
-    key = Ed25519PrivateKey.from_private_bytes(seed)
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def read_keyring(path: Path, ticket: Ticket | None, *, alone: bool = False) -> Keyring:

@@ -23,7 +23,6 @@ from pxd.cluster.voice import Voice
 Occasion = Literal["gossip", "answer", "first answers"]
 """How news came: unasked, or because this node asked; first of all for all there is."""
 
-
 _STILL_VANISHED = 5.0
 """Seconds for which it counts that nobody listens where a node was; transports try again."""
 
