@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pxd.wire import DECODE_ERRORS, Count
 
@@ -212,10 +211,6 @@ def lock_data_dir(path: Path) -> BinaryIO:
 def node_key(path: Path) -> bytes:
     """The seed of this node's Ed25519 key, 32 bytes; made at first use."""
     return _read_or_make_key(path)
-
-
-def public_key(seed: bytes) -> bytes:
-    return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
 
 
 def read_keyring(path: Path, ticket: Ticket | None, *, alone: bool = False) -> Keyring:
