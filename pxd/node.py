@@ -36,7 +36,7 @@ from pxd.selfhood import StartupError as StartupError
 from pxd.serving.audit import Audit
 from pxd.serving.choice import choose, latest_choice
 from pxd.serving.door import Door
-from pxd.serving.head import HeadHost
+from pxd.serving.heads import HeadHost
 from pxd.serving.held import Held
 from pxd.serving.hints import hints
 from pxd.serving.ingress import ChatIngress

@@ -16,7 +16,7 @@ import trio
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
 from pxd.cluster.records import NodeRecord, StageReport
 from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec, MemoryReport, StageInfo
-from pxd.serving.head import HeadHost
+from pxd.serving.heads import HeadHost
 from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
 from pxd.serving.signal import Signal
