@@ -274,5 +274,8 @@ class Continuous:
 
 
 def _place(sequence: Sequence) -> tuple[int, int]:
-    """The greatest makes room first. The smallest never has to, so it gets done."""
-    return -sequence.priority, sequence.admitted
+    """The greatest makes room first. The smallest never has to, so it gets done.
+
+    Who has made room ranks higher the next time, so that no number of urgent ones starves it.
+    """
+    return sequence.priority - sequence.preemptions, sequence.admitted

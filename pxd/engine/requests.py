@@ -14,8 +14,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as it is handed to the scheduler. `number` is never used again.
 
     `tokens` is the prompt, with what an earlier try has generated behind it; that are the last
-    `generated`, and `max_new` more may follow. A greater `priority` goes first; requests of one
-    `source` share what other sources leave. `deadline` is on the clock of `Scheduler.expire`.
+    `generated`, and `max_new` more may follow. A lower `priority` goes first; sources take turns,
+    and so do the clients of one `source`. `deadline` is on the clock of `Scheduler.expire`.
     """
 
     number: int
@@ -26,6 +26,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     eos: frozenset[int] = frozenset()
     priority: int = 0
     source: str = ""
+    client: str = ""
     deadline: float = math.inf
 
 
@@ -55,6 +56,7 @@ class Sequence:
         "admitted",
         "awaiting",
         "blocks",
+        "client",
         "deadline",
         "done",
         "eos",
@@ -85,6 +87,7 @@ class Sequence:
         self.eos = request.eos
         self.priority = request.priority
         self.source = request.source
+        self.client = request.client
         self.deadline = request.deadline
         self.hashes = hashes
         self.admitted = 0

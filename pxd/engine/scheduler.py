@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from pxd.engine.deadlines import Deadlines
 from pxd.engine.hashing import BlockHashes
 from pxd.engine.queue import QueueFull, WaitingQueue
 from pxd.engine.requests import Generated, NewRequest, Sequence
@@ -162,6 +163,10 @@ class Scheduler:
         self._next_step = 0
         self._admitted = 0
         self._refused: list[tuple[int, str]] = []
+        self._deadlines = Deadlines(
+            lambda number: number in self._running or number in self._queue,
+            lambda: len(self._running) + len(self._queue),
+        )
 
     @property
     def waiting(self) -> int:
@@ -206,6 +211,7 @@ class Scheduler:
         if refusal:
             raise NeverFits(refusal)
         self._queue.push(sequence)
+        self._deadlines.add(sequence.number, sequence.deadline)
 
     def cancel(self, number: int) -> bool:
         """Forget a request in whatever state it is; False if it has already ended."""
@@ -216,10 +222,15 @@ class Scheduler:
 
     def expire(self, now: float) -> list[int]:
         """End those whose deadline is over; returns their numbers."""
-        late = [s.number for s in (*self._running.values(), *self._queue) if s.deadline <= now]
+        late = self._deadlines.take_due(now)
         for number in late:
             self.cancel(number)
         return late
+
+    @property
+    def next_deadline(self) -> float:
+        """When `expire` will have something to do, as things are; infinity if never."""
+        return self._deadlines.first()
 
     def next_step(self) -> PlannedStep | None:
         """Return the next step to send, or None while there is nothing to do or enough in flight.
