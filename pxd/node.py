@@ -113,9 +113,14 @@ class Node:
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
-        self.heads = HeadHost(self.network, self.stages.feed)
+        self.heads = HeadHost(self.network, self.stages.feed, settings.admission)
         self._ingress = ChatIngress(
-            self.network, self.models, lambda: self.plans.plan, self._members, self.changed
+            self.network,
+            self.models,
+            lambda: self.plans.plan,
+            self._members,
+            self.changed,
+            settings.request_timeout,
         )
         self.planner = Planner(
             self.network.peer_id,

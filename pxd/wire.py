@@ -43,6 +43,11 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Name = Annotated[str, msgspec.Meta(max_length=512)]
 Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Reason = Annotated[str, msgspec.Meta(max_length=2000)]
+Priority = Annotated[int, msgspec.Meta(ge=-10, le=10)]
+"""Lower is earlier."""
+
+MAX_TIMEOUT_S = 24 * 3600.0
+Timeout = Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)]
 
 DType = Literal["bf16", "f16", "f32", "i32"]
 DTYPE_BYTES: dict[DType, int] = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4}

@@ -14,10 +14,12 @@ from pxd.settings import (
     DEFAULT_HTTP,
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
+    DEFAULT_REQUEST_TIMEOUT_S,
     Settings,
     default_name,
     parse_endpoint,
 )
+from pxd.wire import MAX_TIMEOUT_S
 
 HELP = with_examples(
     "Run a node here, in the foreground, until Ctrl-C or `pxd stop`. "
@@ -32,6 +34,11 @@ HELP = with_examples(
 class LogFormat(Enum):
     text = "text"
     json = "json"
+
+
+class Admission(Enum):
+    reserve = "reserve"
+    preempt = "preempt"
 
 
 def _option(flag: str, metavar: str, help: str, env: str | None = None) -> typer.models.OptionInfo:
@@ -92,6 +99,15 @@ KvTier = Annotated[
         "in the host's memory where a GPU has its own. [dim]\\[default: none][/dim]",
     ),
 ]
+RequestTimeout = Annotated[
+    float,
+    _option(
+        "--request-timeout",
+        "SECONDS",
+        "Give up requests to this node's API that take longer. "
+        f"[dim]\\[default: {DEFAULT_REQUEST_TIMEOUT_S:g}][/dim]",
+    ),
+]
 Priority = Annotated[
     int,
     _option(
@@ -107,6 +123,15 @@ Relay = Annotated[
     typer.Option(
         "--relay",
         help="Pass traffic on for members that cannot reach each other; for a node that all can.",
+    ),
+]
+Admit = Annotated[
+    Admission,
+    typer.Option(
+        "--admission",
+        help="Let a request in only when its longest possible answer has room (reserve), or as "
+        "soon as its prompt has, and have the latest comer begin again when room runs out "
+        "(preempt).",
     ),
 ]
 Format = Annotated[LogFormat, typer.Option("--log-format", help="How to log, to stderr.")]
@@ -166,6 +191,8 @@ def build_settings(
     memory: float | None = None,
     max_layers: int | None = None,
     kv_tier: float | None = None,
+    request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S,
+    admission: Admission = Admission.reserve,
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -181,6 +208,10 @@ def build_settings(
         raise BadOption(f"--max-layers: {max_layers} is too few; give 1 or more")
     if kv_tier is not None and not (kv_tier > 0 and math.isfinite(kv_tier)):
         raise BadOption(f"--kv-tier: {kv_tier:g} GiB keep nothing; give a number above 0")
+    if not 0 < request_timeout <= MAX_TIMEOUT_S:
+        raise BadOption(
+            f"--request-timeout: {request_timeout:g} s is not between 0 and {MAX_TIMEOUT_S:g} s"
+        )
     if not -1000 <= priority <= 1000:
         raise BadOption(f"--priority: {priority} is not between -1000 and 1000")
     return Settings(
@@ -193,6 +224,8 @@ def build_settings(
         memory=memory,
         max_layers=max_layers,
         kv_tier=kv_tier,
+        request_timeout=request_timeout,
+        admission=admission.value,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -210,6 +243,8 @@ def start(
     memory: Memory = None,
     max_layers: MaxLayers = None,
     kv_tier: KvTier = None,
+    request_timeout: RequestTimeout = DEFAULT_REQUEST_TIMEOUT_S,
+    admission: Admit = Admission.reserve,
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -226,6 +261,8 @@ def start(
             memory=memory,
             max_layers=max_layers,
             kv_tier=kv_tier,
+            request_timeout=request_timeout,
+            admission=admission,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

@@ -6,6 +6,7 @@ some other way. The stages forget a session when they see the next one.
 """
 
 import logging
+import math
 import secrets
 from array import array
 from collections.abc import Awaitable, Callable
@@ -15,7 +16,7 @@ import msgspec
 import trio
 
 from pxd.cluster.plans import PipelinePlan
-from pxd.engine.continuous import Continuous, ContinuousConfig
+from pxd.engine.continuous import Admission, Continuous, ContinuousConfig
 from pxd.engine.history import has_penalties
 from pxd.engine.scheduler import (
     Generated,
@@ -26,21 +27,25 @@ from pxd.engine.scheduler import (
     Scheduler,
 )
 from pxd.p2p.network import CallFailed, Method
+from pxd.serving.quota import Quota
 from pxd.serving.readiness import Members, Readiness, readiness
 from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
     MAX_ENDS,
     MAX_HISTORY,
+    MAX_TIMEOUT_S,
     Buffer,
     Copied,
     Count,
     Identifier,
     Nack,
     Output,
+    Priority,
     Sampled,
     Sampling,
     Step,
     Tensor,
+    Timeout,
     TokenId,
 )
 
@@ -51,13 +56,19 @@ PACE_S = 0.25
 """How long a step's share of prompts may hold up those who wait for their next token."""
 
 LEAST_PREFILL = 64
-MAX_REQUESTS = 4096
+MAX_REQUESTS = 8192
+MAX_TOKENS = 1 << 23
+"""Of all requests as they were submitted. A token takes some 36 bytes."""
 
 Feed = Callable[[str, Step, Buffer], Awaitable[None]]
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for a pipeline's head. The last `generated` of `tokens` are answer already."""
+    """A request for a pipeline's head. The last `generated` of `tokens` are answer already.
+
+    Within `timeout` seconds of its arrival it must be done: clocks of nodes need not agree. A peer
+    may tell its clients apart by `client`, so that they take turns in what the peer gets.
+    """
 
     pipeline: Identifier
     request: Identifier
@@ -66,6 +77,9 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     max_new: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     sampling: Sampling
     eos: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_ENDS)]
+    priority: Priority = 0
+    timeout: Timeout = MAX_TIMEOUT_S
+    client: Annotated[str, msgspec.Meta(max_length=32)] = ""
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -78,12 +92,14 @@ SUBMIT: Method[Submission, Accepted] = Method("head.submit", Submission, Accepte
 
 
 class _Client:
-    """Where a request's tokens go: its ingress and the name it has there."""
+    """Where a request's tokens go: its ingress and the name it has there; what it counts for."""
 
-    __slots__ = ("index", "peer", "request")
+    __slots__ = ("index", "peer", "request", "tokens")
 
-    def __init__(self, peer: str, request: str, index: int) -> None:
-        self.peer, self.request, self.index = peer, request, index
+    def __init__(self, peer: str, submission: Submission) -> None:
+        self.peer, self.request = peer, submission.request
+        self.index = submission.generated
+        self.tokens = len(submission.tokens)
 
 
 class Head:
@@ -95,6 +111,7 @@ class Head:
         feed: Feed,
         emit: Callable[[str, Output], None],
         self_id: str,
+        admission: Admission,
     ) -> None:
         self.pipeline = pipeline
         self.cancel_scope = trio.CancelScope()
@@ -102,16 +119,19 @@ class Head:
         self._feed = feed
         self._emit = emit
         self._self_id = self_id
+        self._admission: Admission = admission
         self._scheduler: Scheduler | None = None
         self._policy = Continuous(ContinuousConfig(kv_tokens=0))
         self._session = 0
         self._next_request = 0
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
+        self._requests, self._tokens = Quota(MAX_REQUESTS), Quota(MAX_TOKENS)
         self._sent_at: dict[int, float] = {}
         self._oldest_copy: tuple[int | None, float] = None, 0.0
         self._timings = PipelineTimings()
         self._wake = trio.Event()
+        self._sooner = trio.Event()
 
     @property
     def running(self) -> int:
@@ -139,6 +159,7 @@ class Head:
         config = ContinuousConfig(
             kv_tokens=state.kv_tokens,
             max_in_flight=len(self.pipeline.stages),
+            admission=self._admission,
             prefix_cache=state.prefix_cache,
             stages=len(self.pipeline.stages),
             tier_slots=state.tier_slots,
@@ -172,18 +193,34 @@ class Head:
         scheduler = self._scheduler
         if scheduler is None:
             raise CallFailed("not-ready", self.reason)
-        key = (peer, submission.request)
-        if key in self._numbers:
+        if (peer, submission.request) in self._numbers:
             raise CallFailed("duplicate", "the head already has a request of this name")
-        if len(self._clients) >= MAX_REQUESTS:
-            raise CallFailed("overloaded", f"this pipeline holds {MAX_REQUESTS} requests already")
         longest = len(submission.tokens) + submission.max_new
         if has_penalties(submission.sampling) and longest > MAX_HISTORY:
             raise CallFailed(
                 "never-fits",
                 f"with penalties, prompt and answer may take {MAX_HISTORY} tokens, not {longest}",
             )
-        number = self._next_request
+        self._claim(peer, len(submission.tokens))
+        try:
+            return self._accept(scheduler, peer, submission)
+        except CallFailed:
+            self._unclaim(peer, len(submission.tokens))
+            raise
+
+    def _claim(self, peer: str, tokens: int) -> None:
+        if not self._requests.take(peer, 1):
+            raise CallFailed("overloaded", "this pipeline holds too many requests already")
+        if not self._tokens.take(peer, tokens):
+            self._requests.give_back(peer, 1)
+            raise CallFailed("overloaded", "this pipeline's requests are too long to take another")
+
+    def _unclaim(self, peer: str, tokens: int) -> None:
+        self._requests.give_back(peer, 1)
+        self._tokens.give_back(peer, tokens)
+
+    def _accept(self, scheduler: Scheduler, peer: str, submission: Submission) -> Accepted:
+        number, now = self._next_request, trio.current_time()
         request = NewRequest(
             number=number,
             tokens=submission.tokens,
@@ -191,8 +228,12 @@ class Head:
             sampling=submission.sampling,
             generated=submission.generated,
             eos=frozenset(submission.eos),
+            priority=submission.priority,
             source=peer,
+            client=submission.client,
+            deadline=now + submission.timeout,
         )
+        soonest = scheduler.next_deadline
         try:
             scheduler.add(request)
         except NeverFits as error:
@@ -200,12 +241,12 @@ class Head:
         except QueueFull as error:
             raise CallFailed("overloaded", str(error)) from error
         self._next_request += 1
-        self._timings.submitted(
-            trio.current_time(), number, len(submission.tokens), alone=not self._clients
-        )
-        self._clients[number] = _Client(peer, submission.request, submission.generated)
-        self._numbers[key] = number
+        self._timings.submitted(now, number, len(submission.tokens), alone=not self._clients)
+        self._clients[number] = _Client(peer, submission)
+        self._numbers[peer, submission.request] = number
         self._wake.set()
+        if request.deadline < soonest:
+            self._sooner.set()
         return Accepted(len(self._clients))
 
     def cancel(self, peer: str, request: str) -> None:
@@ -297,24 +338,49 @@ class Head:
         client = self._clients.pop(number, None)
         if client is not None:
             del self._numbers[client.peer, client.request]
+            self._unclaim(client.peer, client.tokens)
         return client
 
     async def run(self) -> None:
         """Send steps as the scheduler gives them, until cancelled."""
         with self.cancel_scope:
-            while True:
-                step = self._next_step()
-                if step is None:
-                    self._wake = trio.Event()
-                    with trio.move_on_after(STEP_DEADLINE_S / 4):
-                        await self._wake.wait()
-                    self._check_deadline()
-                else:
-                    self._sent_at[step.number] = trio.current_time()
-                    alone = len(self._sent_at) == 1
-                    self._timings.sent(step.number, step.rows, alone=alone)
-                    await self._feed(self._self_id, self._frame(step), self._body(step))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_deadlines)
+                await self._send_steps()
         self.close_session("the plan no longer has this pipeline")
+
+    async def _send_steps(self) -> None:
+        while True:
+            step = self._next_step()
+            if step is None:
+                self._wake = trio.Event()
+                with trio.move_on_after(STEP_DEADLINE_S / 4):
+                    await self._wake.wait()
+                self._check_progress()
+            else:
+                self._sent_at[step.number] = trio.current_time()
+                alone = len(self._sent_at) == 1
+                self._timings.sent(step.number, step.rows, alone=alone)
+                await self._feed(self._self_id, self._frame(step), self._body(step))
+
+    async def _watch_deadlines(self) -> None:
+        """A task of its own, since sending may take as long as a step does."""
+        while True:
+            self._expire()
+            self._sooner = trio.Event()
+            due = self._scheduler.next_deadline if self._scheduler else math.inf
+            with trio.move_on_at(due):
+                await self._sooner.wait()
+
+    def _expire(self) -> None:
+        scheduler, now = self._scheduler, trio.current_time()
+        if scheduler is None or now < scheduler.next_deadline:
+            return
+        queued = set(scheduler.queued)
+        for number in scheduler.expire(now):
+            state = "waiting for its turn" if number in queued else "being worked on"
+            self._fail(number, f"deadline: its time was over while it was {state}")
+        self._wake.set()
 
     def _next_step(self) -> PlannedStep | None:
         if self._scheduler is None:
@@ -324,7 +390,7 @@ class Head:
             self._fail(number, reason)
         return step
 
-    def _check_deadline(self) -> None:
+    def _check_progress(self) -> None:
         now = trio.current_time()
         oldest = min(self._sent_at.values(), default=None)
         if oldest is not None and now - oldest > STEP_DEADLINE_S:

@@ -5,8 +5,10 @@ import logging
 import trio
 
 from pxd.cluster.plans import Plan
+from pxd.engine.continuous import Admission
 from pxd.p2p.network import CallFailed, Network, NetworkError
-from pxd.serving.head import SUBMIT, Accepted, Feed, Head, Submission
+from pxd.serving.head import MAX_REQUESTS, SUBMIT, Accepted, Feed, Head, Submission
+from pxd.serving.outbox import Outbox
 from pxd.serving.readiness import Members
 from pxd.serving.timings import HeadFigures
 from pxd.wire import Cancel, Copied, Nack, Output, Sampled
@@ -14,18 +16,21 @@ from pxd.wire import Cancel, Copied, Nack, Output, Sampled
 log = logging.getLogger("pxd.serving.head")
 
 HEARTBEAT_S = 15.0
-OUTBOX_FRAMES = 4096
+OUTBOX_REQUESTS = 2 * MAX_REQUESTS
+"""All requests of a pipeline may end at once, while others have just begun."""
+
 OUTPUT_RETRIES_S = (0.1, 0.5, 2.0, 5.0)
 
 
 class HeadHost:
     """All pipelines whose stage 0 is on this node."""
 
-    def __init__(self, network: Network, feed: Feed) -> None:
+    def __init__(self, network: Network, feed: Feed, admission: Admission = "reserve") -> None:
         self._network = network
         self._feed = feed
+        self._admission: Admission = admission
         self._heads: dict[str, Head] = {}
-        self._outboxes: dict[str, trio.MemorySendChannel[Output]] = {}
+        self._outboxes: dict[str, Outbox] = {}
         self._nursery: trio.Nursery | None = None
         network.serve(SUBMIT, self._submit)
 
@@ -63,7 +68,7 @@ class HeadHost:
         for key in self._heads.keys() - wanted.keys():
             self._heads.pop(key).cancel_scope.cancel()
         for key in wanted.keys() - self._heads.keys():
-            head = Head(wanted[key], self._feed, self._emit, me)
+            head = Head(wanted[key], self._feed, self._emit, me, self._admission)
             self._heads[key] = head
             self._nursery.start_soon(head.run)
 
@@ -116,17 +121,14 @@ class HeadHost:
         outbox = self._outboxes.get(peer)
         if outbox is None:
             assert self._nursery is not None
-            outbox, queue = trio.open_memory_channel[Output](OUTBOX_FRAMES)
-            self._outboxes[peer] = outbox
-            self._nursery.start_soon(self._send_outputs, peer, queue)
-        try:
-            outbox.send_nowait(output)
-        except trio.WouldBlock:
+            outbox = self._outboxes[peer] = Outbox(OUTBOX_REQUESTS)
+            self._nursery.start_soon(self._send_outputs, peer, outbox)
+        if not outbox.put(output):
             log.warning("ingress %s does not keep up; its requests are dropped here", peer)
             self.peer_gone(peer)
 
-    async def _send_outputs(self, peer: str, queue: "trio.MemoryReceiveChannel[Output]") -> None:
-        async for output in queue:
+    async def _send_outputs(self, peer: str, outbox: Outbox) -> None:
+        while (output := await outbox.get()) is not None:
             for pause in OUTPUT_RETRIES_S:
                 try:
                     await self._network.send(peer, output)
