@@ -40,7 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_layers: int | None = None
     kv_tier: float | None = None
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S
-    admission: Literal["reserve", "preempt"] = "reserve"
+    admission: Literal["reserve", "preempt"] = "preempt"
     priority: int = 0
     mdns: bool = True
     relay: bool = False

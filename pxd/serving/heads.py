@@ -25,7 +25,7 @@ OUTPUT_RETRIES_S = (0.1, 0.5, 2.0, 5.0)
 class HeadHost:
     """All pipelines whose stage 0 is on this node."""
 
-    def __init__(self, network: Network, feed: Feed, admission: Admission = "reserve") -> None:
+    def __init__(self, network: Network, feed: Feed, admission: Admission = "preempt") -> None:
         self._network = network
         self._feed = feed
         self._admission: Admission = admission

@@ -89,12 +89,12 @@ async def test_waiting_for_its_turn(clock: MockClock) -> None:
         head.gate = trio.Event()
         async with trio.open_nursery() as nursery:
             for number in range(20):
-                nursery.start_soon(ask, node, f"first {number}", 500)
+                nursery.start_soon(ask, node, f"first {number}" * 50, 20)
             await cluster.until(lambda: head.heads.running + head.heads.waiting == 20)
             waiting = head.heads.waiting
             assert waiting > 0
             with pytest.raises(DeadlineExceeded, match=r"within 5 s.*waiting for its turn"):
-                await ask(node, "second", 500, timeout=5)
+                await ask(node, "second" * 50, 20, timeout=5)
             assert head.heads.waiting == waiting
             head.gate.set()
 
