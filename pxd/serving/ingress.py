@@ -109,7 +109,11 @@ class ChatIngress:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                # Answers that are left during the daemon's own end cancel nothing any more.
+                self._nursery = None
 
     def apply(self, plan: Plan) -> None:
         """Follow a new plan: have its tokenizers ready before somebody asks."""
