@@ -174,6 +174,19 @@ def test_a_sampler_that_went_along_equals_one_that_opens_later(
     )
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_of_a_hundred_is_a_must_and_of_minus_a_hundred_a_ban(temperature: float) -> None:
+    """For logits as models have them."""
+    logits = np.linspace(-20, 20, VOCABULARY).tolist()
+    best = VOCABULARY - 1
+    for position in range(50):
+        for bias, allowed in ((100.0, {0}), (-100.0, set(range(best)))):
+            token = 0 if bias > 0 else best
+            sampling = Sampling(temperature=temperature, seed=1, logit_bias=((token, bias),))
+            [drawn] = draw(Case(logits, sampling, [0] * position, []))
+            assert drawn in allowed
+
+
 def test_only_penalties_need_a_history() -> None:
     assert history_of(Sampling(temperature=0, logit_bias=((1, 5.0),)), [1, 2], 1) is None
     found = history_of(Sampling(frequency_penalty=1), [900, 3, 7, 5, 7], 2)

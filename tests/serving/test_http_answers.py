@@ -58,6 +58,47 @@ async def test_nothing_of_a_stop_string_is_sent(
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("stops", "seen"),
+    [
+        # Where one begins with another, the shorter is met first.
+        (["THE_END", "THE"], "one two "),
+        (["THE", "THE_END"], "one two "),
+        # Of those that overlap, the one that begins first counts, though it ends last.
+        (["two THE_END", "HE"], "one "),
+        (["wo", "two T", "two X"], "one "),
+        (["E_ENX", "D three", "never"], "one two THE_EN"),
+        (["x", "y", "z", "THE_END three"], "one two "),
+    ],
+)
+async def test_of_several_stop_strings_the_first_to_begin_counts(
+    stops: list[str], seen: str, stream: bool
+) -> None:
+    async with serving("one two THE_END three") as client:
+        answer = await client.answer(stream=stream, stop=stops)
+    assert (answer.text, answer.finish) == (seen, "stop")
+
+
+async def test_text_that_cannot_become_a_stop_string_is_sent_at_once() -> None:
+    """And what might is held back until it is certain, and then sent once."""
+    async with serving("abTHE_EMU") as client:
+        answer = await client.answer(stream=True, stop="THE_END")
+    pieces = [piece for piece in answer.pieces if piece]
+    assert len(pieces) > 2
+    assert not any("THE_END".startswith(piece) for piece in pieces)
+    assert "".join(pieces) == "abTHE_EMU"
+
+
+async def test_a_stop_string_ends_the_answer_also_before_min_tokens() -> None:
+    """Which bars tokens only: text that one is told to end with can come of any of them."""
+    async with serving("one two three") as client:
+        answer = await client.answer(stream=False, stop="two", min_tokens=100)
+    assert (answer.text, answer.finish) == ("one ", "stop")
+    assert client.script.openings[0].sampling.min_length > 100
+    assert client.script.openings[0].sampling.barred == demo().eos
+
+
+@BOTH
 async def test_logprobs_have_a_token_each(stream: bool) -> None:
     async with serving("b🙂") as client:
         answer = await client.answer(stream=stream, logprobs=True, top_logprobs=2)
