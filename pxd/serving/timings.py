@@ -65,7 +65,7 @@ def _prompt_figure() -> Figure:
 
 def is_lone_decode(rows: Sequence[Row]) -> bool:
     """Whether a step draws the next token of one request and does nothing else."""
-    return len(rows) == 1 and rows[0].count == 1 and rows[0].sample
+    return len(rows) == 1 and rows[0].count == 1 and rows[0].draws == 1
 
 
 class StageTimings:

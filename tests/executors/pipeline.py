@@ -35,12 +35,12 @@ class Pipeline:
 
     def step(
         self,
-        rows: Sequence[tuple[int, int, Sequence[int], bool]],
+        rows: Sequence[tuple[int, int, Sequence[int], int]],
         samplings: dict[int, Sampling] | None = None,
         releases: Sequence[int] = (),
         histories: dict[int, History | None] | None = None,
     ) -> tuple[Any, ...]:
-        """Run rows of (request, position, tokens, sample); returns the sampled tokens."""
+        """Run rows of (request, position, tokens, draws); returns the drawn tokens."""
         tokens = np.array([token for row in rows for token in row[2]], "<i4")
         new = dict.fromkeys(row[0] for row in rows if row[0] not in self._open)
         self._open -= set(releases)
@@ -49,7 +49,7 @@ class Pipeline:
             pipeline="p",
             session=1,
             step=next(self._steps),
-            rows=tuple(Row(r, position, len(t), sample) for r, position, t, sample in rows),
+            rows=tuple(Row(r, position, len(t), int(draws)) for r, position, t, draws in rows),
             tensor=Tensor("i32", tokens.shape),
             openings=tuple(
                 Opening(r, (samplings or {}).get(r, GREEDY), history=(histories or {}).get(r))

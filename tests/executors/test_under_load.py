@@ -20,6 +20,7 @@ from pxd.engine.continuous import Continuous, ContinuousConfig
 from pxd.engine.scheduler import NewRequest, PlannedStep, Scheduler
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec
+from pxd.executors.rows import draws_of
 from pxd.wire import Buffer, Copied, SampledToken, Sampling, Step, Tensor
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
@@ -68,10 +69,9 @@ class Engines:
                 tensor, body = output
                 body = bytes(body)
                 step = msgspec.structs.replace(step, tensor=tensor)
-        drawn = [row for row in planned.rows if row.sample]
         return [
-            SampledToken(row.request, row.position + row.count, token)
-            for row, token in zip(drawn, output, strict=True)
+            SampledToken(request, position, token)
+            for (request, position), token in zip(draws_of(planned.rows), output, strict=True)
         ]
 
 

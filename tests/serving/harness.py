@@ -148,7 +148,7 @@ class ArithmeticExecutor:
             assert row.position == len(cache)
             cache.extend(value + 1 for value in values[offset : offset + row.count])
             offset += row.count
-            if row.sample and self._last:
+            if row.draws and self._last:
                 total = sum((i + 1) * int(value) for i, value in enumerate(cache))
                 sampled.append(SampledToken(row.request, len(cache), total % VOCABULARY))
         if self._last:
