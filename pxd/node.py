@@ -114,6 +114,7 @@ class Node:
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.heads = HeadHost(self.network, self.stages.feed)
+        self.heads.speculate = settings.speculate
         self._ingress = ChatIngress(
             self.network, self.models, lambda: self.plans.plan, self._members, self.changed
         )

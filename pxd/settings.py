@@ -24,8 +24,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One daemon's settings. Units: `memory`, `kv_tier` GiB.
 
     `http` and `listen` are HOST:PORT; None means the default port, or any free one if it is taken.
-    `relay`: pass traffic on for members that cannot reach each other. The host `*` of `listen`
-    stands for all addresses, IPv4 and IPv6.
+    The host `*` of `listen` stands for all addresses, IPv4 and IPv6. `speculate`: guess tokens
+    ahead in pipelines that begin here. `relay`: pass traffic on for members that cannot reach each
+    other.
     """
 
     data_dir: Path
@@ -37,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory: float | None = None
     max_layers: int | None = None
     kv_tier: float | None = None
+    speculate: Literal["auto", "on", "off"] = "auto"
     priority: int = 0
     mdns: bool = True
     relay: bool = False

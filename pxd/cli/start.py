@@ -29,6 +29,12 @@ HELP = with_examples(
 )
 
 
+class Speculate(Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class LogFormat(Enum):
     text = "text"
     json = "json"
@@ -90,6 +96,14 @@ KvTier = Annotated[
         "GIB",
         "Keep up to this much of the attention caches that memory has no room for: on disk, or "
         "in the host's memory where a GPU has its own. [dim]\\[default: none][/dim]",
+    ),
+]
+Speculation = Annotated[
+    Speculate,
+    typer.Option(
+        "--speculate",
+        help="Guess tokens ahead from what was said before and have the model check them: where "
+        "links are slow, or wherever this node is the first of a chain, or never.",
     ),
 ]
 Priority = Annotated[
@@ -166,6 +180,7 @@ def build_settings(
     memory: float | None = None,
     max_layers: int | None = None,
     kv_tier: float | None = None,
+    speculate: Speculate = Speculate.auto,
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -193,6 +208,7 @@ def build_settings(
         memory=memory,
         max_layers=max_layers,
         kv_tier=kv_tier,
+        speculate=speculate.value,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -210,6 +226,7 @@ def start(
     memory: Memory = None,
     max_layers: MaxLayers = None,
     kv_tier: KvTier = None,
+    speculate: Speculation = Speculate.auto,
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -226,6 +243,7 @@ def start(
             memory=memory,
             max_layers=max_layers,
             kv_tier=kv_tier,
+            speculate=speculate,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

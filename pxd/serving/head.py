@@ -27,6 +27,7 @@ from pxd.engine.scheduler import (
 )
 from pxd.p2p.network import CallFailed, Method, Network, NetworkError
 from pxd.serving.readiness import Members, Readiness, readiness
+from pxd.serving.speculation import Speculate, Speculation
 from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
     MAX_ENDS,
@@ -99,6 +100,7 @@ class Head:
         feed: Feed,
         emit: Callable[[str, Output], None],
         self_id: str,
+        speculate: Speculate,
     ) -> None:
         self.pipeline = pipeline
         self.cancel_scope = trio.CancelScope()
@@ -115,6 +117,7 @@ class Head:
         self._sent_at: dict[int, float] = {}
         self._oldest_copy: tuple[int | None, float] = None, 0.0
         self._timings = PipelineTimings()
+        self._speculation = Speculation(speculate)
         self._wake = trio.Event()
 
     @property
@@ -133,6 +136,7 @@ class Head:
         """Open or close the session as the stages' reports demand."""
         state = readiness(self.pipeline, members)
         self.reason = state.reason
+        self._speculation.stages_are(state.costs, possible=state.trims)
         if state.ready and self._scheduler is None:
             self._open(state)
         elif not state.ready and self._scheduler is not None:
@@ -152,6 +156,7 @@ class Head:
         self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
+        self._policy.guesses = self._speculation.most()
         log.info(
             "pipeline %s serves: %d KV token positions, %d blocks in the second tier",
             self.pipeline.id,
@@ -241,8 +246,8 @@ class Head:
         sent = self._sent_at.pop(frame.step, None)
         results = self._scheduler.step_done(frame.step, frame.tokens)
         if sent is not None:
-            self._timings.returned(trio.current_time(), frame.step, sent, results)
-            self._keep_pace()
+            lone = self._timings.returned(trio.current_time(), frame.step, sent, results)
+            self._keep_pace(lone)
         for result in results:
             self._deliver(result)
         self._wake.set()
@@ -253,7 +258,10 @@ class Head:
         self._scheduler.copied(frame.event, stage, frame.failed)
         self._wake.set()
 
-    def _keep_pace(self) -> None:
+    def _keep_pace(self, lone_pass: float | None) -> None:
+        if lone_pass is not None:
+            self._speculation.passed(lone_pass)
+            self._policy.guesses = self._speculation.most()
         positions = self._timings.positions_within(PACE_S)
         if positions is not None:
             most = self._policy.config.step_tokens
@@ -365,6 +373,7 @@ class HeadHost:
         self._network = network
         self._feed = feed
         self._heads: dict[str, Head] = {}
+        self.speculate: Speculate = "auto"
         self._outboxes: dict[str, trio.MemorySendChannel[Output]] = {}
         self._nursery: trio.Nursery | None = None
         network.serve(SUBMIT, self._submit)
@@ -403,7 +412,7 @@ class HeadHost:
         for key in self._heads.keys() - wanted.keys():
             self._heads.pop(key).cancel_scope.cancel()
         for key in wanted.keys() - self._heads.keys():
-            head = Head(wanted[key], self._feed, self._emit, me)
+            head = Head(wanted[key], self._feed, self._emit, me, self.speculate)
             self._heads[key] = head
             self._nursery.start_soon(head.run)
 
