@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.protocol import LoadSpec
+from pxd.executors.protocol import LoadSpec, StageInfo
 from pxd.wire import Buffer, History, Opening, Row, Sampling, Step, Tensor
 
 GREEDY = Sampling(temperature=0)
@@ -19,19 +19,20 @@ GREEDY = Sampling(temperature=0)
 class Pipeline:
     """Stages in order. Hidden states travel as bytes, so nothing is shared by accident."""
 
-    def __init__(self, engines: Sequence[MlxEngine]) -> None:
+    def __init__(self, engines: Sequence[MlxEngine], infos: Sequence[StageInfo]) -> None:
         self.engines = list(engines)
+        self.trims = all(info.trims for info in infos)
         self._steps = itertools.count()
         self._open: set[int] = set()
 
     @classmethod
     def load(cls, path: Path, layers: int, cuts: Sequence[int] = ()) -> "Pipeline":
-        engines = []
+        engines, infos = [], []
         for start, end in itertools.pairwise([0, *cuts, layers]):
             engines.append(MlxEngine())
             spec = LoadSpec(path=str(path), start=start, end=end, kv_bytes=1 << 30)
-            engines[-1].load(spec, lambda _: None)
-        return cls(engines)
+            infos.append(engines[-1].load(spec, lambda _: None))
+        return cls(engines, infos)
 
     def step(
         self,

@@ -87,6 +87,8 @@ def edited_copy(source: Path, target: Path, edit: Editor) -> Path:
         ([Row(2, 0, 1, 1)], [2, 2], "bad-step", (2,)),
         ([Row(1, 4, 1, 1), Row(1, 5, 1, 1)], [], "bad-step", (1,)),
         ([Row(1, 4, 1, 0), Row(1, 4, 1, 1)], [], "bad-step", (1,)),
+        ([Row(1, 4, 2, 3)], [], "bad-step", (1,)),
+        ([Row(1, 4, 2, 2), Row(1, 5, 1, 1)], [], "bad-step", (1,)),
     ],
 )
 def test_a_step_that_does_not_fit_is_rejected_and_harms_nobody(
