@@ -16,6 +16,9 @@ LONGEST, SHORTEST = 4, 2
 LOOKBACK = 8192
 """Tokens of what there is at first that are looked at: a long prompt must not hold up the head."""
 
+PAUSE = 4
+"""Tokens without a guess after a single one was wrong."""
+
 PLAIN_EVERY = 32
 """So many guesses are followed by a step without one, which shows what that takes by now."""
 
@@ -90,7 +93,7 @@ class Confidence:
         elif right == 0:
             if self._width == 1:
                 # Guess again only after a while: even a wrong guess costs some computing.
-                self._pause = 16
+                self._pause = PAUSE
             self._width = max(1, self._width // 2)
 
 

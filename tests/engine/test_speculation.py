@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from pxd.engine.speculation import (
     LONGEST,
     LOOKBACK,
+    PAUSE,
     PLAIN_EVERY,
     SHORTEST,
     Confidence,
@@ -79,7 +80,8 @@ def test_confidence_follows_success() -> None:
     for _ in range(4):
         confidence.learn(8, 0)
     assert confidence.width == 0
-    for _ in range(16):
+    for _ in range(PAUSE):
+        assert confidence.width == 0
         confidence.passed()
     assert confidence.width == 1
 
