@@ -113,7 +113,9 @@ class Node:
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
-        self.heads = HeadHost(self.network, self.stages.feed, settings.admission)
+        self.heads = HeadHost(
+            self.network, self.stages.feed, settings.admission, settings.speculate
+        )
         self._ingress = ChatIngress(
             self.network,
             self.models,

@@ -28,6 +28,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `relay`: pass traffic on for members that cannot reach each other. The host `*` of `listen`
     stands for all addresses, IPv4 and IPv6. `admission` is explained at
     `pxd.engine.continuous.ContinuousConfig`, and holds for the pipelines that this node heads.
+    The host `*` of `listen` stands for all addresses, IPv4 and IPv6. `speculate`: guess tokens
+    ahead in pipelines that begin here. `relay`: pass traffic on for members that cannot reach each
+    other.
     """
 
     data_dir: Path
@@ -41,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kv_tier: float | None = None
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S
     admission: Literal["reserve", "preempt"] = "preempt"
+    speculate: Literal["auto", "on", "off"] = "auto"
     priority: int = 0
     mdns: bool = True
     relay: bool = False

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 _PREFIX = struct.Struct(">II")
 PREFIX_SIZE = _PREFIX.size
@@ -112,17 +112,29 @@ class History(msgspec.Struct, frozen=True, omit_defaults=True):
     answer: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_HISTORY)] = ()
 
 
+MAX_GUESSES = 16
+"""Tokens of a row that the head has only guessed."""
+
+
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One request's share of a step: `count` positions from `position` on.
 
-    The rows' positions lie one after the other in the step's tensor, in row order.
-    With `sample` the last stage draws the token that follows the row's last position.
+    The rows' positions lie one after the other in the step's tensor, in row order. For each of the
+    row's last `draws` positions the last stage draws the token that follows it.
+
+    Where there are several draws, all tokens behind the first of these positions are guesses. The
+    request's next row may take back those that were wrong: it then begins that much further ahead,
+    and every stage forgets what it has from there on.
     """
 
     request: Count
     position: Count
     count: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
-    sample: bool
+    draws: Annotated[int, msgspec.Meta(ge=0, le=1 + MAX_GUESSES)]
+
+
+MAX_DRAWS = 4096
+"""Draws of a step, over all of its rows."""
 
 
 class Opening(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -211,12 +223,15 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, tag="sampled", kw_only=True):
-    """What the last stage sends straight back to the head after a step."""
+    """What the last stage sends straight back to the head after a step.
+
+    One token for each draw of the step's rows: in row order, and of a row by position.
+    """
 
     pipeline: Identifier
     session: Count
     step: Count
-    tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
+    tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=MAX_DRAWS)]
 
 
 class Copied(msgspec.Struct, frozen=True, tag="copied", kw_only=True):

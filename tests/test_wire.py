@@ -27,7 +27,7 @@ def step(tokens: int = 3) -> wire.Step:
         pipeline="p",
         session=5,
         step=1,
-        rows=(wire.Row(1, 0, tokens, True),),
+        rows=(wire.Row(1, 0, tokens, 1),),
         tensor=wire.Tensor("bf16", (tokens, 4)),
         openings=(wire.Opening(1, wire.Sampling(temperature=0.5, seed=(1 << 63) - 1)),),
         releases=(7,),

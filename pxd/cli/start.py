@@ -31,6 +31,12 @@ HELP = with_examples(
 )
 
 
+class Speculate(Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class LogFormat(Enum):
     text = "text"
     json = "json"
@@ -106,6 +112,14 @@ RequestTimeout = Annotated[
         "SECONDS",
         "Give up requests to this node's API that take longer. "
         f"[dim]\\[default: {DEFAULT_REQUEST_TIMEOUT_S:g}][/dim]",
+    ),
+]
+Speculation = Annotated[
+    Speculate,
+    typer.Option(
+        "--speculate",
+        help="Guess tokens ahead from what was said before and have the model check them: where "
+        "links are slow, or wherever this node is the first of a chain, or never.",
     ),
 ]
 Priority = Annotated[
@@ -193,6 +207,7 @@ def build_settings(
     kv_tier: float | None = None,
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S,
     admission: Admission = Admission.preempt,
+    speculate: Speculate = Speculate.auto,
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -226,6 +241,7 @@ def build_settings(
         kv_tier=kv_tier,
         request_timeout=request_timeout,
         admission=admission.value,
+        speculate=speculate.value,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -245,6 +261,7 @@ def start(
     kv_tier: KvTier = None,
     request_timeout: RequestTimeout = DEFAULT_REQUEST_TIMEOUT_S,
     admission: Admit = Admission.preempt,
+    speculate: Speculation = Speculate.auto,
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -263,6 +280,7 @@ def start(
             kv_tier=kv_tier,
             request_timeout=request_timeout,
             admission=admission,
+            speculate=speculate,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

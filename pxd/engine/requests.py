@@ -7,6 +7,7 @@ import msgspec
 
 from pxd.engine.hashing import BlockHashes
 from pxd.engine.history import history_of
+from pxd.engine.speculation import Guesser
 from pxd.wire import Finish, History, Logprobs, Sampling
 
 
@@ -31,7 +32,9 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Generated(msgspec.Struct, frozen=True):
-    """One step's result for a request. An end-of-sequence token is not among `tokens`.
+    """One step's result for a request: mostly one token, more where guesses came true.
+
+    An end-of-sequence token is not among `tokens`.
 
     `logprobs` are those of `tokens`, where the request asked for them.
     """
@@ -46,9 +49,10 @@ class Sequence:
     """A request under way.
 
     Of its positions `sent` are on their way through the pipeline or done, and `done` have been
-    through every stage. `awaiting` says that a step in flight will draw its next token. `blocks` is
-    its block table, of which stages know the first `granted`. `pinned` are blocks of others that
-    its opening copies from. The first `prompt` of `tokens` are not answer. While `loading`, what
+    through every stage. `awaiting` says that a step in flight will draw its next token; the
+    `guesses` at it and those behind it that run along are among `sent`. `blocks` is its block
+    table, of which stages know the first `granted`. `pinned` are blocks of others that its opening
+    copies from. The first `prompt` of `tokens` are not answer. While `loading`, what
     follows `done` comes from the second tier, and no step has rows of it.
     """
 
@@ -61,6 +65,8 @@ class Sequence:
         "done",
         "eos",
         "granted",
+        "guesser",
+        "guesses",
         "hashes",
         "hits",
         "limit",
@@ -92,6 +98,7 @@ class Sequence:
         self.hashes = hashes
         self.admitted = 0
         self.preemptions = 0
+        self.guesser: Guesser | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -101,6 +108,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.hits: tuple[int, ...] = ()
         self.pinned: list[int] = []
+        self.guesses: list[int] = []
         self.granted = self.registered = 0
 
     def history(self) -> History | None:

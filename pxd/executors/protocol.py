@@ -41,8 +41,8 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`.
 
-    `prefix_cache` says that requests can begin with blocks that others have left, and `tier_slots`
-    how many blocks the second tier can keep.
+    `prefix_cache` says that requests can begin with blocks that others have left, `tier_slots` how
+    many blocks the second tier can keep, and `trims` that positions can be taken back.
     """
 
     layers: int
@@ -51,6 +51,7 @@ class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int
     prefix_cache: bool = False
     tier_slots: int = 0
+    trims: bool = False
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +98,7 @@ class Scored(NamedTuple):
 Progress = Callable[[float], None]
 Drawn = int | Scored
 StepOutput = tuple[Tensor, Buffer] | tuple[Drawn, ...]
-"""Hidden states, or on a last stage one token id per row with `sample`, in row order."""
+"""Hidden states, or on a last stage one token id for each of `pxd.executors.rows.draws_of`."""
 
 
 class StepRejected(Exception):

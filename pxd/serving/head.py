@@ -29,6 +29,7 @@ from pxd.engine.scheduler import (
 from pxd.p2p.network import CallFailed, Method
 from pxd.serving.quota import Quota
 from pxd.serving.readiness import Members, Readiness, readiness
+from pxd.serving.speculation import Speculate, Speculation
 from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
     MAX_ENDS,
@@ -112,6 +113,7 @@ class Head:
         emit: Callable[[str, Output], None],
         self_id: str,
         admission: Admission,
+        speculate: Speculate,
     ) -> None:
         self.pipeline = pipeline
         self.cancel_scope = trio.CancelScope()
@@ -130,6 +132,7 @@ class Head:
         self._sent_at: dict[int, float] = {}
         self._oldest_copy: tuple[int | None, float] = None, 0.0
         self._timings = PipelineTimings()
+        self._speculation = Speculation(speculate)
         self._wake = trio.Event()
         self._sooner = trio.Event()
 
@@ -149,6 +152,7 @@ class Head:
         """Open or close the session as the stages' reports demand."""
         state = readiness(self.pipeline, members)
         self.reason = state.reason
+        self._speculation.stages_are(state.costs, possible=state.trims)
         if state.ready and self._scheduler is None:
             self._open(state)
         elif not state.ready and self._scheduler is not None:
@@ -169,6 +173,7 @@ class Head:
         self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
+        self._policy.guesses = self._speculation.most()
         log.info(
             "pipeline %s serves: %d KV token positions, %d blocks in the second tier",
             self.pipeline.id,
@@ -278,8 +283,8 @@ class Head:
         sent = self._sent_at.pop(frame.step, None)
         results = self._scheduler.step_done(frame.step, frame.tokens)
         if sent is not None:
-            self._timings.returned(trio.current_time(), frame.step, sent, results)
-            self._keep_pace()
+            lone = self._timings.returned(trio.current_time(), frame.step, sent, results)
+            self._keep_pace(lone)
         for result in results:
             self._deliver(result)
         self._wake.set()
@@ -290,7 +295,10 @@ class Head:
         self._scheduler.copied(frame.event, stage, frame.failed)
         self._wake.set()
 
-    def _keep_pace(self) -> None:
+    def _keep_pace(self, lone_pass: float | None) -> None:
+        if lone_pass is not None:
+            self._speculation.passed(lone_pass)
+            self._policy.guesses = self._speculation.most()
         positions = self._timings.positions_within(PACE_S)
         if positions is not None:
             most = self._policy.config.step_tokens

@@ -10,6 +10,7 @@ from pxd.p2p.network import CallFailed, Network, NetworkError
 from pxd.serving.head import MAX_REQUESTS, SUBMIT, Accepted, Feed, Head, Submission
 from pxd.serving.outbox import Outbox
 from pxd.serving.readiness import Members
+from pxd.serving.speculation import Speculate
 from pxd.serving.timings import HeadFigures
 from pxd.wire import Cancel, Copied, Nack, Output, Sampled
 
@@ -25,10 +26,17 @@ OUTPUT_RETRIES_S = (0.1, 0.5, 2.0, 5.0)
 class HeadHost:
     """All pipelines whose stage 0 is on this node."""
 
-    def __init__(self, network: Network, feed: Feed, admission: Admission = "preempt") -> None:
+    def __init__(
+        self,
+        network: Network,
+        feed: Feed,
+        admission: Admission = "preempt",
+        speculate: Speculate = "auto",
+    ) -> None:
         self._network = network
         self._feed = feed
         self._admission: Admission = admission
+        self._speculate: Speculate = speculate
         self._heads: dict[str, Head] = {}
         self._outboxes: dict[str, Outbox] = {}
         self._nursery: trio.Nursery | None = None
@@ -68,7 +76,7 @@ class HeadHost:
         for key in self._heads.keys() - wanted.keys():
             self._heads.pop(key).cancel_scope.cancel()
         for key in wanted.keys() - self._heads.keys():
-            head = Head(wanted[key], self._feed, self._emit, me, self._admission)
+            head = Head(wanted[key], self._feed, self._emit, me, self._admission, self._speculate)
             self._heads[key] = head
             self._nursery.start_soon(head.run)
 

@@ -208,6 +208,7 @@ class StageRunner:
                 kv_tokens=info.kv_tokens,
                 prefix_cache=info.prefix_cache,
                 tier_slots=info.tier_slots,
+                trims=info.trims,
                 reason="",
             )
             async with trio.open_nursery() as nursery:

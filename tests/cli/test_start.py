@@ -70,6 +70,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         *("--http", "127.0.0.1:0", "--listen", "[::]:9000", "--name", "ben", "--memory", "7.5"),
         *("--max-layers", "4", "--kv-tier", "20", "--priority", "-5", "--no-mdns", "--relay"),
         *("--log-format", "json", "--admission", "reserve", "--request-timeout", "90.5"),
+        *("--speculate", "off", "--log-format", "json"),
     )
     assert result.exit_code == 0, result.output
     assert node.settings == Settings(
@@ -84,6 +85,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         kv_tier=20.0,
         request_timeout=90.5,
         admission="reserve",
+        speculate="off",
         priority=-5,
         mdns=False,
         relay=True,

@@ -52,12 +52,12 @@ def test_the_last_prompt_token_is_a_decode() -> None:
     scheduler.add(request(0, [1, 2, 3], 2))
     first = scheduler.next_step()
     assert first is not None
-    assert [(r.position, r.count, r.sample) for r in first.rows] == [(0, 2, False)]
+    assert [(r.position, r.count, r.draws) for r in first.rows] == [(0, 2, 0)]
     assert scheduler.next_step() is None, "one stage takes one step at a time"
     scheduler.step_done(first.number, [])
     second = scheduler.next_step()
     assert second is not None
-    assert [(r.position, r.count, r.sample) for r in second.rows] == [(2, 1, True)]
+    assert [(r.position, r.count, r.draws) for r in second.rows] == [(2, 1, 1)]
     assert second.tokens == (3,)
 
 
@@ -225,7 +225,7 @@ def order_of_admission(scheduler: Scheduler) -> list[int]:
     """With one request at a time and one token for each."""
     pipeline, order = Pipeline(), []
     while (step := scheduler.next_step()) is not None:
-        order += [row.request for row in step.rows if row.sample]
+        order += [row.request for row in step.rows if row.draws]
         scheduler.step_done(step.number, pipeline.run(step))
     return order
 
@@ -326,7 +326,7 @@ def test_a_common_prefix_is_computed_once() -> None:
     assert first is not None
     [opening] = first.openings
     assert (opening.cached, len(opening.hits)) == (2 * BLOCK_TOKENS, 2)
-    assert [(row.position, row.sample) for row in first.rows] == [(2 * BLOCK_TOKENS, True)]
+    assert [(row.position, row.draws) for row in first.rows] == [(2 * BLOCK_TOKENS, 1)]
     scheduler.step_done(first.number, pipeline.run(first))
     # The second one has taken the blocks over; a third one meanwhile gets copies.
     scheduler.add(request(2, [*common, 3], 3))
@@ -352,7 +352,7 @@ def test_shared_blocks_are_held_by_all_who_use_them() -> None:
     for _ in range(2):
         step = scheduler.next_step()
         assert step is not None
-        sampled = [SampledToken(0, len(common) + 1, 9)] if step.rows[0].sample else []
+        sampled = [SampledToken(0, len(common) + 1, 9)] if step.rows[0].draws else []
         scheduler.step_done(step.number, sampled)
     used = pool(scheduler).used
     scheduler.add(request(1, [*common, 2], 30))

@@ -61,7 +61,7 @@ class FakeEngine:
             copied = Copied(pipeline=step.pipeline, session=step.session, event=step.store.event)
             # Its own thread, and this step's reply after it or before it.
             threading.Thread(target=self.report, args=(copied,)).start()
-        return tuple(100 + row.request for row in step.rows if row.sample)
+        return tuple(100 + row.request for row in step.rows if row.draws)
 
     def release(self, requests: tuple[int, ...]) -> None:
         self.released.extend(requests)

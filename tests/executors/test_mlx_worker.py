@@ -65,11 +65,11 @@ async def answer_all(chain: Chain, tokenizer: ChatTokenizer, questions: Sequence
     """Ask everything at once, as one batch that shrinks as answers end."""
     prompts = [tokenizer.encode_chat((Message("user", question),)) for question in questions]
     for number, prompt in enumerate(prompts):
-        await chain.step([Row(number, 0, len(prompt) - 1, False)], prompt[:-1], opened=True)
+        await chain.step([Row(number, 0, len(prompt) - 1, 0)], prompt[:-1], opened=True)
     sequences = [list(prompt) for prompt in prompts]
     open_requests = set(range(len(prompts)))
     while open_requests:
-        rows = [Row(n, len(sequences[n]) - 1, 1, True) for n in sorted(open_requests)]
+        rows = [Row(n, len(sequences[n]) - 1, 1, 1) for n in sorted(open_requests)]
         for sampled in await chain.step(rows, [sequences[row.request][-1] for row in rows]):
             if sampled.token in tokenizer.eos:
                 open_requests.discard(sampled.request)
@@ -135,13 +135,13 @@ async def test_a_block_goes_to_the_second_tier_and_comes_back(tmp_path: Path) ->
             )
             info = await executor.load(spec, lambda _: None)
             assert info.tier_slots > 3
-            await run(executor, 0, [Row(1, 0, BLOCK_TOKENS, False)], **opened(1))
-            wanted = await run(executor, 1, [Row(1, BLOCK_TOKENS, 1, True)])
+            await run(executor, 0, [Row(1, 0, BLOCK_TOKENS, 0)], **opened(1))
+            wanted = await run(executor, 1, [Row(1, BLOCK_TOKENS, 1, 1)])
             await run(executor, 2, [], store=Copy(0, (1,), (3,)))
             assert (await executor.copied.receive()).failed == ()
             await run(executor, 3, [], load=Copy(1, (5,), (3,)), releases=(1,), **opened(5))
             assert (await executor.copied.receive()).event == 1
-            got = await run(executor, 4, [Row(5, BLOCK_TOKENS, 1, True)])
+            got = await run(executor, 4, [Row(5, BLOCK_TOKENS, 1, 1)])
     assert [t.token for t in got.tokens] == [t.token for t in wanted.tokens]
 
 

@@ -31,7 +31,7 @@ def make_step(action: str, number: int = 0, request: int = 1) -> Step:
         pipeline=action,
         session=3,
         step=number,
-        rows=(Row(request, 5, 2, True),),
+        rows=(Row(request, 5, 2, 1),),
         tensor=Tensor("i32", (2,)),
     )
 
@@ -128,7 +128,7 @@ async def test_bodies_larger_than_any_socket_buffer_pass_both_ways_at_once() -> 
         pipeline="forward",
         session=0,
         step=0,
-        rows=(Row(1, 0, 1, False),),
+        rows=(Row(1, 0, 1, 0),),
         tensor=Tensor("f32", (size // 4,)),
     )
     body = os.urandom(size)

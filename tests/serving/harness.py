@@ -99,6 +99,7 @@ class ArithmeticExecutor:
         self.pid = 0
         self.node = node
         self.caches: dict[int, list[float]] = {}
+        self.guessed: dict[int, int] = {}
         self.send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
         self._died = trio.Event()
         self._why = ""
@@ -115,7 +116,11 @@ class ArithmeticExecutor:
             raise ExecutorError(self.node.refuse_load)
         self._last = spec.end == LAYERS
         return StageInfo(
-            layers=spec.end - spec.start, hidden_size=1, weight_bytes=1, kv_tokens=4096
+            layers=spec.end - spec.start,
+            hidden_size=1,
+            weight_bytes=1,
+            kv_tokens=4096,
+            trims=self.node.trims,
         )
 
     async def wait_died(self) -> str:
@@ -133,6 +138,9 @@ class ArithmeticExecutor:
         for opening in step.openings:
             self.caches[opening.request] = []
 
+    def draw(self, values: list[float]) -> int:
+        return sum((i + 1) * int(value) for i, value in enumerate(values)) % VOCABULARY
+
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         await self.node.gate.wait()
         await trio.sleep(self.node.pace * sum(row.count for row in step.rows))
@@ -145,12 +153,13 @@ class ArithmeticExecutor:
         sampled, offset = [], 0
         for row in step.rows:
             cache = self.caches[row.request]
-            assert row.position == len(cache)
+            assert 0 <= len(cache) - row.position <= self.guessed.pop(row.request, 0)
+            del cache[row.position :]
             cache.extend(value + 1 for value in values[offset : offset + row.count])
             offset += row.count
-            if row.sample and self._last:
-                total = sum((i + 1) * int(value) for i, value in enumerate(cache))
-                sampled.append(SampledToken(row.request, len(cache), total % VOCABULARY))
+            self.guessed[row.request] = max(row.draws - 1, 0)
+            for place in range(len(cache) - row.draws + 1, len(cache) + 1) if self._last else ():
+                sampled.append(SampledToken(row.request, place, self.draw(cache[:place])))
         if self._last:
             return Sampled(
                 pipeline=step.pipeline,
@@ -169,7 +178,8 @@ class Member(msgspec.Struct):
 
 
 class ServingNode:
-    """Stage, head and ingress of one node. Its executor takes `pace` seconds per position."""
+    """Stage, head and ingress of one node. Its executor takes `pace` seconds per position, and
+    frames `delay` seconds to reach it."""
 
     def __init__(self, cluster: "ServingCluster", peer_id: str) -> None:
         self.cluster = cluster
@@ -180,7 +190,8 @@ class ServingNode:
         self.gate.set()
         self.refuse_load = ""
         self.executor_type: Callable[[ServingNode], ArithmeticExecutor] = ArithmeticExecutor
-        self.pace = 0.0
+        self.pace = self.delay = 0.0
+        self.trims = True
         self.changed = Signal()
         self.scope = trio.CancelScope()
         self.plan: Plan | None = None
@@ -209,6 +220,7 @@ class ServingNode:
 
     async def on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
         self.cluster.frames.append((peer, self.peer_id, frame))
+        await trio.sleep(self.delay)
         match frame:
             case Step():
                 await self.stages.feed(peer, frame, body)
