@@ -102,12 +102,12 @@ def run(work: Workload, admission: Admission, count: int) -> Result:
             continue
         for opening in step.openings:
             opened[opening.request] = opened.get(opening.request, 0) + 1
-        again += sum(row.count for row in step.rows if opened[row.request] > 1 and not row.sample)
+        again += sum(row.count for row in step.rows if opened[row.request] > 1 and not row.draws)
         now += cost(step)
         sampled = [
             SampledToken(row.request, end, EOS if end >= ends[row.request] else row.request + 1)
             for row in step.rows
-            if row.sample and (end := row.position + row.count)
+            if row.draws and (end := row.position + row.count)
         ]
         for result in scheduler.step_done(step.number, sampled):
             tokens += len(result.tokens)
@@ -116,7 +116,7 @@ def run(work: Workload, admission: Admission, count: int) -> Result:
 
 
 def cost(step: PlannedStep) -> float:
-    decodes = sum(row.sample for row in step.rows)
+    decodes = sum(row.draws for row in step.rows)
     return STEP_S * bool(step.rows) + decodes * DECODE_S + (len(step.tokens) - decodes) * PREFILL_S
 
 

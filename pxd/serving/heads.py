@@ -36,7 +36,7 @@ class HeadHost:
         self._network = network
         self._feed = feed
         self._admission: Admission = admission
-        self._speculate: Speculate = speculate
+        self.speculate: Speculate = speculate
         self._heads: dict[str, Head] = {}
         self._outboxes: dict[str, Outbox] = {}
         self._nursery: trio.Nursery | None = None
@@ -76,7 +76,7 @@ class HeadHost:
         for key in self._heads.keys() - wanted.keys():
             self._heads.pop(key).cancel_scope.cancel()
         for key in wanted.keys() - self._heads.keys():
-            head = Head(wanted[key], self._feed, self._emit, me, self._admission, self._speculate)
+            head = Head(wanted[key], self._feed, self._emit, me, self._admission, self.speculate)
             self._heads[key] = head
             self._nursery.start_soon(head.run)
 

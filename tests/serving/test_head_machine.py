@@ -16,6 +16,7 @@ from pxd.cluster.plans import PipelinePlan, StagePlan
 from pxd.cluster.records import NodeRecord, StageReport
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.continuous import Admission
+from pxd.executors.rows import draws_of
 from pxd.p2p.network import CallFailed
 from pxd.serving import head as head_module
 from pxd.serving.head import Head, Submission
@@ -49,7 +50,7 @@ class Watched:
     def __init__(self, admission: Admission, clock: MockClock) -> None:
         self.clock = clock
         self.flying: deque[Step] = deque()
-        self.head = Head(PIPELINE, self.feed, self.emit, "a", admission)
+        self.head = Head(PIPELINE, self.feed, self.emit, "a", admission, "off")
         self.members = {
             stage.node: Member(NodeRecord(id=stage.node, name=stage.node, stages=(READY,)))
             for stage in STAGES
@@ -134,9 +135,8 @@ class Watched:
         if self.flying:
             step = self.flying.popleft()
             tokens = tuple(
-                SampledToken(row.request, row.position + row.count, EOS if last else 5)
-                for row in step.rows
-                if row.sample
+                SampledToken(request, position, EOS if last else 5)
+                for request, position in draws_of(step.rows)
             )
             frame = Sampled(pipeline="p", session=step.session, step=step.step, tokens=tokens)
             self.head.sampled(frame)

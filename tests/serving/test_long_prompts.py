@@ -13,6 +13,7 @@ from trio.testing import MockClock
 
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec, MemoryReport, StageInfo
+from pxd.executors.rows import draws_of
 from pxd.models.chat import ChatTokenizer
 from pxd.serving.requests import Message
 from pxd.wire import Buffer, Sampled, SampledToken, Step
@@ -66,8 +67,8 @@ class EngineExecutor(ArithmeticExecutor):
             self.seen.rows.append(len(step.rows))
         drawn = self.engine.step(step, body)
         tokens = tuple(
-            SampledToken(row.request, row.position + row.count, token)  # type: ignore[arg-type]
-            for row, token in zip((row for row in step.rows if row.sample), drawn, strict=True)
+            SampledToken(request, position, token)  # type: ignore[arg-type]
+            for (request, position), token in zip(draws_of(step.rows), drawn, strict=True)
         )
         return Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=tokens)
 
