@@ -18,7 +18,7 @@ class Measurement:
 
 FULL = (
     Measurement("tiny", Load(64, 64), (1, 4, 8, 16), 5),
-    Measurement("100m", Load(16, 16), (1, 4, 8, 16), 3),
+    Measurement("100m", Load(12, 12), (1, 4, 8, 16), 3),
     Measurement("0.6b", Load(16, 8), (1,), 2),
 )
 QUICK = (
