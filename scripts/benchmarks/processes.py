@@ -106,8 +106,9 @@ class Program:
         """Take no processor time until `thaw`."""
         self._signal(self.family(), signal.SIGSTOP)
 
-    def thaw(self) -> None:
-        self._signal(self.family(), signal.SIGCONT)
+    def thaw(self, *, launched_only: bool = False) -> None:
+        """Go on; with `launched_only` just what the program has started, and not itself."""
+        self._signal(self.family()[launched_only:], signal.SIGCONT)
 
     @staticmethod
     def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
