@@ -1,5 +1,7 @@
 """The command line of scripts/bench."""
 
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +29,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Bench], None]]] = {
     "g": ("memory", "memory: proportional set size, and RSS", memory.run),
 }
 MODELS = user_cache_path("pxd") / "bench"
+FAILURES = (BenchError, httpx.HTTPError, subprocess.SubprocessError, OSError, ExceptionGroup)
 PACKAGES = ("pxd", "mlx", "mlx-lm")
 EXAMPLES = """
 Examples
@@ -75,6 +78,8 @@ def main(
 
 
 def _bench(letters: list[str], *, quick: bool, json: Path | None, models: Path) -> int:
+    # Whoever ends it, however: all that it has started goes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="pxd-bench-") as root:
         bench = Bench(Path(root), models, quick)
         seconds = {letter: _section(bench, letter) for letter in letters}
@@ -97,9 +102,9 @@ def _section(bench: Bench, letter: str) -> float:
     began = time.monotonic()
     try:
         run(bench)
-    except (BenchError, httpx.HTTPError) as error:
-        # What is left of the others is still worth its time.
-        bench.fail(section, what, str(error))
+    except FAILURES as error:
+        # The other ones are still worth their time.
+        bench.fail(section, what, f"{type(error).__name__}: {error}")
     took = time.monotonic() - began
     say(f"    {took:.0f} s")
     return took
