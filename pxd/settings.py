@@ -11,6 +11,8 @@ DEFAULT_HTTP = "127.0.0.1:8470"
 DEFAULT_LISTEN = "*:8471"
 DEFAULT_MODEL = "demo"
 
+WireDtype = Literal["native", "fp8", "int8", "auto"]
+
 
 def default_data_dir() -> Path:
     return Path(platformdirs.user_data_dir("pxd", appauthor=False))
@@ -25,7 +27,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     `http` and `listen` are HOST:PORT; None means the default port, or any free one if it is taken.
     `relay`: pass traffic on for members that cannot reach each other. The host `*` of `listen`
-    stands for all addresses, IPv4 and IPv6.
+    stands for all addresses, IPv4 and IPv6. `wire_dtype` is for what this node sends; all nodes
+    take everything.
     """
 
     data_dir: Path
@@ -37,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory: float | None = None
     max_layers: int | None = None
     kv_tier: float | None = None
+    wire_dtype: WireDtype = "native"
     priority: int = 0
     mdns: bool = True
     relay: bool = False

@@ -15,6 +15,7 @@ from pxd.settings import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     Settings,
+    WireDtype,
     default_name,
     parse_endpoint,
 )
@@ -92,6 +93,17 @@ KvTier = Annotated[
         "in the host's memory where a GPU has its own. [dim]\\[default: none][/dim]",
     ),
 ]
+Wire = Annotated[
+    WireDtype,
+    _option(
+        "--wire-dtype",
+        "TYPE",
+        "How this node sends hidden states to the next stage; other nodes choose for themselves. "
+        "native is exact. fp8 and int8 halve the bytes, and answers may differ from those of one "
+        "machine, or change course where another pipeline takes over. auto is fp8 where the link "
+        "is slower than the computing. [dim]\\[default: native][/dim]",
+    ),
+]
 Priority = Annotated[
     int,
     _option(
@@ -166,6 +178,7 @@ def build_settings(
     memory: float | None = None,
     max_layers: int | None = None,
     kv_tier: float | None = None,
+    wire_dtype: WireDtype = "native",
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -193,6 +206,7 @@ def build_settings(
         memory=memory,
         max_layers=max_layers,
         kv_tier=kv_tier,
+        wire_dtype=wire_dtype,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -210,6 +224,7 @@ def start(
     memory: Memory = None,
     max_layers: MaxLayers = None,
     kv_tier: KvTier = None,
+    wire_dtype: Wire = "native",
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -226,6 +241,7 @@ def start(
             memory=memory,
             max_layers=max_layers,
             kv_tier=kv_tier,
+            wire_dtype=wire_dtype,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

@@ -45,7 +45,7 @@ from pxd.executors.rows import (
 from pxd.executors.slots import Report
 from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError
-from pxd.wire import Buffer, Row, Step, Tensor
+from pxd.wire import Buffer, Coding, Row, Step, Tensor
 
 log = logging.getLogger("pxd.executors.mlx")
 
@@ -75,6 +75,7 @@ class MlxEngine:
         self._session = -1
         self._batching = False
         self._kv_tokens: int | None = None
+        self._coding: Coding | None = None
         self._steps = 0
 
     def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
@@ -118,6 +119,7 @@ class MlxEngine:
             hidden_size=loaded.stage.hidden_size,
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
+            hidden_bytes=loaded.stage.hidden_size * loaded.dtype.size,
             prefix_cache=self._prefixes is not None,
             tier_slots=self._tier.slots if self._tier else 0,
         )
@@ -149,6 +151,9 @@ class MlxEngine:
             raise StepRejected(
                 "executor-failed", f"{type(error).__name__}: {error}", lost
             ) from error
+
+    def send_as(self, coding: Coding | None) -> None:
+        self._coding = coding
 
     def release(self, requests: tuple[int, ...]) -> None:
         """Free requests; unknown ones are ignored."""
@@ -207,7 +212,7 @@ class MlxEngine:
         if stage.first:
             check_tokens(step, body, stage.vocabulary)
         else:
-            check_hidden(step, stage.hidden_size)
+            check_hidden(step, body, stage.hidden_size)
 
     def _forget(self, rows: tuple[Row, ...]) -> tuple[int, ...]:
         """Drop the requests of `rows` and all that share a batch with them."""
@@ -244,7 +249,8 @@ class MlxEngine:
             return tuple(tokens[part.begin] for part in decodes)
         outputs.sort(key=lambda item: item[0].begin)
         hidden = [output for _, output in outputs]
-        return to_wire(hidden[0] if len(hidden) == 1 else mx.concatenate(hidden))
+        whole = hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
+        return to_wire(whole, self._coding)
 
     def _parts(self, rows: Sequence[Row]) -> tuple[list[_Part], list[_Part]]:
         """Split rows into what fills caches and what decodes one token, each in row order."""
