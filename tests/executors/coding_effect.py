@@ -43,8 +43,14 @@ def load_stages(path: Path, cuts: Sequence[int]) -> list[Stage]:
     ]
 
 
-def logits(stages: Sequence[Stage], tokens: Sequence[int], coding: Coding | None) -> np.ndarray:
-    """f32 ``(tokens, vocabulary)``, of one pass over all."""
+def logits(
+    stages: Sequence[Stage], texts: Sequence[Sequence[int]], coding: Coding | None
+) -> np.ndarray:
+    """f32 ``(tokens of all texts, vocabulary)``, of one pass over each."""
+    return np.concatenate([_logits(stages, tokens, coding) for tokens in texts])
+
+
+def _logits(stages: Sequence[Stage], tokens: Sequence[int], coding: Coding | None) -> np.ndarray:
     state = mx.array(list(tokens))[None]
     for stage in stages:
         state = stage.forward(state, stage.make_caches())
@@ -55,11 +61,7 @@ def logits(stages: Sequence[Stage], tokens: Sequence[int], coding: Coding | None
     return np.array(state[0].astype(mx.float32))
 
 
-def effect(
-    stages: Sequence[Stage], texts: Sequence[Sequence[int]], coding: Coding | None
-) -> Effect:
-    exact = np.concatenate([logits(stages, tokens, None) for tokens in texts])
-    coded = np.concatenate([logits(stages, tokens, coding) for tokens in texts])
+def effect(exact: np.ndarray, coded: np.ndarray) -> Effect:
     p, q = _log_softmax(exact), _log_softmax(coded)
     divergences = (np.exp(p) * (p - q)).sum(axis=-1)
     return Effect(
@@ -86,8 +88,10 @@ def main() -> None:
     draw = np.random.default_rng(0)
     texts = draw.integers(0, stages[-1].vocabulary, (4, arguments.tokens // 4)).tolist()
     print(f"{'':6}", *(f"{name:>16}" for name in Effect._fields))
+    exact = logits(stages, texts, None)
     for coding in get_args(Coding):
-        print(f"{coding:6}", *(f"{value:16.5f}" for value in effect(stages, texts, coding)))
+        found = effect(exact, logits(stages, texts, coding))
+        print(f"{coding:6}", *(f"{value:16.5f}" for value in found))
 
 
 if __name__ == "__main__":

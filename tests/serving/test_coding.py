@@ -1,12 +1,16 @@
 """How stages send hidden states on: as the node's setting says, or as its links need it."""
 
 import itertools
+from typing import Any
 
+import msgspec
 import pytest
+import trio
 from trio.testing import MockClock
 
-from pxd.cluster.records import PeerLink
+from pxd.cluster.records import NodeRecord, PeerLink
 from pxd.serving.coding import choose_coding
+from pxd.serving.report import LoadReport
 from pxd.serving.view import node_views
 from pxd.settings import WireDtype
 from pxd.wire import Coding
@@ -80,6 +84,22 @@ def codings(cluster: ServingCluster) -> dict[str, str]:
     return {view.name: view.stages[0].wire_dtype for view in views if view.stages}
 
 
+class _Records:
+    def __init__(self) -> None:
+        self.record = NodeRecord(id="a", name="a")
+
+    def update(self, **changes: Any) -> None:
+        self.record = msgspec.structs.replace(self.record, **changes)
+
+
+class _Survey:
+    def rtts(self) -> dict[str, float]:
+        return {"b": 0.02}
+
+    def bandwidths(self) -> dict[str, float]:
+        return {"b": SLOW}
+
+
 class _Member:
     state, since, rtt = "alive", 0.0, None
 
@@ -145,3 +165,16 @@ async def test_auto_follows_what_is_measured(clock: MockClock) -> None:
         await cluster.ready(cluster.publish("a", "c"))
         assert codings(cluster)["a"] == "native"
         assert await sent_with([slow]) == {None}
+
+
+async def test_stages_hear_of_the_links_in_the_record(clock: MockClock) -> None:
+    async with sending_as("auto", "a").running() as cluster, trio.open_nursery() as nursery:
+        node = cluster.nodes["a"]
+        await cluster.ready(cluster.publish("a", "b"))
+        for _ in range(3):
+            await answered(cluster, 2)
+        partners = frozenset({"b"})
+        report = LoadReport(_Records(), node.heads, node.stages, _Survey(), lambda: partners)  # type: ignore[arg-type]
+        nursery.start_soon(report.run)
+        await cluster.until(lambda: codings(cluster)["a"] == "fp8")
+        nursery.cancel_scope.cancel()
