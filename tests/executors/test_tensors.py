@@ -5,7 +5,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -55,6 +55,8 @@ def e4m3(byte: int) -> float:
     return -size if sign else size
 
 
+@example(np.array([[0, 1e-44, -1e-44], [0, 1e-39, 1e-41]], np.float32), "f32", "int8")
+@example(np.array([[0, 1e-44, -1e-44], [0, 1e-39, 1e-41]], np.float32), "bf16", "fp8")
 @given(everything | alike, st.sampled_from(sorted(DTYPES)), codings)
 def test_what_a_coding_changes_is_bounded(array: np.ndarray, dtype: str, coding: Coding) -> None:
     sent = mx.array(array).astype(DTYPES[dtype])
@@ -74,6 +76,7 @@ def test_what_a_coding_changes_is_bounded(array: np.ndarray, dtype: str, coding:
     allowed = step * 1.001 + np.abs(numbers) * ROUNDING[dtype] + LEAST[dtype]
     allowed = np.where(greatest < FLUSHED, greatest, allowed)
     assert (np.abs(as_f32(back) - numbers) <= allowed).all()
+    assert (as_f32(back)[numbers == 0] == 0).all()
 
 
 @given(everything, st.sampled_from(sorted(DTYPES)))
