@@ -216,10 +216,9 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         self._enqueue(Release(requests))
         await trio.lowlevel.checkpoint()
 
-    async def send_as(self, coding: Coding | None) -> None:
+    def send_as(self, coding: Coding | None) -> None:
         """Takes effect as `release` does."""
         self._enqueue(SendAs(coding))
-        await trio.lowlevel.checkpoint()
 
     async def _ask(
         self, command: Command, answer: type[ReplyT], progress: Progress | None = None

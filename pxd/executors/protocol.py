@@ -141,8 +141,8 @@ class Executor(Protocol):
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         """Run a step; returns the step to forward, or the sampled tokens, or why it failed."""
 
-    async def send_as(self, coding: Coding | None) -> None:
-        """How steps that are submitted later code their hidden states; does not wait."""
+    def send_as(self, coding: Coding | None) -> None:
+        """How steps that are submitted later code their hidden states."""
 
     async def release(self, requests: tuple[int, ...]) -> None: ...
 

@@ -116,7 +116,7 @@ async def test_the_demo_model_answers_right_with_coded_hidden_states(
                 spec = LoadSpec(path=str(DEMO_DIRECTORY), start=start, end=end, kv_bytes=1 << 26)
                 info = await executor.load(spec, lambda _: None)
                 assert info.hidden_bytes == info.hidden_size * 2
-                await executor.send_as(coding)
+                executor.send_as(coding)
                 executors.append(executor)
             chain = Chain(executors)
             answers = await answer_all(chain, tokenizer, list(QUESTIONS))

@@ -80,7 +80,7 @@ async def test_a_coding_counts_for_the_steps_behind_it() -> None:
         async with fake_executor() as executor:
             await executor.load(SPEC, lambda _: None)
             for coding in (None, "fp8", "int8", None):
-                await executor.send_as(coding)
+                executor.send_as(coding)
                 result = await executor.step(make_step("coding"), BODY)
                 assert isinstance(result, tuple)
                 answers.append(result[0].tensor.coding)

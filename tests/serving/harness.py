@@ -129,7 +129,7 @@ class ArithmeticExecutor:
         await self._died.wait()
         return self._why
 
-    async def send_as(self, coding: Coding | None) -> None:
+    def send_as(self, coding: Coding | None) -> None:
         self.coding = coding
 
     async def release(self, requests: tuple[int, ...]) -> None:
