@@ -113,6 +113,7 @@ class Node:
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
+        self.stages.send_as(settings.wire_dtype)
         self.heads = HeadHost(
             self.network, self.stages.feed, settings.admission, settings.speculate
         )

@@ -12,6 +12,8 @@ DEFAULT_LISTEN = "*:8471"
 DEFAULT_MODEL = "demo"
 DEFAULT_REQUEST_TIMEOUT_S = 3600.0
 
+WireDtype = Literal["native", "fp8", "int8", "auto"]
+
 
 def default_data_dir() -> Path:
     return Path(platformdirs.user_data_dir("pxd", appauthor=False))
@@ -28,9 +30,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `relay`: pass traffic on for members that cannot reach each other. The host `*` of `listen`
     stands for all addresses, IPv4 and IPv6. `admission` is explained at
     `pxd.engine.continuous.ContinuousConfig`, and holds for the pipelines that this node heads.
-    The host `*` of `listen` stands for all addresses, IPv4 and IPv6. `speculate`: guess tokens
-    ahead in pipelines that begin here. `relay`: pass traffic on for members that cannot reach each
-    other.
+    `speculate`: guess tokens ahead in pipelines that begin here. `wire_dtype` is for what this node
+    sends; all nodes take everything.
     """
 
     data_dir: Path
@@ -45,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S
     admission: Literal["reserve", "preempt"] = "preempt"
     speculate: Literal["auto", "on", "off"] = "auto"
+    wire_dtype: WireDtype = "native"
     priority: int = 0
     mdns: bool = True
     relay: bool = False

@@ -52,16 +52,35 @@ Timeout = Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)]
 DType = Literal["bf16", "f16", "f32", "i32"]
 DTYPE_BYTES: dict[DType, int] = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4}
 
+Coding = Literal["fp8", "int8"]
+SCALE_BYTES = 4
 
-class Tensor(msgspec.Struct, frozen=True):
-    """Type and shape of a frame's body: row-major, little-endian, no padding."""
+
+class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Type and shape of a frame's body: row-major, little-endian, no padding.
+
+    With a `coding` the shape is ``(rows, columns)`` and `dtype` is what the numbers were and shall
+    be again. The body then holds one f32 scale for each row, finite and not negative, and behind
+    them one byte for each number, to be multiplied by its row's scale: an fp8 is an e4m3 of the
+    kind without infinities.
+    """
 
     dtype: DType
     shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
+    coding: Coding | None = None
+
+    def __post_init__(self) -> None:
+        if self.coding is not None and (self.dtype == "i32" or len(self.shape) != 2):
+            raise ValueError("only rows of floating-point numbers can be coded")
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.shape[0] * SCALE_BYTES if self.coding is not None else 0
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        count = math.prod(self.shape)
+        return self.scale_bytes + count * (1 if self.coding else DTYPE_BYTES[self.dtype])
 
 
 LogitBias = tuple[TokenId, Annotated[float, msgspec.Meta(ge=-100, le=100)]]

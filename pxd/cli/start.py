@@ -16,6 +16,7 @@ from pxd.settings import (
     DEFAULT_MODEL,
     DEFAULT_REQUEST_TIMEOUT_S,
     Settings,
+    WireDtype,
     default_name,
     parse_endpoint,
 )
@@ -122,6 +123,17 @@ Speculation = Annotated[
         "links are slow, or wherever this node is the first of a chain, or never.",
     ),
 ]
+Wire = Annotated[
+    WireDtype,
+    _option(
+        "--wire-dtype",
+        "TYPE",
+        "How this node sends hidden states to the next stage; other nodes choose for themselves. "
+        "native is exact. fp8 and int8 halve the bytes, and answers may differ from those of one "
+        "machine, or change course where another pipeline takes over. auto is fp8 where the link "
+        "is slower than the computing. [dim]\\[default: native][/dim]",
+    ),
+]
 Priority = Annotated[
     int,
     _option(
@@ -208,6 +220,7 @@ def build_settings(
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S,
     admission: Admission = Admission.preempt,
     speculate: Speculate = Speculate.auto,
+    wire_dtype: WireDtype = "native",
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -242,6 +255,7 @@ def build_settings(
         request_timeout=request_timeout,
         admission=admission.value,
         speculate=speculate.value,
+        wire_dtype=wire_dtype,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -262,6 +276,7 @@ def start(
     request_timeout: RequestTimeout = DEFAULT_REQUEST_TIMEOUT_S,
     admission: Admit = Admission.preempt,
     speculate: Speculation = Speculate.auto,
+    wire_dtype: Wire = "native",
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -281,6 +296,7 @@ def start(
             request_timeout=request_timeout,
             admission=admission,
             speculate=speculate,
+            wire_dtype=wire_dtype,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

@@ -41,6 +41,7 @@ from pxd.executors.messages import (
     ReadMemory,
     Release,
     Reply,
+    SendAs,
     reply_decoder,
 )
 from pxd.executors.protocol import (
@@ -52,7 +53,7 @@ from pxd.executors.protocol import (
     Progress,
     StageInfo,
 )
-from pxd.wire import Buffer, Copied, Nack, Sampled, Step, WireError, encode, read_frame
+from pxd.wire import Buffer, Coding, Copied, Nack, Sampled, Step, WireError, encode, read_frame
 
 log = logging.getLogger("pxd.executors")
 
@@ -214,6 +215,10 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         """Takes effect before every step submitted later; does not wait for it."""
         self._enqueue(Release(requests))
         await trio.lowlevel.checkpoint()
+
+    def send_as(self, coding: Coding | None) -> None:
+        """Takes effect as `release` does."""
+        self._enqueue(SendAs(coding))
 
     async def _ask(
         self, command: Command, answer: type[ReplyT], progress: Progress | None = None

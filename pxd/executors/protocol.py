@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pxd.wire import Buffer, Logprobs, Nack, Reason, Sampled, Step, Tensor
+from pxd.wire import Buffer, Coding, Logprobs, Nack, Reason, Sampled, Step, Tensor
 
 
 class ExecutorError(Exception):
@@ -41,14 +41,16 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`.
 
-    `prefix_cache` says that requests can begin with blocks that others have left, `tier_slots` how
-    many blocks the second tier can keep, and `trims` that positions can be taken back.
+    `hidden_bytes` is what the hidden state of one position takes as it is. `prefix_cache` says that
+    requests can begin with blocks that others have left, `tier_slots` how many blocks the second
+    tier can keep, and `trims` that positions can be taken back.
     """
 
     layers: int
     hidden_size: int
     weight_bytes: int
     kv_tokens: int
+    hidden_bytes: int = 0
     prefix_cache: bool = False
     tier_slots: int = 0
     trims: bool = False
@@ -118,6 +120,9 @@ class Engine(Protocol):
     def step(self, step: Step, body: Buffer) -> StepOutput:
         """Run a batch. Raises `StepRejected` for an unknown request or a position gap."""
 
+    def send_as(self, coding: Coding | None) -> None:
+        """Code the hidden states of later steps; None leaves them as they are."""
+
     def release(self, requests: tuple[int, ...]) -> None:
         """Free the state of requests; ids that are not known are ignored."""
 
@@ -136,6 +141,9 @@ class Executor(Protocol):
 
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         """Run a step; returns the step to forward, or the sampled tokens, or why it failed."""
+
+    def send_as(self, coding: Coding | None) -> None:
+        """How steps that are submitted later code their hidden states."""
 
     async def release(self, requests: tuple[int, ...]) -> None: ...
 

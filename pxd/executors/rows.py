@@ -98,8 +98,8 @@ def check_tokens(step: Step, body: Buffer, vocabulary: int) -> None:
             )
 
 
-def check_hidden(step: Step, hidden_size: int) -> None:
-    """Check the input of a stage that is not the first."""
+def check_hidden(step: Step, body: Buffer, hidden_size: int) -> None:
+    """Check the input of a stage that is not the first. `body` is as long as the step says."""
     count = sum(row.count for row in step.rows)
     if step.tensor.dtype == "i32" or step.tensor.shape != (count, hidden_size):
         raise StepRejected(
@@ -107,6 +107,14 @@ def check_hidden(step: Step, hidden_size: int) -> None:
             f"expected hidden states of shape ({count}, {hidden_size}), got {step.tensor}",
             requests_of(step.rows),
         )
+    if step.tensor.coding is not None:
+        scales = np.frombuffer(body, "<f4", count)
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            raise StepRejected(
+                "bad-step",
+                "hidden states with scales that are negative or not finite",
+                requests_of(step.rows),
+            )
 
 
 def draws_of(rows: Iterable[Row]) -> list[tuple[int, int]]:

@@ -34,6 +34,7 @@ from pxd.executors.messages import (
     ReadMemory,
     Release,
     Reply,
+    SendAs,
     command_decoder,
 )
 from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
@@ -144,6 +145,9 @@ class Worker:
             elif isinstance(command, Release):
                 if self._engine is not None:
                     self._engine.release(command.requests)
+            elif isinstance(command, SendAs):
+                if self._engine is not None:
+                    self._engine.send_as(command.coding)
             else:
                 self._frames.send(self._answer(command))
 

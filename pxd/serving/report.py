@@ -56,3 +56,4 @@ class LoadReport:
             if links is not told:
                 told_at = now
                 self._records.update(links=links)
+            self._stages.follow_links(links)

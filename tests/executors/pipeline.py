@@ -11,7 +11,7 @@ import numpy as np
 
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec, StageInfo
-from pxd.wire import Buffer, History, Opening, Row, Sampling, Step, Tensor
+from pxd.wire import Buffer, Coding, History, Opening, Row, Sampling, Step, Tensor
 
 GREEDY = Sampling(temperature=0)
 
@@ -26,12 +26,15 @@ class Pipeline:
         self._open: set[int] = set()
 
     @classmethod
-    def load(cls, path: Path, layers: int, cuts: Sequence[int] = ()) -> "Pipeline":
+    def load(
+        cls, path: Path, layers: int, cuts: Sequence[int] = (), coding: Coding | None = None
+    ) -> "Pipeline":
         engines, infos = [], []
         for start, end in itertools.pairwise([0, *cuts, layers]):
             engines.append(MlxEngine())
             spec = LoadSpec(path=str(path), start=start, end=end, kv_bytes=1 << 30)
             infos.append(engines[-1].load(spec, lambda _: None))
+            engines[-1].send_as(coding)
         return cls(engines, infos)
 
     def step(

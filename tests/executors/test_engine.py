@@ -19,7 +19,7 @@ from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import ExecutorError, LoadSpec, Scored, StepRejected
 from pxd.models.describe import describe_checkpoint
-from pxd.wire import History, Opening, Row, Sampling, Step, Tensor
+from pxd.wire import Coding, History, Opening, Row, Sampling, Step, Tensor
 from tests.executors.pipeline import GREEDY, Pipeline
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
@@ -119,6 +119,33 @@ def test_hidden_states_of_another_shape_or_type_are_rejected(model: Path, tensor
     engine = load(model, 2, 4)
     step = make_step([Row(1, 0, 2, 0)], tensor, [1])
     assert rejected(engine, step, bytes(tensor.nbytes)).code == "bad-step"
+
+
+@pytest.mark.parametrize("coding", ["fp8", "int8"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
+def test_scales_that_are_none_are_rejected_and_harm_nobody(
+    model: Path, coding: Coding, scale: float
+) -> None:
+    engine = load(model, 2, 4)
+    tensor = Tensor("f32", (2, 64), coding)
+    body = np.array([1, scale], "<f4").tobytes() + bytes(128)
+    error = rejected(engine, make_step([Row(1, 0, 2, False)], tensor, [1]), body)
+    assert (error.code, error.requests) == ("bad-step", (1,))
+    body = np.array([1, 0], "<f4").tobytes() + bytes(128)
+    engine.step(make_step([Row(1, 0, 2, False)], tensor, [1]), body)
+    assert engine.memory().requests == 1
+
+
+def test_hidden_states_are_coded_as_was_said_last(model: Path) -> None:
+    engine = load(model, 0, 2)
+    tensor, body = tokens(2)
+    sent: list[Tensor] = []
+    for position, coding in enumerate([None, "fp8", "int8", None]):
+        engine.send_as(coding)
+        opened = [] if position else [1]
+        step = make_step([Row(1, 2 * position, 2, False)], tensor, opened)
+        sent.append(engine.step(step, body)[0])
+    assert sent == [Tensor("f32", (2, 64), coding) for coding in (None, "fp8", "int8", None)]
 
 
 def test_a_step_beyond_the_kv_budget_is_rejected(model: Path) -> None:

@@ -1,5 +1,6 @@
 """The real thing: the demo model in MLX worker processes, through the daemon's side of them."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -17,7 +18,7 @@ from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
 from pxd.models.catalog import DEMO_DIRECTORY
 from pxd.models.chat import ChatTokenizer
 from pxd.serving.requests import Message
-from pxd.wire import Copy, Grant, Opening, Row, Sampled, Sampling, Step, Tensor
+from pxd.wire import Coding, Copy, Grant, Opening, Row, Sampled, Sampling, Step, Tensor
 from tests.models.files import write_model
 from tests.tiny_models import make_tiny_model
 
@@ -38,6 +39,7 @@ class Chain:
     def __init__(self, executors: Sequence[Any]) -> None:
         self.executors = executors
         self._numbers = itertools.count()
+        self.codings: set[Coding | None] = set()
 
     async def step(self, rows: Sequence[Row], tokens: Sequence[int], opened: bool = False) -> Any:
         body: Any = np.array(tokens, "<i4").tobytes()
@@ -55,6 +57,7 @@ class Chain:
             answer = await executor.step(result, body)
             if isinstance(answer, tuple):
                 result, body = answer
+                self.codings.add(result.tensor.coding)
             else:
                 result = answer
         assert isinstance(result, Sampled), result
@@ -96,6 +99,30 @@ async def test_the_demo_model_answers_a_batch_through_two_processes() -> None:
     assert report.requests == len(QUESTIONS)
     assert report.active > 0
     assert report.resident > 0
+
+
+@pytest.mark.parametrize("coding", ["fp8", "int8"])
+@pytest.mark.parametrize("cuts", [(3,), (3, 5)])
+async def test_the_demo_model_answers_right_with_coded_hidden_states(
+    cuts: tuple[int, ...], coding: Coding
+) -> None:
+    """Also where a stage takes what is coded and codes it again."""
+    tokenizer = ChatTokenizer.load(DEMO_DIRECTORY)
+    with trio.fail_after(DEADLINE_S):
+        async with contextlib.AsyncExitStack() as stack:
+            executors = []
+            for start, end in itertools.pairwise((0, *cuts, 8)):
+                executor = await stack.enter_async_context(open_executor("mlx"))
+                spec = LoadSpec(path=str(DEMO_DIRECTORY), start=start, end=end, kv_bytes=1 << 26)
+                info = await executor.load(spec, lambda _: None)
+                assert info.hidden_bytes == info.hidden_size * 2
+                executor.send_as(coding)
+                executors.append(executor)
+            chain = Chain(executors)
+            answers = await answer_all(chain, tokenizer, list(QUESTIONS))
+    for answer, wanted in zip(answers, QUESTIONS.values(), strict=True):
+        assert wanted in answer
+    assert chain.codings == {coding}
 
 
 async def test_a_block_goes_to_the_second_tier_and_comes_back(tmp_path: Path) -> None:

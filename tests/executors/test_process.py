@@ -74,6 +74,19 @@ async def test_copies_are_reported_besides_the_answers() -> None:
     assert sorted(events) == list(range(100, 120))
 
 
+async def test_a_coding_counts_for_the_steps_behind_it() -> None:
+    answers: list[str | None] = []
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            for coding in (None, "fp8", "int8", None):
+                executor.send_as(coding)
+                result = await executor.step(make_step("coding"), BODY)
+                assert isinstance(result, tuple)
+                answers.append(result[0].tensor.coding)
+    assert answers == [None, "fp8", "int8", None]
+
+
 async def test_steps_are_answered_in_order_while_later_ones_wait() -> None:
     answers: list[int] = []
     with trio.fail_after(DEADLINE_S):

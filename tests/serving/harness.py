@@ -24,6 +24,7 @@ from pxd.serving.stage import StageHost
 from pxd.wire import (
     Buffer,
     Cancel,
+    Coding,
     Copied,
     Frame,
     Nack,
@@ -105,6 +106,8 @@ class ArithmeticExecutor:
         self._why = ""
         self._last = False
         self.steps = 0
+        self.coding: Coding | None = None
+        self.sent_as: list[Coding | None] = []
 
     def die(self, why: str) -> None:
         self._why = why
@@ -121,11 +124,15 @@ class ArithmeticExecutor:
             weight_bytes=1,
             kv_tokens=4096,
             trims=self.node.trims,
+            hidden_bytes=4,
         )
 
     async def wait_died(self) -> str:
         await self._died.wait()
         return self._why
+
+    def send_as(self, coding: Coding | None) -> None:
+        self.coding = coding
 
     async def release(self, requests: tuple[int, ...]) -> None:
         for request in requests:
@@ -167,6 +174,7 @@ class ArithmeticExecutor:
                 step=step.step,
                 tokens=tuple(sampled),
             )
+        self.sent_as.append(self.coding)
         out = array("f", [value + 1 for value in values])
         tensor = Tensor("f32", (len(out), 1))
         return msgspec.structs.replace(step, tensor=tensor), out.tobytes()

@@ -53,7 +53,7 @@ from pxd.executors.rows import (
 from pxd.executors.slots import Report
 from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError
-from pxd.wire import Buffer, Row, Step, Tensor
+from pxd.wire import Buffer, Coding, Row, Step, Tensor
 
 log = logging.getLogger("pxd.executors.mlx")
 
@@ -83,6 +83,7 @@ class MlxEngine:
         self._session = -1
         self._batching = self._trims = False
         self._kv_tokens: int | None = None
+        self._coding: Coding | None = None
         self._steps = 0
 
     def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
@@ -127,6 +128,7 @@ class MlxEngine:
             hidden_size=loaded.stage.hidden_size,
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
+            hidden_bytes=loaded.stage.hidden_size * loaded.dtype.size,
             prefix_cache=self._prefixes is not None,
             tier_slots=self._tier.slots if self._tier else 0,
             trims=self._trims,
@@ -159,6 +161,9 @@ class MlxEngine:
             raise StepRejected(
                 "executor-failed", f"{type(error).__name__}: {error}", lost
             ) from error
+
+    def send_as(self, coding: Coding | None) -> None:
+        self._coding = coding
 
     def release(self, requests: tuple[int, ...]) -> None:
         """Free requests; unknown ones are ignored."""
@@ -219,7 +224,7 @@ class MlxEngine:
         if stage.first:
             check_tokens(step, body, stage.vocabulary)
         else:
-            check_hidden(step, stage.hidden_size)
+            check_hidden(step, body, stage.hidden_size)
 
     def _check_guesses(self, step: Step) -> None:
         rows = [row for row in step.rows if row.draws > 1]
@@ -281,7 +286,8 @@ class MlxEngine:
             return tuple(token for begin in sorted(tokens) for token in tokens[begin])
         outputs.sort(key=lambda item: item[0].begin)
         hidden = [output for _, output in outputs]
-        return to_wire(hidden[0] if len(hidden) == 1 else mx.concatenate(hidden))
+        whole = hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
+        return to_wire(whole, self._coding)
 
     def _parts(self, rows: Sequence[Row]) -> tuple[list[_Part], list[_Part], list[_Part]]:
         """Split rows into what fills caches, what decodes one token, and what decodes several,
