@@ -17,7 +17,8 @@ from pxd.cluster.adoption import Members
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan
 from pxd.cluster.records import NodeRecord, StageReport
 from pxd.p2p.network import Method, Network
-from pxd.serving.head import Accepted, HeadHost, Submission
+from pxd.serving.head import Accepted, Submission
+from pxd.serving.heads import HeadHost
 from scripts.benchmarks.bench import Bench, say
 
 RUNNING = (1, 16, 64, 256)

@@ -23,10 +23,10 @@ samplings = st.builds(
     top_k=st.one_of(st.just(0), st.integers(1, 40)),
     min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
     seed=st.integers(0, (1 << 63) - 1),
-    repetition_penalty=st.one_of(st.just(1.0), st.floats(0.5, 2.0)),
-    presence_penalty=st.one_of(st.just(0.0), st.floats(-2.0, 2.0)),
-    frequency_penalty=st.one_of(st.just(0.0), st.floats(-2.0, 2.0)),
-    # Coarse, or a bias would make a difference in double precision only.
+    # Coarse, or they would make a difference in double precision only.
+    repetition_penalty=st.integers(4, 16).map(lambda n: n / 8),
+    presence_penalty=st.integers(-16, 16).map(lambda n: n / 8),
+    frequency_penalty=st.integers(-16, 16).map(lambda n: n / 8),
     logit_bias=st.dictionaries(tokens, st.integers(-400, 400), max_size=4).map(
         lambda biases: tuple((token, bias / 4) for token, bias in biases.items())
     ),
