@@ -1,8 +1,7 @@
 """Frames between the daemon and a worker process, in the framing of `pxd.wire`.
 
 The daemon sends commands. The worker runs them strictly in order and answers each with exactly one
-reply, except `Release`, which has none; `LoadProgress` frames may come before the reply to `Load`,
-and `Copied` at any time.
+reply; `LoadProgress` frames may come before the reply to `Load`, and `Copied` at any time.
 """
 
 from typing import Annotated
@@ -11,15 +10,11 @@ import msgspec
 
 from pxd.cluster.records import Device
 from pxd.executors.protocol import LoadSpec, MemoryReport, ModelDescription, StageInfo
-from pxd.wire import Copied, Count, Nack, Reason, Sampled, Step
+from pxd.wire import Copied, Nack, Reason, Sampled, Step
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
     spec: LoadSpec
-
-
-class Release(msgspec.Struct, frozen=True, tag="release"):
-    requests: tuple[Count, ...]
 
 
 class ReadMemory(msgspec.Struct, frozen=True, tag="read-memory"):
@@ -60,7 +55,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: Reason
 
 
-Command = Load | Step | Release | ReadMemory | Describe | Measure
+Command = Load | Step | ReadMemory | Describe | Measure
 Reply = (
     LoadProgress | Loaded | Step | Sampled | Copied | Nack | Memory | Described | Measured | Failed
 )

@@ -95,6 +95,9 @@ class Scored(NamedTuple):
 
 
 Progress = Callable[[float], None]
+StepResult = Sampled | Nack | tuple[Step, Buffer] | ExecutorError | ExecutorDied
+"""What became of a step: one to forward, the sampled tokens, or why there is neither."""
+
 Drawn = int | Scored
 StepOutput = tuple[Tensor, Buffer] | tuple[Drawn, ...]
 """Hidden states, or on a last stage one token id per row with `sample`, in row order."""
@@ -115,10 +118,10 @@ class Engine(Protocol):
         """Load layers [start, end). Raises `ExecutorError` with a reason a person can act on."""
 
     def step(self, step: Step, body: Buffer) -> StepOutput:
-        """Run a batch. Raises `StepRejected` for an unknown request or a position gap."""
+        """Run a batch. Raises `StepRejected` for an unknown request or a position gap.
 
-    def release(self, requests: tuple[int, ...]) -> None:
-        """Free the state of requests; ids that are not known are ignored."""
+        The first step of another session frees all requests of the last one.
+        """
 
     def memory(self) -> MemoryReport: ...
 
@@ -126,17 +129,19 @@ class Engine(Protocol):
 class Executor(Protocol):
     """The daemon's handle on one worker process. Every method raises `ExecutorDied`.
 
-    Steps may be submitted while earlier ones run; they execute and return in order.
+    Steps may be submitted while earlier ones run: they run one after the other without a pause, and
+    return in order.
     """
 
     pid: int
 
     async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo: ...
 
-    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
-        """Run a step; returns the step to forward, or the sampled tokens, or why it failed."""
+    def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
+        """Run a step and call `take`, which must neither block nor raise, with what became of it.
 
-    async def release(self, requests: tuple[int, ...]) -> None: ...
+        `body` must not be changed before that.
+        """
 
     async def memory(self) -> MemoryReport: ...
 

@@ -30,7 +30,6 @@ from pxd.wire import Buffer, Copied, Step
 class FakeEngine:
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.released: list[int] = []
 
     def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
         if spec.path == "/refused":
@@ -63,11 +62,8 @@ class FakeEngine:
             threading.Thread(target=self.report, args=(copied,)).start()
         return tuple(100 + row.request for row in step.rows if row.sample)
 
-    def release(self, requests: tuple[int, ...]) -> None:
-        self.released.extend(requests)
-
     def memory(self) -> MemoryReport:
-        return MemoryReport(active=sum(self.released), resident=1, requests=len(self.released))
+        return MemoryReport(active=0, resident=1, requests=0)
 
 
 class FakeBackend:
