@@ -7,7 +7,7 @@ Both lengths are checked against `Limits` before anything is allocated.
 
 import math
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -347,6 +347,17 @@ def encode(header: Any, body_size: int = 0, limits: Limits | None = None) -> byt
     if len(data) > limits.header or body_size > limits.body:
         raise WireError(f"frame too large: header {len(data)}, body {body_size} bytes")
     return _PREFIX.pack(len(data), body_size) + data
+
+
+def rest_of(parts: Sequence[Buffer], sent: int) -> list[memoryview]:
+    """What is left of `parts` once `sent` bytes of them are gone."""
+    rest = []
+    for part in parts:
+        view = memoryview(part)[sent:]
+        sent = max(0, sent - len(part))
+        if len(view):
+            rest.append(view)
+    return rest
 
 
 def decode_prefix(prefix: Buffer, limits: Limits) -> tuple[int, int]:

@@ -98,6 +98,9 @@ class Scored(NamedTuple):
 
 
 Progress = Callable[[float], None]
+StepResult = Sampled | Nack | tuple[Step, Buffer] | ExecutorError | ExecutorDied
+"""What became of a step: one to forward, the sampled tokens, or why there is neither."""
+
 Drawn = int | Scored
 StepOutput = tuple[Tensor, Buffer] | tuple[Drawn, ...]
 """Hidden states, or on a last stage one token id for each of `pxd.executors.rows.draws_of`."""
@@ -118,13 +121,13 @@ class Engine(Protocol):
         """Load layers [start, end). Raises `ExecutorError` with a reason a person can act on."""
 
     def step(self, step: Step, body: Buffer) -> StepOutput:
-        """Run a batch. Raises `StepRejected` for an unknown request or a position gap."""
+        """Run a batch. Raises `StepRejected` for an unknown request or a position gap.
+
+        The first step of another session frees all requests of the last one.
+        """
 
     def send_as(self, coding: Coding | None) -> None:
         """Code the hidden states of later steps; None leaves them as they are."""
-
-    def release(self, requests: tuple[int, ...]) -> None:
-        """Free the state of requests; ids that are not known are ignored."""
 
     def memory(self) -> MemoryReport: ...
 
@@ -132,20 +135,22 @@ class Engine(Protocol):
 class Executor(Protocol):
     """The daemon's handle on one worker process. Every method raises `ExecutorDied`.
 
-    Steps may be submitted while earlier ones run; they execute and return in order.
+    Steps may be submitted while earlier ones run: they run one after the other without a pause, and
+    return in order.
     """
 
     pid: int
 
     async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo: ...
 
-    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
-        """Run a step; returns the step to forward, or the sampled tokens, or why it failed."""
+    def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
+        """Run a step and call `take`, which must neither block nor raise, with what became of it.
+
+        `body` must not be changed before that.
+        """
 
     def send_as(self, coding: Coding | None) -> None:
         """How steps that are submitted later code their hidden states."""
-
-    async def release(self, requests: tuple[int, ...]) -> None: ...
 
     async def memory(self) -> MemoryReport: ...
 

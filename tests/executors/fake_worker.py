@@ -30,7 +30,6 @@ from pxd.wire import Buffer, Coding, Copied, Step, Tensor
 class FakeEngine:
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.released: list[int] = []
         self.coding: Coding | None = None
 
     def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
@@ -69,11 +68,8 @@ class FakeEngine:
     def send_as(self, coding: Coding | None) -> None:
         self.coding = coding
 
-    def release(self, requests: tuple[int, ...]) -> None:
-        self.released.extend(requests)
-
     def memory(self) -> MemoryReport:
-        return MemoryReport(active=sum(self.released), resident=1, requests=len(self.released))
+        return MemoryReport(active=0, resident=1, requests=0)
 
 
 class FakeBackend:

@@ -19,6 +19,7 @@ from pxd.models.catalog import DEMO_DIRECTORY
 from pxd.models.chat import ChatTokenizer
 from pxd.serving.requests import Message
 from pxd.wire import Coding, Copy, Grant, Opening, Row, Sampled, Sampling, Step, Tensor
+from tests.executors.steps import run_step
 from tests.models.files import write_model
 from tests.tiny_models import make_tiny_model
 
@@ -54,7 +55,7 @@ class Chain:
             else (),
         )
         for executor in self.executors:
-            answer = await executor.step(result, body)
+            answer = await run_step(executor, result, body)
             if isinstance(answer, tuple):
                 result, body = answer
                 self.codings.add(result.tensor.coding)
@@ -143,7 +144,7 @@ async def test_a_block_goes_to_the_second_tier_and_comes_back(tmp_path: Path) ->
             tensor=Tensor("i32", (len(fed),)),
             **more,
         )
-        result = await executor.step(step, np.array(fed, "<i4").tobytes())
+        result = await run_step(executor, step, np.array(fed, "<i4").tobytes())
         assert isinstance(result, Sampled), result
         return result
 

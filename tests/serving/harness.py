@@ -15,7 +15,14 @@ import trio
 
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
 from pxd.cluster.records import NodeRecord, StageReport
-from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec, MemoryReport, StageInfo
+from pxd.executors.protocol import (
+    ExecutorDied,
+    ExecutorError,
+    LoadSpec,
+    MemoryReport,
+    StageInfo,
+    StepResult,
+)
 from pxd.serving.heads import HeadHost
 from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
@@ -93,6 +100,9 @@ class FakeModels:
         return Path("/models") / name
 
 
+_Submitted = tuple[Step, Buffer, Callable[[StepResult], None]]
+
+
 class ArithmeticExecutor:
     """An executor whose process can be killed with `die`, and held back with `gate`."""
 
@@ -102,6 +112,8 @@ class ArithmeticExecutor:
         self.caches: dict[int, list[float]] = {}
         self.guessed: dict[int, int] = {}
         self.send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
+        self._send_step, self._steps = trio.open_memory_channel[_Submitted](math.inf)
+        self.scope = trio.CancelScope()
         self._died = trio.Event()
         self._why = ""
         self._last = False
@@ -133,6 +145,19 @@ class ArithmeticExecutor:
 
     def send_as(self, coding: Coding | None) -> None:
         self.coding = coding
+
+    def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
+        self._send_step.send_nowait((step, body, take))
+
+    async def run(self) -> None:
+        """Run what is submitted, one after the other, until the process dies."""
+        with self.scope:
+            async for step, body, take in self._steps:
+                try:
+                    result: StepResult = await self.step(step, body)
+                except (ExecutorDied, ExecutorError) as error:
+                    result = error
+                take(result)
 
     async def release(self, requests: tuple[int, ...]) -> None:
         for request in requests:
@@ -221,7 +246,11 @@ class ServingNode:
     async def open_executor(self) -> AsyncIterator[ArithmeticExecutor]:
         executor = self.executor_type(self)
         self.executors.append(executor)
-        yield executor
+        self.nursery.start_soon(executor.run)
+        try:
+            yield executor
+        finally:
+            executor.scope.cancel()
 
     def report_stages(self, reports: tuple[StageReport, ...]) -> None:
         self.cluster.update(self.peer_id, stages=reports)
@@ -245,7 +274,8 @@ class ServingNode:
 
     async def run(self, *, task_status: "trio.TaskStatus[None]") -> None:
         with self.scope:
-            async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as self.nursery:
+                nursery = self.nursery
                 await nursery.start(self.network.run)
                 await nursery.start(self.heads.run)
                 await nursery.start(self.ingress.run)
