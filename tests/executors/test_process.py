@@ -82,7 +82,7 @@ async def test_a_coding_counts_for_the_steps_behind_it() -> None:
             await executor.load(SPEC, lambda _: None)
             for coding in (None, "fp8", "int8", None):
                 executor.send_as(coding)
-                result = await executor.step(make_step("coding"), BODY)
+                result = await run_step(executor, make_step("coding"), BODY)
                 assert isinstance(result, tuple)
                 answers.append(result[0].tensor.coding)
     assert answers == [None, "fp8", "int8", None]

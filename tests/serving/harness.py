@@ -157,6 +157,8 @@ class ArithmeticExecutor:
                     result: StepResult = await self.step(step, body)
                 except (ExecutorDied, ExecutorError) as error:
                     result = error
+                if self._died.is_set():
+                    return
                 take(result)
 
     async def release(self, requests: tuple[int, ...]) -> None:
@@ -199,7 +201,8 @@ class ArithmeticExecutor:
                 step=step.step,
                 tokens=tuple(sampled),
             )
-        self.sent_as.append(self.coding)
+        if step.rows:
+            self.sent_as.append(self.coding)
         out = array("f", [value + 1 for value in values])
         tensor = Tensor("f32", (len(out), 1))
         return msgspec.structs.replace(step, tensor=tensor), out.tobytes()
