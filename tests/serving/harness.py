@@ -145,6 +145,8 @@ class ArithmeticExecutor:
                     result: StepResult = await self.step(step, body)
                 except (ExecutorDied, ExecutorError) as error:
                     result = error
+                if self._died.is_set():
+                    return
                 take(result)
 
     async def release(self, requests: tuple[int, ...]) -> None:
