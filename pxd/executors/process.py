@@ -249,7 +249,8 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
     def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
         """Have the worker run a step behind all that it was given before.
 
-        `take` is called once, with the result. Raises `ExecutorDied`.
+        `take` is called once, with the result, and before `wait_died` returns. Raises
+        `ExecutorDied`.
         """
         self._enqueue(step, body, _StepCall(take))
 
