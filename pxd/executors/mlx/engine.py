@@ -1,14 +1,7 @@
-"""The MLX engine: one stage, the caches of its requests, and the running of steps.
-
-Rows of several positions, and those that sample nothing, run one by one on the request's own
-caches. Rows that decode one token run as a batch; a single one runs on its own caches and so
-computes exactly what `mlx_lm.generate_step` would. Rows with guesses run alone, in one pass over
-all of their positions, which MLX adds up in another order than it does for one: see `_verify`.
-"""
+"""The MLX engine: one stage, the caches of its requests, and the running of steps."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,14 +11,13 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from pxd.engine.sampling import Sampler
 from pxd.executors.mlx.batch import (
     Request,
-    batch_of,
     can_take_back,
     drop,
-    own_caches,
     take_back,
 )
-from pxd.executors.mlx.decode import draw_tokens
+from pxd.executors.mlx.lanes import make_lanes
 from pxd.executors.mlx.loader import load_stage
+from pxd.executors.mlx.passes import Passes, parts_of
 from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
 from pxd.executors.mlx.split import cache_token_bytes
 from pxd.executors.mlx.stage import Caches, Stage
@@ -33,7 +25,6 @@ from pxd.executors.mlx.tensors import from_wire, to_wire
 from pxd.executors.mlx.tier import Tier, open_tier
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches
 from pxd.executors.protocol import (
-    Drawn,
     ExecutorError,
     LoadSpec,
     MemoryReport,
@@ -60,35 +51,30 @@ log = logging.getLogger("pxd.executors.mlx")
 CLEAR_CACHE_STEPS = 256
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Positions [begin, end) of the step's tensor, which belong to one request."""
-
-    request: Request
-    position: int
-    begin: int
-    end: int
-
-
 class MlxEngine:
     """See `pxd.executors.protocol.Engine`. Everything must be called in one thread."""
 
-    def __init__(self, report: Report = lambda _: None) -> None:
-        """`report` is called from another thread for every copy of the second tier."""
+    def __init__(
+        self, report: Report = lambda _: None, lanes: Sequence[mx.Stream] | None = None
+    ) -> None:
+        """`report` is called from another thread for every copy of the second tier. `lanes` are
+        streams in which parts of a step may be computed side by side; by default those that fit the
+        device."""
         self._report = report
-        self._stage: Stage | None = None
+        self._lanes = lanes or make_lanes()
         self._requests: dict[int, Request] = {}
         self._prefixes: PrefixStore | None = None
         self._tier: Tier | None = None
         self._session = -1
-        self._batching = self._trims = False
+        self._passes: Passes | None = None
+        self._trims = False
         self._kv_tokens: int | None = None
         self._coding: Coding | None = None
         self._steps = 0
 
     def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
         """Load layers once. Raises `ExecutorError`, after which another load may be tried."""
-        if self._stage is not None:
+        if self._passes is not None:
             raise ExecutorError("this process holds a stage already; start another one")
         try:
             checkpoint = describe_checkpoint(Path(spec.path))
@@ -108,8 +94,8 @@ class MlxEngine:
                 f"cannot load layers [{spec.start}, {spec.end}) of {spec.path}: "
                 f"{type(error).__name__}: {error}{_hint(error)}"
             ) from error
-        self._stage = loaded.stage
-        self._batching = supports_batches(loaded.stage, loaded.dtype)
+        batching = supports_batches(loaded.stage, loaded.dtype)
+        self._passes = Passes(loaded.stage, batching=batching, lanes=self._lanes)
         if can_share_prefixes(loaded.stage.make_caches()):
             self._prefixes = PrefixStore(self._requests)
         self._trims = can_take_back(loaded.stage.make_caches())
@@ -141,9 +127,10 @@ class MlxEngine:
         self.release(step.releases)
         if self._tier is not None:
             self._tier.put_in_place()
-        stage = self._stage
-        if stage is None:
+        passes = self._passes
+        if passes is None:
             raise StepRejected("not-ready", "no layers are loaded")
+        stage = passes.stage
         self._check(stage, step, body)
         if self._tier is not None and step.store is not None:
             self._tier.store(step, step.store)
@@ -153,7 +140,7 @@ class MlxEngine:
         if not step.rows:
             return () if stage.last else (Tensor("i32", (0,)), b"")
         try:
-            return self._run(stage, step, body)
+            return self._run(passes, step, body)
         except Exception as error:
             # Whatever went wrong, the caches of all that took part are of unknown length now.
             lost = self._forget(step.rows)
@@ -255,111 +242,27 @@ class MlxEngine:
                 self._prefixes.lose(number)
         return tuple(lost)
 
-    def _run(self, stage: Stage, step: Step, body: Buffer) -> StepOutput:
+    def _run(self, passes: Passes, step: Step, body: Buffer) -> StepOutput:
         inputs = from_wire(step.tensor, body)
         for row in step.rows:
             # What lies behind a request's own earlier row is not there yet.
             take_back(self._requests[row.request], row.position)
             self._requests[row.request].guessed = max(row.draws - 1, 0)
-        prefills, decodes, guesses = self._parts(step.rows)
-        outputs: list[tuple[_Part, mx.array]] = []
-        for part in prefills:
-            outputs.append((part, self._prefill(stage, part, inputs)))
-        tokens: dict[int, list[Drawn]] = {}
-        for part in guesses:
-            verified = self._verify(stage, part, inputs)
-            if isinstance(verified, list):
-                tokens[part.begin] = verified
-            else:
-                outputs.append((part, verified))
-        for group in self._groups(decodes):
-            rows = mx.array([part.begin for part in group])
-            decoded = self._decode(stage, group, inputs[rows][:, None])
-            if isinstance(decoded, list):
-                tokens.update((p.begin, [t]) for p, t in zip(group, decoded, strict=True))
-            else:
-                outputs.extend((part, decoded[i]) for i, part in enumerate(group))
+        parts = parts_of(step.rows, self._requests)
+        begun = passes.begin(inputs, parts)
+        for each in begun:
+            each.end()
         self._steps += 1
-        if prefills or self._steps % CLEAR_CACHE_STEPS == 0:
+        if parts.fills or self._steps % CLEAR_CACHE_STEPS == 0:
             mx.clear_cache()
-        if stage.last:
-            return tuple(token for begin in sorted(tokens) for token in tokens[begin])
-        outputs.sort(key=lambda item: item[0].begin)
-        hidden = [output for _, output in outputs]
+        if passes.stage.last:
+            drawn = sorted(drawn for each in begun for drawn in each.tokens())
+            return tuple(token for _, tokens in drawn for token in tokens)
+        found = [pair for each in begun for pair in zip(each.parts, each.hidden, strict=True)]
+        found.sort(key=lambda pair: pair[0].begin)
+        hidden = [output for _, output in found]
         whole = hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
         return to_wire(whole, self._coding)
-
-    def _parts(self, rows: Sequence[Row]) -> tuple[list[_Part], list[_Part], list[_Part]]:
-        """Split rows into what fills caches, what decodes one token, and what decodes several,
-        each in row order."""
-        prefills: list[_Part] = []
-        decodes: list[_Part] = []
-        guesses: list[_Part] = []
-        begin = 0
-        for row in rows:
-            request, end = self._requests[row.request], begin + row.count
-            # The last position of a long row that draws is a decode like any other: the logits
-            # of the positions before it are never needed.
-            filled = end - row.draws
-            if filled > begin:
-                prefills.append(_Part(request, row.position, begin, filled))
-            if row.draws:
-                part = _Part(request, row.position + row.count - row.draws, filled, end)
-                (decodes if row.draws == 1 else guesses).append(part)
-            begin = end
-        return prefills, decodes, guesses
-
-    def _groups(self, decodes: list[_Part]) -> list[list[_Part]]:
-        """Those that can run together. A request without history has nothing to merge yet."""
-        if not self._batching:
-            return [[part] for part in decodes]
-        alone = [[part] for part in decodes if part.position == 0]
-        together = [part for part in decodes if part.position > 0]
-        return [*alone, together] if together else alone
-
-    def _prefill(self, stage: Stage, part: _Part, inputs: mx.array) -> mx.array:
-        caches = own_caches(part.request)
-        output = stage.forward(inputs[part.begin : part.end][None], caches)
-        # On the last stage nobody needs the output, and so it is not computed.
-        wanted = [] if stage.last else [output]
-        mx.eval(wanted, [cache.state for cache in caches])
-        part.request.length += part.end - part.begin
-        return output[0]
-
-    def _verify(self, stage: Stage, part: _Part, inputs: mx.array) -> mx.array | list[Drawn]:
-        """Hidden states ``(positions, hidden)``, or on the last stage a token for each position."""
-        request, caches = part.request, own_caches(part.request)
-        output = stage.forward(inputs[part.begin : part.end][None], caches)
-        count = part.end - part.begin
-        request.length += count
-        if not stage.last:
-            mx.eval(output, [cache.state for cache in caches])
-            return output[0]
-        positions = range(part.position + 1, part.position + 1 + count)
-        return draw_tokens(output[0], [request] * count, positions, caches)
-
-    def _decode(self, stage: Stage, group: list[_Part], inputs: mx.array) -> mx.array | list[Drawn]:
-        """Hidden states ``(rows, 1, hidden)``, or on the last stage tokens, in group order."""
-        requests = [part.request for part in group]
-        order = list(range(len(group)))
-        if len(group) == 1:
-            caches = own_caches(requests[0])
-        else:
-            batch = batch_of(requests)
-            caches = batch.caches
-            places = {id(member): place for place, member in enumerate(batch.members)}
-            order = [places[id(request)] for request in requests]
-            inputs = inputs[mx.array(sorted(range(len(order)), key=order.__getitem__))]
-        output = stage.forward(inputs, caches)
-        if len(group) > 1:
-            output = output[mx.array(order)]
-        for request in requests:
-            request.length += 1
-        if not stage.last:
-            mx.eval(output, [cache.state for cache in caches])
-            return output
-        positions = [part.position + 1 for part in group]
-        return draw_tokens(output[:, -1, :], requests, positions, caches)
 
 
 def _hint(error: Exception) -> str:

@@ -1,0 +1,162 @@
+"""The passes of a step through a stage's layers: which rows run together, and where.
+
+Rows of several positions, and those that draw nothing, run on the request's own caches. Rows that
+decode one token run as batches; a single one runs on its own caches and so computes exactly what
+`mlx_lm.generate_step` would. Rows with guesses run alone, in one pass over all of their positions,
+which MLX adds up in another order than it does for one: see `Passes._verify`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from pxd.executors.mlx.batch import Request, batch_of, own_caches
+from pxd.executors.mlx.decode import Draws
+from pxd.executors.mlx.lanes import spread
+from pxd.executors.mlx.stage import Caches, Stage
+from pxd.executors.protocol import Drawn
+from pxd.wire import Row
+
+
+@dataclass(frozen=True)
+class Part:
+    """Positions [begin, end) of the step's tensor, which belong to one request."""
+
+    request: Request
+    position: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What fills caches, what decodes one token, and what verifies guesses; each in row order."""
+
+    fills: list[Part] = field(default_factory=list)
+    decodes: list[Part] = field(default_factory=list)
+    guesses: list[Part] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass that is under way. `hidden` is one array ``(positions, hidden)`` for each part; on a
+    last stage there are `draws` instead, one for each position, or none for what only fills."""
+
+    parts: list[Part]
+    hidden: list[mx.array]
+    draws: Draws | None
+    caches: Caches
+
+    def begin(self) -> None:
+        """Have MLX begin to compute it; does not wait."""
+        arrays = self.draws.arrays if self.draws is not None else self.hidden
+        mx.async_eval(arrays, [cache.state for cache in self.caches])  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        mx.eval(self.hidden, [cache.state for cache in self.caches])
+
+    def tokens(self) -> list[tuple[int, list[Drawn]]]:
+        """The place in the step's tensor, and what was drawn from there on."""
+        if self.draws is None:
+            return []
+        drawn, offset, found = self.draws.tokens(), 0, []
+        for part in self.parts:
+            count = part.end - part.begin
+            found.append((part.begin, drawn[offset : offset + count]))
+            offset += count
+        return found
+
+
+class Passes:
+    """Begins the passes of a step, each in the lane that has the least to do."""
+
+    def __init__(self, stage: Stage, *, batching: bool, lanes: Sequence[mx.Stream]) -> None:
+        """`batching`: whether requests can decode in batches."""
+        self.stage = stage
+        self._batching = batching
+        self._lanes = lanes
+
+    def begin(self, inputs: mx.array, parts: Parts) -> list[Pass]:
+        """`inputs` are token ids ``(positions,)`` or hidden states ``(positions, hidden)``."""
+        begun: list[Pass] = []
+        loads = [0] * len(self._lanes)
+        for build, groups in (
+            (self._fill, [[part] for part in parts.fills]),
+            (self._verify, [[part] for part in parts.guesses]),
+            # Last, for it may go on where a prompt ends.
+            (self._decode, self._groups(parts.decodes)),
+        ):
+            for group in groups:
+                lane = loads.index(min(loads))
+                loads[lane] += sum(part.end - part.begin for part in group)
+                with mx.stream(self._lanes[lane]):
+                    begun.append(build(inputs, group))
+                    begun[-1].begin()
+        return begun
+
+    def _groups(self, decodes: list[Part]) -> list[list[Part]]:
+        """Those that run together. A request without history has nothing to merge yet."""
+        if not self._batching:
+            return [[part] for part in decodes]
+        alone = [[part] for part in decodes if part.position == 0]
+        together = {id(part.request): part for part in decodes if part.position > 0}
+        groups = spread([part.request for part in together.values()], len(self._lanes))
+        return [*alone, *([together[id(request)] for request in group] for group in groups)]
+
+    def _fill(self, inputs: mx.array, group: list[Part]) -> Pass:
+        [part] = group
+        caches = own_caches(part.request)
+        output = self.stage.forward(inputs[part.begin : part.end][None], caches)
+        part.request.length += part.end - part.begin
+        # On the last stage nobody needs the output, and so it is not computed.
+        return Pass(group, [] if self.stage.last else [output[0]], None, caches)
+
+    def _verify(self, inputs: mx.array, group: list[Part]) -> Pass:
+        [part] = group
+        request, caches = part.request, own_caches(part.request)
+        output = self.stage.forward(inputs[part.begin : part.end][None], caches)
+        count = part.end - part.begin
+        request.length += count
+        if not self.stage.last:
+            return Pass(group, [output[0]], None, caches)
+        positions = range(part.position + 1, part.position + 1 + count)
+        return Pass(group, [], Draws(output[0], [request] * count, positions), caches)
+
+    def _decode(self, inputs: mx.array, group: list[Part]) -> Pass:
+        requests = [part.request for part in group]
+        rows = mx.array([part.begin for part in group])
+        if len(group) == 1:
+            caches = own_caches(requests[0])
+            output = self.stage.forward(inputs[rows][:, None], caches)
+        else:
+            batch = batch_of(requests)
+            caches = batch.caches
+            places = {id(member): place for place, member in enumerate(batch.members)}
+            order = [places[id(request)] for request in requests]
+            rows = rows[mx.array(sorted(range(len(order)), key=order.__getitem__))]
+            output = self.stage.forward(inputs[rows][:, None], caches)[mx.array(order)]
+        for request in requests:
+            request.length += 1
+        if not self.stage.last:
+            return Pass(group, [output[row] for row in range(len(group))], None, caches)
+        positions = [part.position + 1 for part in group]
+        return Pass(group, [], Draws(output[:, -1, :], requests, positions), caches)
+
+
+def parts_of(rows: Sequence[Row], requests: dict[int, Request]) -> Parts:
+    """What the rows of a step are, with their places in its tensor."""
+    parts = Parts()
+    begin = 0
+    for row in rows:
+        request, end = requests[row.request], begin + row.count
+        # The last position of a long row that draws is a decode like any other: the logits of the
+        # positions before it are never needed.
+        filled = end - row.draws
+        if filled > begin:
+            parts.fills.append(Part(request, row.position, begin, filled))
+        if row.draws:
+            part = Part(request, row.position + row.count - row.draws, filled, end)
+            (parts.decodes if row.draws == 1 else parts.guesses).append(part)
+        begin = end
+    return parts
