@@ -5,9 +5,10 @@ are not about to leave: the greatest priority, then who is in office in the late
 smallest seniority (the place in join order), then the smallest id. Whoever was away and has been
 followed does not take the lead back, so that leaders do not take turns. A leader that is merely
 silent is given time, and more of it where others are silent, too, or where leaders have just
-changed: the network may be what is at fault, and the members' views with it. Two leaders for a
-moment are harmless: a plan carries its term, and only the derived leader goes on to take terms that
-are greater than all it has seen.
+changed: the network may be what is at fault, and the members' views with it. Most of it is given by
+a node that hears nobody at all, since that is rather its own fault. Two leaders for a moment are
+harmless: a plan carries its term, and only the derived leader goes on to take terms that are
+greater than all it has seen.
 """
 
 import math
@@ -24,7 +25,8 @@ class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     nobody, else `settle` after it has synchronised with a member, or `settle_lonely` after its
     start. It takes office once it has been the leader for `stable`. A leader that died without a
     trace is waited for, for `patience`, and within `calm` after a change of leaders or after
-    somebody else fell silent for `long_patience`."""
+    somebody else fell silent for `long_patience`; for `deaf_patience` by a node that hears nobody
+    of several."""
 
     settle_alone: float = 0.3
     settle: float = 1.0
@@ -33,6 +35,7 @@ class LeadershipConfig(msgspec.Struct, frozen=True, kw_only=True):
     calm: float = 60.0
     patience: float = 5.0
     long_patience: float = 12.0
+    deaf_patience: float = 20.0
 
 
 class LeadershipEvent(msgspec.Struct, frozen=True):
@@ -76,7 +79,7 @@ class Leadership:
         self._office_at = math.inf
         self._changed_at = -math.inf
         self._silent_since: float | None = None
-        self._unrest = False
+        self._patience = 0.0
         self._contested = False
         self._candidates = _Candidates()
         # Those whose terms are too great to be believed, for now.
@@ -153,18 +156,19 @@ class Leadership:
         if leader is None or leader.state != "dead" or leader.vanished or not leader.record.leads:
             return False
         if self._silent_since is None:
-            self._silent_since, self._unrest = now, False
-        calm = now - self._config.calm
-        others = (member for member in members.values() if member is not leader)
-        self._unrest |= self._changed_at > calm or any(_is_silent(each, calm) for each in others)
-        return now < self._patient_until
+            self._silent_since, self._patience = now, 0.0
+        # As long as it was called for at any time meanwhile.
+        self._patience = max(self._patience, self._patience_with(now, leader, members))
+        return now < self._silent_since + self._patience
 
-    @property
-    def _patient_until(self) -> float:
-        if self._silent_since is None:
-            return math.inf
+    def _patience_with(self, now: float, leader: Member, members: Mapping[str, Member]) -> float:
         config = self._config
-        return self._silent_since + (config.long_patience if self._unrest else config.patience)
+        calm = now - config.calm
+        others = [m for m in members.values() if m is not leader and m.record.id != self._node]
+        unrest = any(_is_silent(member, calm) for member in others)
+        if unrest and not any(member.state == "alive" for member in others):
+            return config.deaf_patience
+        return config.long_patience if unrest or self._changed_at > calm else config.patience
 
     def _govern(self, now: float, members: Mapping[str, Member]) -> list[LeadershipEvent]:
         if self.leader != self._node:
@@ -228,7 +232,7 @@ class Leadership:
         if self.seniority == 0:
             return self._settle_at
         if self._silent_since is not None:
-            return self._patient_until
+            return self._silent_since + self._patience
         waits = self.leader == self._node and (not self.in_office or self._is_contested(members))
         return self._office_at if waits else math.inf
 

@@ -97,6 +97,8 @@ class Schedule:
         if len(epochs) != 1 or None in epochs:
             return f"epochs are { ({p.name: p.plans.epoch for p in running}) }"
         [plan] = {process.plans.plan for process in running}
+        if plan.epoch.term == led and plan.epoch.leader != leaders[0]:
+            return f"{leaders} leads in term {led}, in which {plan.epoch.leader} has planned"
         planned = {stage.node for stage in plan.models[0].pipelines[0].stages}
         if not planned <= names or len(planned) < min(STAGES, len(names)):
             return f"the plan needs {sorted(planned)}, running are {sorted(names)}"

@@ -372,6 +372,30 @@ def test_a_silent_leader_is_waited_for_longer_when_others_are_silent_too() -> No
     assert [(when, event.leader) for when, event in events] == [(10.0 + CONFIG.long_patience, "b")]
 
 
+def test_who_hears_nobody_gives_a_silent_leader_the_most_time() -> None:
+    machine, view = three_leaders()
+    view.put("b", "suspect", seniority=2)
+    view.put("c", "suspect", seniority=3)
+    view.put("a", "dead", seniority=1, leads=1)
+    assert drive(machine, view, 15.0, since=10.0) == []
+    # One of them is heard again, which does not make the leader's silence any less doubtful.
+    view.put("c", seniority=3)
+    events = drive(machine, view, 60.0, since=15.0)
+    assert [(when, event.leader) for when, event in events] == [(10.0 + CONFIG.deaf_patience, "b")]
+
+
+def test_the_other_one_of_two_does_not_take_a_silent_leader_for_its_own_deafness() -> None:
+    machine, view = leadership(), View()
+    view.put("me", seniority=2)
+    view.put("a", seniority=1, leads=1, term=1)
+    machine.seniority = 2
+    drive(machine, view, 1.0)
+    view.put("a", "dead", seniority=1, leads=1)
+    assert drive(machine, view, 9.9 + CONFIG.patience, since=10.0) == []
+    assert drive(machine, view, 11.0 + CONFIG.patience, since=10.0)
+    assert machine.leader == "me"
+
+
 def test_a_leader_whose_process_has_ended_is_followed_at_once() -> None:
     machine, view = three_leaders()
     for now, (node, follower) in ((10.0, ("a", "b")), (20.0, ("b", "c"))):

@@ -12,6 +12,7 @@ EVER_FAILED = {
     90: "the same, after a join",
     135: "a node that comes back without its data has to be told of bans",
     225: "the same, and the banned node was taken in again",
+    240: "a leader about to take another term was taken for settled",
     289: "a newcomer has to be told of bans",
     367: "the same, with an asymmetric partition",
     518: "the same",
@@ -19,7 +20,7 @@ EVER_FAILED = {
     1513: "a slow node still answered what it had been asked long before",
     7111: "a slow node's old work took a ban back",
     7903: "a question begun after a freeze was put off by the length of the freeze",
-    8636: "a leader about to take another term was taken for settled",
+    8636: "the same as 240",
     9148: "the same",
     10186: "what came by synchronisation was not passed on, and took its time to reach everybody",
 }

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 MIB = 1 << 20
 GROWTH_LIMIT = 64 * MIB
-LENGTH_S = 12.0
+LENGTH_S = 10.0
 QUESTION, FACT = "What is 17 + 25?", "42"
 
 

@@ -53,7 +53,8 @@ def test_greedy_answers_are_those_of_mlx_lm(
     config = json.loads((directory / "config.json").read_text())
     layers = config.get("text_config", config)["num_hidden_layers"]
     expected = reference(directory)
-    for count in (1, 2, 3):
+    # How the others are cut at each layer is tested without daemons.
+    for count in (1, 2, 3) if architecture == "demo" else (3,):
         # No fewer nodes than these can hold the model.
         most = str(math.ceil(layers / count))
         options = ("--model", name, "--max-layers", most, "--speculate", speculate)
