@@ -322,8 +322,9 @@ class MlxEngine:
     def _verify(self, stage: Stage, part: _Part, inputs: mx.array) -> mx.array | list[Drawn]:
         """Hidden states ``(positions, hidden)``, or on the last stage a token for each position.
 
-        On a CPU, MLX 0.32.4 was seen to give the very bits of as many single steps. Other kernels may
-        add up in another order; then a token may differ where two are as good as equal.
+        On a CPU, MLX 0.32.4 was seen to give the very bits of as many single steps, in bfloat16 and
+        float32. Other kernels may add up in another order; then a token may differ where two are as
+        good as equally likely.
         """
         request, caches = part.request, own_caches(part.request)
         output = stage.forward(inputs[part.begin : part.end][None], caches)
