@@ -30,7 +30,7 @@ from pxd.p2p.network import CallFailed, Method
 from pxd.serving.quota import Quota
 from pxd.serving.readiness import Members, Readiness, readiness
 from pxd.serving.speculation import Speculate, Speculation
-from pxd.serving.timings import HeadFigures, PipelineTimings
+from pxd.serving.timings import HeadFigures, LonePass, PipelineTimings
 from pxd.wire import (
     MAX_ENDS,
     MAX_HISTORY,
@@ -152,7 +152,7 @@ class Head:
         """Open or close the session as the stages' reports demand."""
         state = readiness(self.pipeline, members)
         self.reason = state.reason
-        self._speculation.stages_are(state.costs, possible=state.trims)
+        self._speculation.stages_are(decode_s=state.decode_s, possible=state.trims)
         if state.ready and self._scheduler is None:
             self._open(state)
         elif not state.ready and self._scheduler is not None:
@@ -295,9 +295,9 @@ class Head:
         self._scheduler.copied(frame.event, stage, frame.failed)
         self._wake.set()
 
-    def _keep_pace(self, lone_pass: float | None) -> None:
-        if lone_pass is not None:
-            self._speculation.passed(lone_pass)
+    def _keep_pace(self, lone: LonePass | None) -> None:
+        if lone is not None:
+            self._speculation.passed(lone)
             self._policy.guesses = self._speculation.most()
         positions = self._timings.positions_within(PACE_S)
         if positions is not None:

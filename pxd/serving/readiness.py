@@ -1,13 +1,10 @@
 """Whether a pipeline of the plan can take requests, from what its nodes say of themselves."""
 
-from collections.abc import Sequence
-
 import msgspec
 
 from pxd.cluster.adoption import Members as Members
 from pxd.cluster.plans import PipelinePlan, StagePlan
 from pxd.cluster.records import NodeRecord, StageReport
-from pxd.serving.speculation import Costs
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,7 +12,7 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     there is another plan. `kv_tokens` is the capacity of the smallest stage once `ready`, and
     `prefix_cache` says whether all of them can begin a request with what another one has left;
     `tier_slots` is the size of the smallest second tier, in blocks. `trims` says whether all can
-    take positions back, and `costs` what has been measured of them."""
+    take positions back, and `decode_s` what all take together for one token, 0 if not known."""
 
     ready: bool
     lost: bool
@@ -25,7 +22,7 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool
     tier_slots: int
     trims: bool
-    costs: Costs
+    decode_s: float
 
 
 def stage_report(record: NodeRecord, pipeline: str) -> StageReport | None:
@@ -57,6 +54,7 @@ def readiness(pipeline: PipelinePlan, members: Members) -> Readiness:
     stages = [_stage_state(stage, pipeline.id, members) for stage in pipeline.stages]
     states = tuple(state for state, *_ in stages)
     reports = [report for *_, report in stages if report is not None]
+    decode_s = [report.decode_s for report in reports]
     ready = len(reports) == len(stages)
     return Readiness(
         ready=ready,
@@ -67,12 +65,5 @@ def readiness(pipeline: PipelinePlan, members: Members) -> Readiness:
         prefix_cache=ready and all(report.prefix_cache for report in reports),
         tier_slots=min(report.tier_slots for report in reports) if ready else 0,
         trims=ready and all(report.trims for report in reports),
-        costs=Costs(
-            decode_s=_sum_of_known([report.decode_s for report in reports]),
-            prefill_s=_sum_of_known([report.prefill_s for report in reports]),
-        ),
+        decode_s=sum(decode_s) if ready and all(decode_s) else 0.0,
     )
-
-
-def _sum_of_known(figures: Sequence[float]) -> float:
-    return sum(figures) if all(figures) else 0.0

@@ -6,9 +6,7 @@ whatever is in it: the links are slow for the computing that is done between the
 
 from typing import Literal
 
-import msgspec
-
-from pxd.serving.timings import Figure
+from pxd.serving.timings import Figure, LonePass
 from pxd.wire import MAX_GUESSES
 
 Speculate = Literal["auto", "on", "off"]
@@ -24,46 +22,45 @@ WASTE_SHARE = 0.25
 """How much longer guesses may make a pass, if none of them comes true."""
 
 
-class Costs(msgspec.Struct, frozen=True):
-    """What all stages of a pipeline take together, in seconds, 0 where not all have measured it:
-    one decode step of one request, and one prompt token within a long chunk."""
-
-    decode_s: float = 0.0
-    prefill_s: float = 0.0
-
-
 class Speculation:
-    """For one pipeline. With "auto" it goes by passes of one request alone that draw one token, so
-    whether links are slow is found out at the first quiet moment, and stays known."""
+    """For one pipeline. With "auto" it goes by passes of one request alone, so whether links are
+    slow is found out at the first quiet moment, and stays known."""
 
     def __init__(self, mode: Speculate) -> None:
         self._mode = mode
         self._possible = False
-        self._costs = Costs()
+        self._decode_s = 0.0
         self._pass = Figure(warm_up=4, needed=8, window=16)
+        self._each = Figure(warm_up=1, needed=4, window=16)
         self._on = False
 
-    def stages_are(self, costs: Costs, *, possible: bool) -> None:
-        """`possible` says that all stages can take positions back."""
-        self._costs, self._possible = costs, possible
+    def stages_are(self, *, decode_s: float, possible: bool) -> None:
+        """All stages together take `decode_s` for one token of one request, 0 where not known.
+        `possible` says that all of them can take positions back."""
+        self._decode_s, self._possible = decode_s, possible
 
-    def passed(self, seconds: float) -> None:
-        """A pass took this long from the head and back to it."""
-        self._pass.add(seconds)
+    def passed(self, lone: LonePass) -> None:
+        if not lone.guesses:
+            self._pass.add(lone.seconds)
+        elif self._pass.value:
+            self._each.add(max(0.0, lone.seconds - self._pass.value) / lone.guesses)
 
     def most(self) -> int:
         """How many tokens a request may guess at once, by what is known now."""
-        costs = self._costs
         if not self._possible or self._mode == "off":
             return 0
         if self._mode == "on":
             return MAX_GUESSES
-        if not self._pass.value or not costs.decode_s:
+        if not self._pass.value or not self._decode_s:
             return 0
-        wait = self._pass.value - costs.decode_s
+        wait = self._pass.value - self._decode_s
         share = END_SHARE if self._on else BEGIN_SHARE
-        self._on = wait >= max(share * costs.decode_s, LEAST_WAIT_S)
-        # A position more takes less than a step of its own, mostly as long as a prompt's.
-        each = min(costs.prefill_s or costs.decode_s, costs.decode_s)
-        fitting = int(WASTE_SHARE * self._pass.value / each)
-        return min(fitting, MAX_GUESSES) if self._on else 0
+        self._on = wait >= max(share * self._decode_s, LEAST_WAIT_S)
+        return self._fitting() if self._on else 0
+
+    def _fitting(self) -> int:
+        # A guess takes no more than a step of its own; how much less shows when one is made.
+        each = self._each.value if self._each.known else self._decode_s
+        room = WASTE_SHARE * self._pass.value
+        # One is always made, or a figure from a bad moment would never change.
+        return max(1, int(room / each)) if each * MAX_GUESSES > room else MAX_GUESSES

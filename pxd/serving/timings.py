@@ -5,6 +5,7 @@ Times are in seconds. A figure of 0 stands for "not measured yet".
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -48,8 +49,12 @@ class Figure:
             self._samples.append(sample)
 
     @property
+    def known(self) -> bool:
+        return len(self._samples) >= self._needed
+
+    @property
     def value(self) -> float:
-        if len(self._samples) < self._needed:
+        if not self.known:
             return 0.0
         return sorted(self._samples)[(len(self._samples) - 1) // 2]
 
@@ -66,6 +71,14 @@ def _prompt_figure() -> Figure:
 def is_lone_decode(rows: Sequence[Row]) -> bool:
     """Whether a step draws the next token of one request and does nothing else."""
     return len(rows) == 1 and rows[0].count == 1 and rows[0].draws == 1
+
+
+class LonePass(NamedTuple):
+    """A step that had the pipeline for itself and drew tokens of one request, all but the first
+    behind `guesses`."""
+
+    seconds: float
+    guesses: int
 
 
 class StageTimings:
@@ -138,7 +151,7 @@ class PipelineTimings:
         self._ttft = _prompt_figure()
         self._prompt = _prompt_figure()
         self._rate = _WorkRate()
-        self._lone_step: int | None = None
+        self._lone_step: tuple[int, int] | None = None
         self._lone_prompt: tuple[int, int, float] | None = None
         self._last_return = 0.0
         self._positions: dict[int, int] = {}
@@ -150,7 +163,8 @@ class PipelineTimings:
 
     def sent(self, step: int, rows: Sequence[Row], *, alone: bool) -> None:
         """A step went out; `alone` says that no other is in flight."""
-        self._lone_step = step if alone and is_lone_decode(rows) else None
+        draws = rows[0].draws if len(rows) == 1 and rows[0].draws == rows[0].count else 0
+        self._lone_step = (step, draws - 1) if alone and draws else None
         positions = sum(row.count for row in rows)
         if positions >= PACE_POSITIONS:
             self._positions[step] = positions
@@ -159,12 +173,13 @@ class PipelineTimings:
 
     def returned(
         self, now: float, step: int, sent: float, results: Sequence[Generated]
-    ) -> float | None:
-        """The tokens of `step` are here, which was sent at `sent`. Returns what it took if it had
-        the pipeline for itself and drew one token."""
-        lone = now - sent if step == self._lone_step else None
-        if lone is not None:
-            self._token.add(lone)
+    ) -> LonePass | None:
+        """The tokens of `step` are here, which was sent at `sent`."""
+        lone = None
+        if self._lone_step is not None and step == self._lone_step[0]:
+            lone = LonePass(now - sent, self._lone_step[1])
+            if not lone.guesses:
+                self._token.add(lone.seconds)
         positions = self._positions.pop(step, 0)
         if positions:
             self._pace.add((now - max(sent, self._last_return)) / positions)

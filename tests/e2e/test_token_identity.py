@@ -41,9 +41,12 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("architecture", ["demo", "qwen3_moe", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("architecture", "speculate"),
+    [("demo", "off"), ("demo", "on"), ("qwen3_moe", "on"), ("gemma3", "auto"), ("gpt_oss", "auto")],
+)
 def test_greedy_answers_are_those_of_mlx_lm(
-    architecture: str, directories: dict[str, Path], tmp_path: Path
+    architecture: str, speculate: str, directories: dict[str, Path], tmp_path: Path
 ) -> None:
     directory = directories[architecture]
     name = "demo" if architecture == "demo" else str(directory)
@@ -53,7 +56,8 @@ def test_greedy_answers_are_those_of_mlx_lm(
     # How the others are cut at each layer is tested without daemons.
     for count in (1, 2, 3) if architecture == "demo" else (3,):
         # No fewer nodes than these can hold the model.
-        options = ("--model", name, "--max-layers", str(math.ceil(layers / count)))
+        most = str(math.ceil(layers / count))
+        options = ("--model", name, "--max-layers", most, "--speculate", speculate)
         with cluster(tmp_path / str(count), NAMES[:count], *options) as daemons:
             for question, answer in zip(QUESTIONS, expected, strict=True):
                 response = daemons[-1].chat(question, max_tokens=MAX_TOKENS, model=name).json()

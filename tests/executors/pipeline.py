@@ -19,9 +19,9 @@ GREEDY = Sampling(temperature=0)
 class Pipeline:
     """Stages in order. Hidden states travel as bytes, so nothing is shared by accident."""
 
-    def __init__(self, engines: Sequence[MlxEngine], infos: Sequence[StageInfo]) -> None:
+    def __init__(self, engines: Sequence[MlxEngine], infos: Sequence[StageInfo] = ()) -> None:
         self.engines = list(engines)
-        self.trims = all(info.trims for info in infos)
+        self.trims = bool(infos) and all(info.trims for info in infos)
         self._steps = itertools.count()
         self._open: set[int] = set()
 

@@ -6,7 +6,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from pxd.serving.speculation import Costs, Speculate, Speculation
+from pxd.serving.speculation import Speculate, Speculation
+from pxd.serving.timings import LonePass
 from pxd.wire import MAX_GUESSES, Step
 
 from .harness import ArithmeticExecutor, FakeTokenizer, ServingCluster, next_token
@@ -17,55 +18,73 @@ LENGTH = 120
 
 
 def most(
-    passes: Sequence[float], costs: Costs, mode: Speculate = "auto", *, possible: bool = True
+    passes: Sequence[float],
+    decode_s: float = 0.004,
+    mode: Speculate = "auto",
+    *,
+    guessing: Sequence[tuple[float, int]] = (),
+    possible: bool = True,
 ) -> int:
     """What may be guessed after some passes of these lengths, and 4 that do not count."""
     speculation = Speculation(mode)
-    speculation.stages_are(costs, possible=possible)
+    speculation.stages_are(decode_s=decode_s, possible=possible)
     for seconds in (*[9.0] * 4, *passes):
-        speculation.passed(seconds)
+        speculation.passed(LonePass(seconds, 0))
         speculation.most()
+    for seconds, guesses in guessing:
+        speculation.passed(LonePass(seconds, guesses))
     return speculation.most()
 
 
-FAST = Costs(decode_s=0.004, prefill_s=0.0001)
-
-
 @pytest.mark.parametrize(
-    ("passes", "costs", "guesses"),
+    ("passes", "decode_s", "guesses"),
     [
-        ([0.04] * 8, FAST, MAX_GUESSES),
-        ([0.04] * 7, FAST, 0),
-        ([0.04] * 8, Costs(prefill_s=0.001), 0),
+        ([0.04] * 7, 0.004, 0),
+        ([0.04] * 8, 0.004, 2),
+        ([0.4] * 8, 0.004, MAX_GUESSES),
+        ([0.04] * 8, 0.0, 0),
         # A pass is mostly computing.
-        ([0.0079] * 8, FAST, 0),
-        ([0.0081] * 8, FAST, MAX_GUESSES),
+        ([0.0079] * 8, 0.004, 0),
+        ([0.0081] * 8, 0.004, 1),
         # Or all of it takes no time.
-        ([0.0025] * 8, Costs(decode_s=0.0005), 0),
-        # Guesses would compute for too long.
-        ([0.04] * 8, Costs(decode_s=0.004, prefill_s=0.002), 5),
-        ([0.04] * 8, Costs(decode_s=0.004), 2),
-        ([0.04] * 8, Costs(decode_s=0.0201, prefill_s=0.0001), 0),
+        ([0.0025] * 8, 0.0005, 0),
         # It goes on while links get somewhat better, and ends when they are good.
-        ([0.04] * 8 + [0.007] * 16, FAST, MAX_GUESSES),
-        ([0.04] * 8 + [0.0055] * 16, FAST, 0),
-        ([0.04] * 8 + [0.0055] * 16 + [0.007] * 16, FAST, 0),
+        ([0.04] * 8 + [0.007] * 16, 0.004, 1),
+        ([0.04] * 8 + [0.0055] * 16, 0.004, 0),
+        ([0.04] * 8 + [0.0055] * 16 + [0.007] * 16, 0.004, 0),
     ],
 )
 def test_guessing_pays_where_passes_wait_longer_than_they_compute(
-    passes: Sequence[float], costs: Costs, guesses: int
+    passes: Sequence[float], decode_s: float, guesses: int
 ) -> None:
-    assert most(passes, costs) == guesses
+    assert most(passes, decode_s) == guesses
+
+
+@pytest.mark.parametrize(
+    ("guessing", "guesses"),
+    [
+        ([(0.041, 2)] * 4, 2),
+        ([(0.041, 2)] * 5, MAX_GUESSES),
+        ([(0.048, 4)] * 5, 5),
+        ([(0.039, 4)] * 5, MAX_GUESSES),
+        ([(0.052, 1)] * 5, 1),
+        ([(0.052, 1)] * 5 + [(0.045, 1)] * 16, 2),
+    ],
+)
+def test_how_many_is_a_matter_of_what_they_are_seen_to_cost(
+    guessing: Sequence[tuple[float, int]], guesses: int
+) -> None:
+    assert most([0.04] * 8, guessing=guessing) == guesses
 
 
 def test_a_person_may_decide() -> None:
-    assert most([], Costs(), "on") == MAX_GUESSES
-    assert most([0.04] * 8, FAST, "off") == 0
+    assert most([], 0.0, "on") == MAX_GUESSES
+    assert most([0.4] * 8, 0.004, "off") == 0
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_stages_that_cannot_take_back_do_not_guess(mode: Speculate) -> None:
-    assert most([0.04] * 8, FAST, mode, possible=False) == 0
+    assert most([0.4] * 8, 0.004, mode, possible=False) == 0
 
 
 class Repeating(ArithmeticExecutor):

@@ -133,6 +133,20 @@ def test_time_per_token_of_one_request_alone() -> None:
     assert session.figures.token_s == 0.5
 
 
+def test_passes_with_guesses_are_told_apart() -> None:
+    timings = PipelineTimings()
+    lone = []
+    steps = [DECODE, (Row(1, 8, 5, 5),), (Row(1, 9, 5, 1),), (Row(1, 9, 5, 0),), (*DECODE, *DECODE)]
+    for number, rows in enumerate(steps):
+        timings.sent(number, rows, alone=True)
+        lone.append(timings.returned(number + 0.5, number, number, []))
+    assert lone == [(0.5, 0), (0.5, 4), None, None, None]
+    for number in range(40):
+        timings.sent(number, (Row(1, 8, 5, 5),), alone=True)
+        timings.returned(number + 0.5, number, number, [])
+    assert timings.figures.token_s == 0
+
+
 def test_a_second_step_in_flight_spoils_the_sample() -> None:
     session = Session()
     for step in range(0, 60, 2):
