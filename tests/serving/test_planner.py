@@ -225,7 +225,7 @@ async def test_a_failure_is_published_once_and_tried_again_in_its_time(clock: Mo
     assert leader.plans[-1].models[0].pipelines
 
 
-async def test_only_its_author_pushes_a_plan(autojump_clock: MockClock) -> None:
+async def test_only_its_author_pushes_a_plan(clock: MockClock) -> None:
     cluster = ServingCluster("a", "b", "c")
     plans: list[Plan] = []
     PlanSync(cluster.nodes["b"].network, lambda: cluster.members, plans.append, lambda: 0)

@@ -43,14 +43,14 @@ async def ask(
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-async def test_any_node_answers(size: int, autojump_clock: MockClock) -> None:
+async def test_any_node_answers(size: int, clock: MockClock) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish(*NAMES[:size]))
         for node in cluster.nodes.values():
             assert (await ask(node, "hello"))[0] == expected("hello", 20, size)
 
 
-async def test_many_requests_at_once(autojump_clock: MockClock) -> None:
+async def test_many_requests_at_once(clock: MockClock) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish(*NAMES))
         answers: dict[str, str] = {}
@@ -69,7 +69,7 @@ async def test_many_requests_at_once(autojump_clock: MockClock) -> None:
 
 
 async def test_a_client_that_leaves_frees_its_request_on_every_stage(
-    autojump_clock: MockClock,
+    clock: MockClock,
 ) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish(*NAMES))
@@ -84,7 +84,7 @@ async def test_a_client_that_leaves_frees_its_request_on_every_stage(
         assert cluster.nodes["a"].heads.running == 0
 
 
-async def test_an_executor_that_dies_costs_a_pause(autojump_clock: MockClock) -> None:
+async def test_an_executor_that_dies_costs_a_pause(clock: MockClock) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish(*NAMES))
         for victim in NAMES:
@@ -103,7 +103,7 @@ async def test_an_executor_that_dies_costs_a_pause(autojump_clock: MockClock) ->
 
 
 async def test_the_next_request_after_an_executor_death_waits_for_the_restart(
-    autojump_clock: MockClock,
+    clock: MockClock,
 ) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish(*NAMES))
@@ -113,7 +113,7 @@ async def test_the_next_request_after_an_executor_death_waits_for_the_restart(
 
 
 @pytest.mark.parametrize("victim", ["a", "b"])
-async def test_a_dead_node_costs_a_pause(victim: str, autojump_clock: MockClock) -> None:
+async def test_a_dead_node_costs_a_pause(victim: str, clock: MockClock) -> None:
     """The head or a stage dies; the next plan does without it and the answer goes on."""
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish("a", "b"))
@@ -134,7 +134,7 @@ async def test_a_dead_node_costs_a_pause(victim: str, autojump_clock: MockClock)
 
 
 async def test_a_plan_that_keeps_a_pipeline_leaves_its_requests_alone(
-    autojump_clock: MockClock,
+    clock: MockClock,
 ) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish(*NAMES))
@@ -151,7 +151,7 @@ async def test_a_plan_that_keeps_a_pipeline_leaves_its_requests_alone(
         assert all(len(node.executors) == 1 for node in cluster.nodes.values())
 
 
-async def test_a_new_chain_keeps_executors_whose_layers_stay(autojump_clock: MockClock) -> None:
+async def test_a_new_chain_keeps_executors_whose_layers_stay(clock: MockClock) -> None:
     async with ServingCluster(*NAMES, "d").running() as cluster:
         await cluster.ready(cluster.publish("a", "b", "c"))
         await cluster.ready(cluster.publish("a", "d", "c"))
@@ -160,7 +160,7 @@ async def test_a_new_chain_keeps_executors_whose_layers_stay(autojump_clock: Moc
         assert cluster.members["b"].record.stages == ()
 
 
-async def test_a_request_that_kills_executors_is_stopped(autojump_clock: MockClock) -> None:
+async def test_a_request_that_kills_executors_is_stopped(clock: MockClock) -> None:
     async with ServingCluster("a").running() as cluster:
         await cluster.ready(cluster.publish("a"))
         node = cluster.nodes["a"]
@@ -180,7 +180,7 @@ async def test_a_request_that_kills_executors_is_stopped(autojump_clock: MockClo
             nursery.cancel_scope.cancel()
 
 
-async def test_a_stage_that_cannot_load_says_why_and_tries_again(autojump_clock: MockClock) -> None:
+async def test_a_stage_that_cannot_load_says_why_and_tries_again(clock: MockClock) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         cluster.nodes["b"].refuse_load = "the file is damaged"
         plan = cluster.publish(*NAMES)
@@ -194,7 +194,7 @@ async def test_a_stage_that_cannot_load_says_why_and_tries_again(autojump_clock:
         assert (await ask(cluster.nodes["a"], "late"))[0] == expected("late", 20, 3)
 
 
-async def test_stop_strings_end_the_answer_and_free_it(autojump_clock: MockClock) -> None:
+async def test_stop_strings_end_the_answer_and_free_it(clock: MockClock) -> None:
     async with ServingCluster(*NAMES).running() as cluster:
         await cluster.ready(cluster.publish(*NAMES))
         full = expected("stopping", 20, 3)
@@ -206,7 +206,7 @@ async def test_stop_strings_end_the_answer_and_free_it(autojump_clock: MockClock
         )
 
 
-async def test_requests_that_cannot_be(autojump_clock: MockClock) -> None:
+async def test_requests_that_cannot_be(clock: MockClock) -> None:
     async with ServingCluster("a").running() as cluster:
         node = cluster.nodes["a"]
         with pytest.raises(NotReady, match="no plan yet"):
@@ -221,7 +221,7 @@ async def test_requests_that_cannot_be(autojump_clock: MockClock) -> None:
         assert text == expected("x" * 510, 2, 1)
 
 
-async def test_a_head_refuses_what_it_cannot_hold(autojump_clock: MockClock) -> None:
+async def test_a_head_refuses_what_it_cannot_hold(clock: MockClock) -> None:
     async with ServingCluster("a", "b").running() as cluster:
         plan = cluster.publish("a")
         await cluster.ready(plan)
@@ -240,7 +240,7 @@ async def test_a_head_refuses_what_it_cannot_hold(autojump_clock: MockClock) -> 
 
 
 async def test_steps_from_anybody_but_the_stage_before_are_dropped(
-    autojump_clock: MockClock,
+    clock: MockClock,
 ) -> None:
     async with ServingCluster(*NAMES, "x").running() as cluster:
         plan = cluster.publish(*NAMES)
@@ -262,7 +262,7 @@ async def test_steps_from_anybody_but_the_stage_before_are_dropped(
         )
 
 
-async def test_answers_that_nobody_asked_for_cost_little(autojump_clock: MockClock) -> None:
+async def test_answers_that_nobody_asked_for_cost_little(clock: MockClock) -> None:
     """Each is refused, but not any number at once to one that does not listen."""
     async with ServingCluster(*NAMES, "x").running() as cluster:
         plan = cluster.publish(*NAMES)

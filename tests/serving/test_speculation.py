@@ -120,25 +120,25 @@ def _is_step(frame: object, to: str) -> bool:
     return isinstance(frame, Step) and to == "b"
 
 
-async def test_slow_links_are_passed_less_often(autojump_clock: MockClock) -> None:
+async def test_slow_links_are_passed_less_often(clock: MockClock) -> None:
     async with ServingCluster("a", "b").running() as cluster:
         passes = await passes_of_an_answer(cluster, "ab", speculate="auto", delay=0.05)
     assert passes < LENGTH / 4
 
 
-async def test_over_fast_links_nothing_is_guessed(autojump_clock: MockClock) -> None:
+async def test_over_fast_links_nothing_is_guessed(clock: MockClock) -> None:
     async with ServingCluster("a", "b").running() as cluster:
         passes = await passes_of_an_answer(cluster, "ab", speculate="auto", delay=0.0001)
     assert passes >= LENGTH
 
 
-async def test_without_leave_nothing_is_guessed(autojump_clock: MockClock) -> None:
+async def test_without_leave_nothing_is_guessed(clock: MockClock) -> None:
     async with ServingCluster("a", "b").running() as cluster:
         passes = await passes_of_an_answer(cluster, "ab", speculate="off", delay=0.05)
     assert passes >= LENGTH
 
 
-async def test_one_stage_that_cannot_take_back_is_enough(autojump_clock: MockClock) -> None:
+async def test_one_stage_that_cannot_take_back_is_enough(clock: MockClock) -> None:
     async with ServingCluster("a", "b").running() as cluster:
         cluster.nodes["b"].trims = False
         passes = await passes_of_an_answer(cluster, "ab", speculate="on", delay=0.05)
@@ -153,7 +153,7 @@ class Stumbling(ArithmeticExecutor):
         return total if total % 7 == 0 else CYCLE[len(values) % len(CYCLE)]
 
 
-async def test_wrong_guesses_change_no_answer(autojump_clock: MockClock) -> None:
+async def test_wrong_guesses_change_no_answer(clock: MockClock) -> None:
     async with ServingCluster("a", "b").running() as cluster:
         for node in cluster.nodes.values():
             node.executor_type = Stumbling
@@ -176,7 +176,7 @@ class Ending(ArithmeticExecutor):
         return 50 if len(values) == 75 else CYCLE[len(values) % len(CYCLE)]
 
 
-async def test_a_stop_string_that_begins_among_right_guesses(autojump_clock: MockClock) -> None:
+async def test_a_stop_string_that_begins_among_right_guesses(clock: MockClock) -> None:
     async with ServingCluster("a", "b").running() as cluster:
         for node in cluster.nodes.values():
             node.executor_type = Ending

@@ -35,7 +35,7 @@ def answers(cluster: ServingCluster, kind: type[Nack | Sampled]) -> list[int]:
 
 
 async def test_steps_beyond_what_is_under_way_wait_and_keep_their_order(
-    autojump_clock: trio.testing.MockClock,
+    clock: trio.testing.MockClock,
 ) -> None:
     everything = [*range(MAX_UNDER_WAY + 2)]
     async with ServingCluster("a").running() as cluster, trio.open_nursery() as nursery:
@@ -47,7 +47,7 @@ async def test_steps_beyond_what_is_under_way_wait_and_keep_their_order(
 
 
 async def test_every_step_that_a_dead_executor_had_is_answered(
-    autojump_clock: trio.testing.MockClock,
+    clock: trio.testing.MockClock,
 ) -> None:
     async with ServingCluster("a").running() as cluster, trio.open_nursery() as nursery:
         fed = await feed_too_many(cluster, nursery)
