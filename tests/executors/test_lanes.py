@@ -1,10 +1,11 @@
 """How requests are spread over what can compute side by side."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pxd.executors.mlx.batch import Batch, Request
-from pxd.executors.mlx.lanes import spread
+from pxd.executors.mlx.lanes import Pace, spread
 
 
 def requests(batches: list[int]) -> list[Request]:
@@ -56,3 +57,20 @@ def test_a_newcomer_moves_nobody() -> None:
 
 def test_who_leaves_moves_as_few_as_needed() -> None:
     assert numbers(spread(requests([1, 1, 1, 1, 2, 2]), 2)) == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("pace", "rows", "lanes"),
+    [
+        (Pace(begin=0.008, row=0.0005), 8, 1),
+        (Pace(begin=0.013, row=0.038), 1, 1),
+        (Pace(begin=0.013, row=0.038), 2, 2),
+        (Pace(begin=0.013, row=0.115), 8, 8),
+        (Pace(begin=0.013, row=0.115), 40, 16),
+        (Pace(begin=0.013, row=0.0), 8, 1),
+        (Pace(begin=0.0, row=0.1), 8, 8),
+    ],
+)
+def test_passes_are_divided_as_far_as_it_pays(pace: Pace, rows: int, lanes: int) -> None:
+    assert pace.lanes_for(rows, 16) == lanes
+    assert pace.lanes_for(rows, 1) == 1

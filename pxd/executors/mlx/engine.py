@@ -15,7 +15,7 @@ from pxd.executors.mlx.batch import (
     drop,
     take_back,
 )
-from pxd.executors.mlx.lanes import make_lanes
+from pxd.executors.mlx.lanes import make_lanes, measure_pace
 from pxd.executors.mlx.loader import load_stage
 from pxd.executors.mlx.passes import Passes, parts_of
 from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
@@ -95,7 +95,9 @@ class MlxEngine:
                 f"{type(error).__name__}: {error}{_hint(error)}"
             ) from error
         batching = supports_batches(loaded.stage, loaded.dtype)
-        self._passes = Passes(loaded.stage, batching=batching, lanes=self._lanes)
+        spreads = batching and len(self._lanes) > 1
+        pace = measure_pace(loaded.stage, loaded.dtype) if spreads else None
+        self._passes = Passes(loaded.stage, batching=batching, lanes=self._lanes, pace=pace)
         if can_share_prefixes(loaded.stage.make_caches()):
             self._prefixes = PrefixStore(self._requests)
         self._trims = can_take_back(loaded.stage.make_caches())
@@ -249,16 +251,14 @@ class MlxEngine:
             take_back(self._requests[row.request], row.position)
             self._requests[row.request].guessed = max(row.draws - 1, 0)
         parts = parts_of(step.rows, self._requests)
-        begun = passes.begin(inputs, parts)
-        for each in begun:
-            each.end()
+        done = passes.run(inputs, parts)
         self._steps += 1
         if parts.fills or self._steps % CLEAR_CACHE_STEPS == 0:
             mx.clear_cache()
         if passes.stage.last:
-            drawn = sorted(drawn for each in begun for drawn in each.tokens())
+            drawn = sorted(drawn for each in done for drawn in each.tokens())
             return tuple(token for _, tokens in drawn for token in tokens)
-        found = [pair for each in begun for pair in zip(each.parts, each.hidden, strict=True)]
+        found = [pair for each in done for pair in zip(each.parts, each.hidden, strict=True)]
         found.sort(key=lambda pair: pair[0].begin)
         hidden = [output for _, output in found]
         whole = hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from pxd.executors.mlx.batch import Request, batch_of, own_caches
 from pxd.executors.mlx.decode import Draws
-from pxd.executors.mlx.lanes import spread
+from pxd.executors.mlx.lanes import Pace, spread
 from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.protocol import Drawn
 from pxd.wire import Row
@@ -39,21 +39,22 @@ class Parts:
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass that is under way. `hidden` is one array ``(positions, hidden)`` for each part; on a
-    last stage there are `draws` instead, one for each position, or none for what only fills."""
+    """What a pass gives, once `arrays` are evaluated.
+
+    `hidden` is one array ``(positions, hidden)`` for each part; on a last stage there are `draws`
+    instead, one for each position, or none for what only fills.
+    """
 
     parts: list[Part]
     hidden: list[mx.array]
     draws: Draws | None
     caches: Caches
 
-    def begin(self) -> None:
-        """Have MLX begin to compute it; does not wait."""
-        arrays = self.draws.arrays if self.draws is not None else self.hidden
-        mx.async_eval(arrays, [cache.state for cache in self.caches])  # type: ignore[no-untyped-call]
-
-    def end(self) -> None:
-        mx.eval(self.hidden, [cache.state for cache in self.caches])
+    @property
+    def arrays(self) -> list[object]:
+        """What is to be evaluated."""
+        drawn = self.draws.arrays if self.draws is not None else []
+        return [self.hidden, drawn, [cache.state for cache in self.caches]]
 
     def tokens(self) -> list[tuple[int, list[Drawn]]]:
         """The place in the step's tensor, and what was drawn from there on."""
@@ -68,17 +69,21 @@ class Pass:
 
 
 class Passes:
-    """Begins the passes of a step, each in the lane that has the least to do."""
+    """Runs the passes of a step, each in the lane that has the least to do."""
 
-    def __init__(self, stage: Stage, *, batching: bool, lanes: Sequence[mx.Stream]) -> None:
-        """`batching`: whether requests can decode in batches."""
+    def __init__(
+        self, stage: Stage, *, batching: bool, lanes: Sequence[mx.Stream], pace: Pace | None = None
+    ) -> None:
+        """`batching`: whether requests can decode in batches. `pace` says what spreading them over
+        `lanes` is good for; without it they are not spread."""
         self.stage = stage
         self._batching = batching
         self._lanes = lanes
+        self._pace = pace
 
-    def begin(self, inputs: mx.array, parts: Parts) -> list[Pass]:
+    def run(self, inputs: mx.array, parts: Parts) -> list[Pass]:
         """`inputs` are token ids ``(positions,)`` or hidden states ``(positions, hidden)``."""
-        begun: list[Pass] = []
+        passes: list[Pass] = []
         loads = [0] * len(self._lanes)
         for build, groups in (
             (self._fill, [[part] for part in parts.fills]),
@@ -90,9 +95,13 @@ class Passes:
                 lane = loads.index(min(loads))
                 loads[lane] += sum(part.end - part.begin for part in group)
                 with mx.stream(self._lanes[lane]):
-                    begun.append(build(inputs, group))
-                    begun[-1].begin()
-        return begun
+                    passes.append(build(inputs, group))
+                if len(self._lanes) == 1:
+                    # One after the other, so that no two need their memory at the same time.
+                    mx.eval(passes[-1].arrays)
+        # All of them in one call, or MLX waits for most of one before it begins with the next.
+        mx.eval([each.arrays for each in passes])
+        return passes
 
     def _groups(self, decodes: list[Part]) -> list[list[Part]]:
         """Those that run together. A request without history has nothing to merge yet."""
@@ -100,7 +109,8 @@ class Passes:
             return [[part] for part in decodes]
         alone = [[part] for part in decodes if part.position == 0]
         together = {id(part.request): part for part in decodes if part.position > 0}
-        groups = spread([part.request for part in together.values()], len(self._lanes))
+        lanes = self._pace.lanes_for(len(together), len(self._lanes)) if self._pace else 1
+        groups = spread([part.request for part in together.values()], lanes)
         return [*alone, *([together[id(request)] for request in group] for group in groups)]
 
     def _fill(self, inputs: mx.array, group: list[Part]) -> Pass:

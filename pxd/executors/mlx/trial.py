@@ -44,7 +44,8 @@ def dummy_inputs(stage: Stage, batch: int, length: int, dtype: mx.Dtype) -> mx.a
     return mx.random.normal((batch, length, stage.hidden_size), key=key).astype(dtype)
 
 
-def _merge(alone: Sequence[Caches]) -> Caches:
+def merged(alone: Sequence[Caches]) -> Caches:
+    """Batch caches with what the caches of each request have."""
     return [rows[0].merge(list(rows)) for rows in zip(*alone, strict=True)]
 
 
@@ -60,11 +61,11 @@ def _try_shapes(stage: Stage, dtype: mx.Dtype) -> None:
     alone = [_filled(stage, 2 + number % 2, dtype) for number in range(max(TRIAL_SIZES))]
     single = stage.forward(dummy_inputs(stage, 1, 1, dtype), stage.make_caches())
     for size in TRIAL_SIZES:
-        merged = _merge(alone[:size])
-        output = stage.forward(dummy_inputs(stage, size, 1, dtype), merged)
+        together = merged(alone[:size])
+        output = stage.forward(dummy_inputs(stage, size, 1, dtype), together)
         if tuple(output.shape) != (size, *single.shape[1:]):
             raise ValueError(f"{size} requests give an output of shape {output.shape}")
-        for cache in merged:
+        for cache in together:
             cache.extract(0)
             cache.filter(mx.array([1, 2]))
 
@@ -73,7 +74,7 @@ def _try_numbers(stage: Stage, dtype: mx.Dtype) -> tuple[float, float]:
     """Return (error of a batch that needs padding, error of one that needs none)."""
     short, long = _filled(stage, SHORT, dtype), _filled(stage, LONG, dtype)
     # Merging copies, so those alone can go on from the same state.
-    padded, even = _merge([short, long]), _merge([short, short])
+    padded, even = merged([short, long]), merged([short, short])
     one = dummy_inputs(stage, 1, 1, dtype)
     two = mx.concatenate([one, one])
     alone = [stage.forward(one, caches)[0] for caches in (short, long)]
