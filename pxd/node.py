@@ -36,7 +36,7 @@ from pxd.selfhood import StartupError as StartupError
 from pxd.serving.audit import Audit
 from pxd.serving.choice import choose, latest_choice
 from pxd.serving.door import Door
-from pxd.serving.head import HeadHost
+from pxd.serving.heads import HeadHost
 from pxd.serving.held import Held
 from pxd.serving.hints import hints
 from pxd.serving.ingress import ChatIngress
@@ -113,9 +113,17 @@ class Node:
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
-        self.heads = HeadHost(self.network, self.stages.feed)
+        self.stages.send_as(settings.wire_dtype)
+        self.heads = HeadHost(
+            self.network, self.stages.feed, settings.admission, settings.speculate
+        )
         self._ingress = ChatIngress(
-            self.network, self.models, lambda: self.plans.plan, self._members, self.changed
+            self.network,
+            self.models,
+            lambda: self.plans.plan,
+            self._members,
+            self.changed,
+            settings.request_timeout,
         )
         self.planner = Planner(
             self.network.peer_id,

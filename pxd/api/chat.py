@@ -3,6 +3,8 @@
 A client that disconnects leaves its answer's context at once, which cancels it on every node.
 """
 
+import hashlib
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -84,10 +86,11 @@ async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]
 class _WholeAnswer(Response):
     """Answers in one piece once everything is there."""
 
-    def __init__(self, ingress: Ingress, call: ChatCall) -> None:
+    def __init__(self, ingress: Ingress, call: ChatCall, client: str) -> None:
         super().__init__()
         self._ingress = ingress
         self._call = call
+        self._client = client
         self._completion: dict[str, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,7 +104,9 @@ class _WholeAnswer(Response):
         logprobs: list[TokenLogprobs] = []
         tokens = 0
         finish: Finish | None = None
-        async with await self._ingress.chat(call.model, call.messages, call.generation) as answer:
+        async with await self._ingress.chat(
+            call.model, call.messages, call.generation, self._client
+        ) as answer:
             async for delta in answer:
                 text.append(delta.text)
                 logprobs += delta.logprobs
@@ -228,10 +233,11 @@ class _StreamedAnswer(Response):
     what fails later is a last event, and `[DONE]` stays away.
     """
 
-    def __init__(self, ingress: Ingress, call: ChatCall) -> None:
+    def __init__(self, ingress: Ingress, call: ChatCall, client: str) -> None:
         super().__init__()
         self._ingress = ingress
         self._call = call
+        self._client = client
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         events = _Events(send)
@@ -250,7 +256,9 @@ class _StreamedAnswer(Response):
     async def _relay(self, events: _Events) -> None:
         call = self._call
         finish: Finish | None = None
-        async with await self._ingress.chat(call.model, call.messages, call.generation) as answer:
+        async with await self._ingress.chat(
+            call.model, call.messages, call.generation, self._client
+        ) as answer:
             chunks = _Chunks(answer, events, include_usage=call.include_usage)
             async for delta in answer:
                 finish = delta.finish
@@ -264,8 +272,15 @@ class ChatCompletions:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._salt = secrets.token_bytes(16)
 
     async def __call__(self, request: Request) -> Response:
         call = parse_chat_request(await read_json_body(request))
         kind = _StreamedAnswer if call.stream else _WholeAnswer
-        return kind(self._daemon.ingress, call)
+        return kind(self._daemon.ingress, call, self._client(request, call.user))
+
+    def _client(self, request: Request, user: str) -> str:
+        """A name for whoever takes turns with others; other nodes learn nothing else from it."""
+        address = request.client.host if request.client else ""
+        told = "\0".join((address, request.headers.get("authorization", ""), user))
+        return hashlib.blake2b(told.encode(), digest_size=8, key=self._salt).hexdigest()

@@ -1,7 +1,8 @@
 """Frames between the daemon and a worker process, in the framing of `pxd.wire`.
 
 The daemon sends commands. The worker runs them strictly in order and answers each with exactly one
-reply; `LoadProgress` frames may come before the reply to `Load`, and `Copied` at any time.
+reply, except `SendAs`, which has none; `LoadProgress` frames may come before the reply to `Load`,
+and `Copied` at any time.
 """
 
 from typing import Annotated
@@ -10,11 +11,17 @@ import msgspec
 
 from pxd.cluster.records import Device
 from pxd.executors.protocol import LoadSpec, MemoryReport, ModelDescription, StageInfo
-from pxd.wire import Copied, Nack, Reason, Sampled, Step
+from pxd.wire import Coding, Copied, Nack, Reason, Sampled, Step
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
     spec: LoadSpec
+
+
+class SendAs(msgspec.Struct, frozen=True, tag="send-as"):
+    """How hidden states of later steps are coded; None leaves them as they are."""
+
+    coding: Coding | None
 
 
 class ReadMemory(msgspec.Struct, frozen=True, tag="read-memory"):
@@ -55,7 +62,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: Reason
 
 
-Command = Load | Step | ReadMemory | Describe | Measure
+Command = Load | Step | SendAs | ReadMemory | Describe | Measure
 Reply = (
     LoadProgress | Loaded | Step | Sampled | Copied | Nack | Memory | Described | Measured | Failed
 )

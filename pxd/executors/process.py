@@ -40,6 +40,7 @@ from pxd.executors.messages import (
     Memory,
     ReadMemory,
     Reply,
+    SendAs,
     reply_decoder,
 )
 from pxd.executors.protocol import (
@@ -52,7 +53,18 @@ from pxd.executors.protocol import (
     StageInfo,
     StepResult,
 )
-from pxd.wire import Buffer, Copied, Nack, Sampled, Step, WireError, encode, read_frame, rest_of
+from pxd.wire import (
+    Buffer,
+    Coding,
+    Copied,
+    Nack,
+    Sampled,
+    Step,
+    WireError,
+    encode,
+    read_frame,
+    rest_of,
+)
 
 log = logging.getLogger("pxd.executors")
 
@@ -242,6 +254,10 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         """
         self._enqueue(step, body, _StepCall(take))
 
+    def send_as(self, coding: Coding | None) -> None:
+        """Takes effect before every step submitted later; does not wait for it."""
+        self._give(SendAs(coding), b"")
+
     async def _ask(
         self, command: Command, answer: type[ReplyT], progress: Progress | None = None
     ) -> ReplyT:
@@ -255,12 +271,15 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         return call.reply
 
     def _enqueue(self, command: Command, body: Buffer, call: _Call | _StepCall) -> None:
-        if self._death is not None or self._closing:
-            raise ExecutorDied(self._death or "it was stopped")
-        self._send([encode(command, len(body)), body])
+        self._give(command, body)
         if not self._pending:
             self._last_sign = trio.current_time()
         self._pending.append(call)
+
+    def _give(self, command: Command, body: Buffer) -> None:
+        if self._death is not None or self._closing:
+            raise ExecutorDied(self._death or "it was stopped")
+        self._send([encode(command, len(body)), body])
 
     def _send(self, parts: Sequence[Buffer]) -> None:
         """At once what the socket takes, which is all of a small frame; the rest from `_write`."""

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pxd.wire import Buffer, Logprobs, Nack, Reason, Sampled, Step, Tensor
+from pxd.wire import Buffer, Coding, Logprobs, Nack, Reason, Sampled, Step, Tensor
 
 
 class ExecutorError(Exception):
@@ -41,16 +41,19 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`.
 
-    `prefix_cache` says that requests can begin with blocks that others have left, and `tier_slots`
-    how many blocks the second tier can keep.
+    `hidden_bytes` is what the hidden state of one position takes as it is. `prefix_cache` says that
+    requests can begin with blocks that others have left, `tier_slots` how many blocks the second
+    tier can keep, and `trims` that positions can be taken back.
     """
 
     layers: int
     hidden_size: int
     weight_bytes: int
     kv_tokens: int
+    hidden_bytes: int = 0
     prefix_cache: bool = False
     tier_slots: int = 0
+    trims: bool = False
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +103,7 @@ StepResult = Sampled | Nack | tuple[Step, Buffer] | ExecutorError | ExecutorDied
 
 Drawn = int | Scored
 StepOutput = tuple[Tensor, Buffer] | tuple[Drawn, ...]
-"""Hidden states, or on a last stage one token id per row with `sample`, in row order."""
+"""Hidden states, or on a last stage one token id for each of `pxd.executors.rows.draws_of`."""
 
 
 class StepRejected(Exception):
@@ -123,6 +126,9 @@ class Engine(Protocol):
         The first step of another session frees all requests of the last one.
         """
 
+    def send_as(self, coding: Coding | None) -> None:
+        """Code the hidden states of later steps; None leaves them as they are."""
+
     def memory(self) -> MemoryReport: ...
 
 
@@ -142,6 +148,9 @@ class Executor(Protocol):
 
         `body` must not be changed before that.
         """
+
+    def send_as(self, coding: Coding | None) -> None:
+        """How steps that are submitted later code their hidden states."""
 
     async def memory(self) -> MemoryReport: ...
 

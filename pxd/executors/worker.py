@@ -34,9 +34,11 @@ from pxd.executors.messages import (
     Memory,
     ReadMemory,
     Reply,
+    SendAs,
     command_decoder,
 )
 from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
+from pxd.executors.rows import draws_of
 from pxd.wire import (
     PREFIX_SIZE,
     Buffer,
@@ -110,10 +112,9 @@ def run_step(engine: Engine, step: Step, body: Buffer) -> tuple[Sampled | Nack |
     if len(output) == 2 and isinstance(output[0], Tensor):
         tensor, hidden = output
         return msgspec.structs.replace(step, tensor=tensor), hidden
-    drawn = [row for row in step.rows if row.sample]
     tokens = tuple(
-        SampledToken(row.request, row.position + row.count, *_parts(token))
-        for row, token in zip(drawn, output, strict=True)
+        SampledToken(request, position, *_parts(token))
+        for (request, position), token in zip(draws_of(step.rows), output, strict=True)
     )
     sampled = Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=tokens)
     return sampled, b""
@@ -141,6 +142,9 @@ class Worker:
                 return
             if isinstance(command, Step):
                 self._frames.send(*self._step(command, body))
+            elif isinstance(command, SendAs):
+                if self._engine is not None:
+                    self._engine.send_as(command.coding)
             else:
                 self._frames.send(self._answer(command))
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan, StagePlan, spare_stages
-from pxd.cluster.records import StageReport
+from pxd.cluster.records import PeerLink, StageReport
 from pxd.executors.protocol import (
     ExecutorDied,
     ExecutorError,
@@ -25,8 +25,10 @@ from pxd.executors.protocol import (
 )
 from pxd.models.errors import ModelError
 from pxd.p2p.network import Network, NetworkError
+from pxd.serving.coding import choose_coding
 from pxd.serving.timings import HeadFigures, StageTimings, figures_to_publish
-from pxd.wire import Buffer, Copied, Frame, Nack, NackCode, Sampled, Step
+from pxd.settings import WireDtype
+from pxd.wire import Buffer, Coding, Copied, Frame, Nack, NackCode, Sampled, Step
 
 log = logging.getLogger("pxd.serving.stage")
 
@@ -44,6 +46,7 @@ class RunningExecutor(Protocol):
 
     async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo: ...
     def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None: ...
+    def send_as(self, coding: Coding | None) -> None: ...
     async def memory(self) -> MemoryReport: ...
     async def wait_died(self) -> str: ...
 
@@ -82,6 +85,8 @@ class StageRunner:
         self._send_result, self._results = trio.open_memory_channel[_Result](math.inf)
         self._idle_since = 0.0
         self._timings = StageTimings()
+        self._hidden_bytes = 0
+        self._told_coding: Coding | None = None
         self._published_at = -math.inf
         self.bind(pipeline)
         self.report = StageReport(
@@ -90,6 +95,7 @@ class StageRunner:
             start=stage.start,
             end=stage.end,
             state="loading",
+            coding=self._coding,
         )
 
     @property
@@ -104,11 +110,25 @@ class StageRunner:
         self.pipeline = pipeline
         self.sender = nodes[index - 1] if index else self.stage.node
         self._next = nodes[index + 1] if index + 1 < len(nodes) else None
+        self._coding = choose_coding(self._host.wire_dtype) if self._next else None
 
     def rebind(self, pipeline: PipelinePlan) -> None:
         self.bind(pipeline)
         # How fast the old pipeline was as a whole says nothing about this one.
-        self._set(pipeline=pipeline.id, **msgspec.structs.asdict(HeadFigures()))
+        head = msgspec.structs.asdict(HeadFigures())
+        self._set(pipeline=pipeline.id, coding=self._coding, **head)
+
+    def follow_links(self, bandwidths: Mapping[str, float]) -> None:
+        """`bandwidths` to other nodes in GB/s, as far as they are measured."""
+        if self._next is not None:
+            self._coding = choose_coding(
+                self._host.wire_dtype,
+                self._coding,
+                hidden_bytes=self._hidden_bytes,
+                bandwidth=bandwidths.get(self._next, 0.0),
+                position_s=self._timings.prefill_s or self._timings.decode_s,
+            )
+            self._set(coding=self._coding)
 
     def _set(self, **changes: object) -> None:
         report = msgspec.structs.replace(self.report, **changes)
@@ -144,6 +164,9 @@ class StageRunner:
         # Where the executor has died, all of its steps are answered for together.
         with contextlib.suppress(ExecutorDied):
             if self._executor is not None:
+                if self._told_coding != self._coding:
+                    self._told_coding = self._coding
+                    self._executor.send_as(self._coding)
                 self._executor.submit(step, body, self._take)
 
     def _take(self, result: StepResult) -> None:
@@ -221,6 +244,7 @@ class StageRunner:
                 spec, lambda done: self._progress(FETCH_SHARE + done * (1 - FETCH_SHARE))
             )
             self._timings = StageTimings()
+            self._hidden_bytes, self._told_coding = info.hidden_bytes, None
             self._executor = executor
             log.info("stage %s is ready (executor pid %d)", self._label(), executor.pid)
             self._set(
@@ -229,6 +253,7 @@ class StageRunner:
                 kv_tokens=info.kv_tokens,
                 prefix_cache=info.prefix_cache,
                 tier_slots=info.tier_slots,
+                trims=info.trims,
                 reason="",
             )
             try:
@@ -314,6 +339,7 @@ class StageHost:
         report: Callable[[tuple[StageReport, ...]], None],
     ) -> None:
         self.tier_bytes, self.tier_directory = 0, Path()
+        self.wire_dtype: WireDtype = "native"
         self.network = network
         self.open_executor = open_executor
         self.find_directory = find_directory
@@ -331,6 +357,16 @@ class StageHost:
         """Stages that are loaded from now on have a second KV tier of up to `size` bytes each;
         where it is a file, it lies in `directory`."""
         self.tier_bytes, self.tier_directory = size, directory
+
+    def send_as(self, wire_dtype: WireDtype) -> None:
+        """How stages that are set up from now on send hidden states to the next stage."""
+        self.wire_dtype = wire_dtype
+
+    def follow_links(self, links: Iterable[PeerLink]) -> None:
+        """`links` as they are in the node's record; to be called about once a second."""
+        bandwidths = {link.peer: link.bandwidth for link in links}
+        for runner in self._runners.values():
+            runner.follow_links(bandwidths)
 
     def report_changed(self) -> None:
         self._report(tuple(runner.report for runner in self._runners.values()))

@@ -32,7 +32,7 @@ def make_step(action: str, number: int = 0, request: int = 1) -> Step:
         pipeline=action,
         session=3,
         step=number,
-        rows=(Row(request, 5, 2, True),),
+        rows=(Row(request, 5, 2, 1),),
         tensor=Tensor("i32", (2,)),
     )
 
@@ -73,6 +73,19 @@ async def test_copies_are_reported_besides_the_answers() -> None:
                 assert result.step == number
             events = [(await executor.copied.receive()).event for _ in range(20)]
     assert sorted(events) == list(range(100, 120))
+
+
+async def test_a_coding_counts_for_the_steps_behind_it() -> None:
+    answers: list[str | None] = []
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            for coding in (None, "fp8", "int8", None):
+                executor.send_as(coding)
+                result = await run_step(executor, make_step("coding"), BODY)
+                assert isinstance(result, tuple)
+                answers.append(result[0].tensor.coding)
+    assert answers == [None, "fp8", "int8", None]
 
 
 async def test_steps_are_answered_in_order_while_later_ones_wait() -> None:
@@ -129,7 +142,7 @@ async def test_bodies_larger_than_any_socket_buffer_pass_both_ways_at_once() -> 
         pipeline="forward",
         session=0,
         step=0,
-        rows=(Row(1, 0, 1, False),),
+        rows=(Row(1, 0, 1, 0),),
         tensor=Tensor("f32", (size // 4,)),
     )
     body = os.urandom(size)

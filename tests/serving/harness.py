@@ -23,7 +23,7 @@ from pxd.executors.protocol import (
     StageInfo,
     StepResult,
 )
-from pxd.serving.head import HeadHost
+from pxd.serving.heads import HeadHost
 from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
 from pxd.serving.signal import Signal
@@ -31,6 +31,7 @@ from pxd.serving.stage import StageHost
 from pxd.wire import (
     Buffer,
     Cancel,
+    Coding,
     Copied,
     Frame,
     Nack,
@@ -99,7 +100,7 @@ class FakeModels:
         return Path("/models") / name
 
 
-_Submitted = tuple[Step, Buffer, Callable[[StepResult], None]]
+_Submitted = tuple[Step, Buffer, Coding | None, Callable[[StepResult], None]]
 
 
 class ArithmeticExecutor:
@@ -109,6 +110,7 @@ class ArithmeticExecutor:
         self.pid = 0
         self.node = node
         self.caches: dict[int, list[float]] = {}
+        self.guessed: dict[int, int] = {}
         self.send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
         self._send_step, self._steps = trio.open_memory_channel[_Submitted](math.inf)
         self.scope = trio.CancelScope()
@@ -116,6 +118,9 @@ class ArithmeticExecutor:
         self._why = ""
         self._last = False
         self.steps = 0
+        self.coding: Coding | None = None
+        self._next_coding: Coding | None = None
+        self.sent_as: list[Coding | None] = []
 
     def die(self, why: str) -> None:
         self._why = why
@@ -127,7 +132,12 @@ class ArithmeticExecutor:
             raise ExecutorError(self.node.refuse_load)
         self._last = spec.end == LAYERS
         return StageInfo(
-            layers=spec.end - spec.start, hidden_size=1, weight_bytes=1, kv_tokens=4096
+            layers=spec.end - spec.start,
+            hidden_size=1,
+            weight_bytes=1,
+            kv_tokens=4096,
+            trims=self.node.trims,
+            hidden_bytes=4,
         )
 
     async def wait_died(self) -> str:
@@ -135,12 +145,16 @@ class ArithmeticExecutor:
         return self._why
 
     def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
-        self._send_step.send_nowait((step, body, take))
+        self._send_step.send_nowait((step, body, self._next_coding, take))
+
+    def send_as(self, coding: Coding | None) -> None:
+        self._next_coding = coding
 
     async def run(self) -> None:
         """Run what is submitted, one after the other, until the process dies."""
         with self.scope:
-            async for step, body, take in self._steps:
+            async for step, body, coding, take in self._steps:
+                self.coding = coding
                 try:
                     result: StepResult = await self.step(step, body)
                 except (ExecutorDied, ExecutorError) as error:
@@ -160,6 +174,9 @@ class ArithmeticExecutor:
         for opening in step.openings:
             self.caches[opening.request] = []
 
+    def draw(self, values: list[float]) -> int:
+        return sum((i + 1) * int(value) for i, value in enumerate(values)) % VOCABULARY
+
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         await self.node.gate.wait()
         await trio.sleep(self.node.pace * sum(row.count for row in step.rows))
@@ -172,12 +189,13 @@ class ArithmeticExecutor:
         sampled, offset = [], 0
         for row in step.rows:
             cache = self.caches[row.request]
-            assert row.position == len(cache)
+            assert 0 <= len(cache) - row.position <= self.guessed.pop(row.request, 0)
+            del cache[row.position :]
             cache.extend(value + 1 for value in values[offset : offset + row.count])
             offset += row.count
-            if row.sample and self._last:
-                total = sum((i + 1) * int(value) for i, value in enumerate(cache))
-                sampled.append(SampledToken(row.request, len(cache), total % VOCABULARY))
+            self.guessed[row.request] = max(row.draws - 1, 0)
+            for place in range(len(cache) - row.draws + 1, len(cache) + 1) if self._last else ():
+                sampled.append(SampledToken(row.request, place, self.draw(cache[:place])))
         if self._last:
             return Sampled(
                 pipeline=step.pipeline,
@@ -185,6 +203,8 @@ class ArithmeticExecutor:
                 step=step.step,
                 tokens=tuple(sampled),
             )
+        if step.rows:
+            self.sent_as.append(self.coding)
         out = array("f", [value + 1 for value in values])
         tensor = Tensor("f32", (len(out), 1))
         return msgspec.structs.replace(step, tensor=tensor), out.tobytes()
@@ -196,7 +216,8 @@ class Member(msgspec.Struct):
 
 
 class ServingNode:
-    """Stage, head and ingress of one node. Its executor takes `pace` seconds per position."""
+    """Stage, head and ingress of one node. Its executor takes `pace` seconds per position, and
+    frames `delay` seconds to reach it."""
 
     def __init__(self, cluster: "ServingCluster", peer_id: str) -> None:
         self.cluster = cluster
@@ -207,7 +228,8 @@ class ServingNode:
         self.gate.set()
         self.refuse_load = ""
         self.executor_type: Callable[[ServingNode], ArithmeticExecutor] = ArithmeticExecutor
-        self.pace = 0.0
+        self.pace = self.delay = 0.0
+        self.trims = True
         self.changed = Signal()
         self.scope = trio.CancelScope()
         self.plan: Plan | None = None
@@ -240,6 +262,7 @@ class ServingNode:
 
     async def on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
         self.cluster.frames.append((peer, self.peer_id, frame))
+        await trio.sleep(self.delay)
         match frame:
             case Step():
                 await self.stages.feed(peer, frame, body)
