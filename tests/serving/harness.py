@@ -100,7 +100,7 @@ class FakeModels:
         return Path("/models") / name
 
 
-_Submitted = tuple[Step, Buffer, Callable[[StepResult], None]]
+_Submitted = tuple[Step, Buffer, Coding | None, Callable[[StepResult], None]]
 
 
 class ArithmeticExecutor:
@@ -119,6 +119,7 @@ class ArithmeticExecutor:
         self._last = False
         self.steps = 0
         self.coding: Coding | None = None
+        self._next_coding: Coding | None = None
         self.sent_as: list[Coding | None] = []
 
     def die(self, why: str) -> None:
@@ -143,16 +144,17 @@ class ArithmeticExecutor:
         await self._died.wait()
         return self._why
 
-    def send_as(self, coding: Coding | None) -> None:
-        self.coding = coding
-
     def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
-        self._send_step.send_nowait((step, body, take))
+        self._send_step.send_nowait((step, body, self._next_coding, take))
+
+    def send_as(self, coding: Coding | None) -> None:
+        self._next_coding = coding
 
     async def run(self) -> None:
         """Run what is submitted, one after the other, until the process dies."""
         with self.scope:
-            async for step, body, take in self._steps:
+            async for step, body, coding, take in self._steps:
+                self.coding = coding
                 try:
                     result: StepResult = await self.step(step, body)
                 except (ExecutorDied, ExecutorError) as error:
