@@ -32,7 +32,7 @@ from pxd.serving.requests import (
     NotReady,
     RequestError,
 )
-from pxd.serving.router import find_model, pick_pipeline
+from pxd.serving.router import find_model, pick_pipeline, refuse_stopped
 from pxd.serving.signal import Signal
 from pxd.wire import Cancel, Output, Sampling
 
@@ -118,6 +118,7 @@ class ChatIngress:
         self, model: str | None, messages: tuple[Message, ...], generation: Generation
     ) -> "ChatAnswer":
         planned = find_model(self.plan(), model)
+        refuse_stopped(planned)
         if not self._worth_waiting(planned):
             pick_pipeline(planned, self.members())
         try:
@@ -154,7 +155,7 @@ class ChatIngress:
         ready = {
             model.name
             for model in (plan.models if plan else ())
-            if any(readiness(pipeline, members).ready for pipeline in model.pipelines)
+            if any(readiness(pipeline, members).ready for pipeline in model.all_pipelines)
         }
         now = trio.current_time()
         self._ready_until.update(dict.fromkeys(self._ready - ready, now))
@@ -288,7 +289,7 @@ class ChatAnswer:
     def _hope(self, *, first: bool) -> float:
         """How many seconds of waiting make sense, as the plan is."""
         plan = self._ingress.plan()
-        planned = any(model.pipelines for model in (plan.models if plan else ()))
+        planned = any(model.all_pipelines for model in (plan.models if plan else ()))
         return HOPELESS_S if first and not planned else math.inf
 
     def _set_limit(self, pipeline: PipelinePlan) -> None:

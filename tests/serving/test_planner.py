@@ -8,7 +8,7 @@ from trio.testing import MockClock
 
 from pxd.cluster.messages import LAST_COUNT
 from pxd.cluster.plans import Epoch, PipelinePlan, Plan
-from pxd.cluster.records import Device, PeerLink, StageReport
+from pxd.cluster.records import Device, ModelChoice, PeerLink, StageReport
 from pxd.executors.protocol import ExecutorDied, ModelDescription
 from pxd.models.errors import ModelError
 from pxd.planning.model import ModelCost, NodeOffer
@@ -66,6 +66,7 @@ class Leader:
                 member.record, memory=int(gib * GIB), device=Device(tflops=1.0)
             )
         self.changed = Signal()
+        self.choice = ModelChoice(1, "a", ("sums",))
         self.plans: list[Plan] = []
         self.sync = PlanSync(
             MemoryHub().network("a"),
@@ -79,7 +80,7 @@ class Leader:
             self.sync,
             lambda: Office(True, 3),
             lambda: self.cluster.members,
-            lambda: "sums",
+            lambda: self.choice,
         )
 
     def taken(self, plan: Plan) -> None:
