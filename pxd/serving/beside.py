@@ -37,50 +37,55 @@ def plan_beside(orders: Sequence[Order], reserved: Claims) -> list[ModelPlan]:
     What the stages of all these models take of a node, together with `reserved`, is never more than
     it offers. A model alone with all memory is planned as `pxd.planning.replan.decide` says.
     """
-    firsts: list[ModelPlan | None] = [None] * len(orders)
+    secured: list[ModelPlan | None] = [None] * len(orders)
     if len(orders) > 1:
-        firsts = _firsts(orders, reserved)
+        secured = _secured(orders, reserved)
     made: list[ModelPlan] = []
     for place, order in enumerate(orders):
-        later = [first for first in firsts[place + 1 :] if first is not None]
-        taken = reserved + all_claims(made) + all_claims(later)
-        plan = _planned(order, taken, firsts[place])
+        taken = reserved + all_claims(made) + all_claims(filter(None, secured[place + 1 :]))
+        plan = _planned(order, taken, secured[place])
         if plan.state == "waiting" and taken and decide(order.basis).plan.pipelines:
             plan = _crowded_out(plan, [other.model.name for other in orders if other is not order])
         made.append(plan)
     return made
 
 
-def _firsts(orders: Sequence[Order], reserved: Claims) -> list[ModelPlan | None]:
-    """One pipeline for each model as far as there is room, and first those that are there."""
-    found = [_kept(order, reserved) for order in orders]
-    for place, order in enumerate(orders):
-        if found[place] is None:
-            plan = _planned(order, reserved + all_claims(filter(None, found)))
-            if plan.pipelines:
-                first = plan.pipelines[:1]
-                found[place] = msgspec.structs.replace(plan, pipelines=first, spares=())
+def _secured(orders: Sequence[Order], reserved: Claims) -> list[ModelPlan | None]:
+    """What room is kept for: all pipelines that are there, and one for each model without any.
+
+    Where they do not fit together, one pipeline each.
+    """
+    there = [_kept(order, reserved) for order in orders]
+    for kept in (there, [plan and _with_first(plan) for plan in there]):
+        found = list(kept)
+        for place, order in enumerate(orders):
+            if found[place] is None:
+                plan = _planned(order, reserved + all_claims(filter(None, found)))
+                found[place] = _with_first(plan) if plan.pipelines else None
+        if None not in found:
+            break
     return found
 
 
+def _with_first(plan: ModelPlan) -> ModelPlan:
+    return msgspec.structs.replace(plan, pipelines=plan.pipelines[:1], spares=())
+
+
 def _kept(order: Order, reserved: Claims) -> ModelPlan | None:
-    """The model with the first pipeline that is there and can stay."""
-    if order.before is None:
-        return None
+    """The model with the pipelines that are there and can stay, as they are; None without any."""
+    lines = order.before.all_pipelines if order.before else ()
     problem = Problem(beside(order.basis.inputs, reserved))
-    for chain in order.basis.previous:
-        if is_served(problem, chain):
-            plan = msgspec.structs.replace(order.model, basis=order.basis)
-            pipeline = _Staging(plan, order.before, reserved).pipeline(chain)
-            return msgspec.structs.replace(plan, pipelines=(pipeline,))
-    return None
+    there = [line for line in lines if line.chain in order.basis.previous]
+    stay = tuple(line for line in there if is_served(problem, line.chain))
+    plan = msgspec.structs.replace(order.model, basis=order.basis, pipelines=stay)
+    return plan if stay else None
 
 
-def _planned(order: Order, taken: Claims, first: ModelPlan | None = None) -> ModelPlan:
-    """The model with these claims of others; `first` is the pipeline that room was kept for."""
+def _planned(order: Order, taken: Claims, secured: ModelPlan | None = None) -> ModelPlan:
+    """The model with these claims of others; `secured` is what room was kept for."""
     previous = order.basis.previous
-    if first is not None:
-        previous += tuple(p.chain for p in first.pipelines if p.chain not in previous)
+    if secured is not None:
+        previous += tuple(p.chain for p in secured.pipelines if p.chain not in previous)
     basis = msgspec.structs.replace(
         order.basis, inputs=beside(order.basis.inputs, taken), previous=previous
     )
