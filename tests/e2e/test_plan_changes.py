@@ -110,11 +110,16 @@ def stages_of(status: Status, peer: str) -> list[Any]:
     return next(node["stages"] for node in status["nodes"] if node["id"] == peer)
 
 
-def kill_all(daemons: Sequence[Daemon]) -> None:
+def lose_power(daemons: Sequence[Daemon]) -> None:
+    """All of them at once; they are started again with the options that they had."""
+    for daemon in daemons:
+        daemon.keep_port()
     for daemon in daemons:
         daemon.signal(signal.SIGKILL)
     for daemon in daemons:
         daemon.process.wait()
+    for daemon in daemons:
+        daemon.start()
 
 
 def test_drains_under_load_cost_no_answer(tmp_path: Path) -> None:
@@ -131,11 +136,9 @@ def test_drains_under_load_cost_no_answer(tmp_path: Path) -> None:
                 assert control(asked, "resume", daemon.name)["changed"]
                 asked.wait_status(all_hold(3), "it takes part again")
             load.wait_more(3)
-        # All nodes lose power: what was decided is decided still.
+        # What was decided is decided still.
         control(daemons[1], "drain", "anna")
-        kill_all(daemons)
-        for daemon in daemons:
-            daemon.start()
+        lose_power(daemons)
         for daemon in daemons:
             status = daemon.wait_status(served("demo"), "it is served again")
             daemon.wait_status(
@@ -181,9 +184,7 @@ def test_models_come_and_go_under_load(tmp_path: Path) -> None:
         assert answers_of(ben) == other
 
         peers = [daemon.id for daemon in daemons]
-        kill_all(daemons)
-        for daemon in daemons:
-            daemon.start()
+        lose_power(daemons)
         for daemon in daemons:
             daemon.wait_status(served(tiny), "it is served again")
         assert [daemon.id for daemon in daemons] == peers
