@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 _PREFIX = struct.Struct(">II")
 PREFIX_SIZE = _PREFIX.size

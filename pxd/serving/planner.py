@@ -33,6 +33,14 @@ class Office(msgspec.Struct, frozen=True):
     term: int
 
 
+class _Look(msgspec.Struct, frozen=True):
+    """When a model was last planned from scratch: the nodes there were, and the other models."""
+
+    term: int
+    key: Key
+    others: frozenset[str]
+
+
 class Planner:
     """Replans when the inputs of the plan in force have changed, and only then.
 
@@ -56,7 +64,7 @@ class Planner:
         self._chosen = chosen
         self._handover = Handover(PLAN_SETTINGS)
         self._failures: dict[str, tuple[float, ModelPlan]] = {}
-        self._balanced: dict[str, tuple[int, Key]] = {}
+        self._balanced: dict[str, _Look] = {}
 
     async def run(self, changed: Signal) -> None:
         while True:
@@ -133,8 +141,7 @@ class Planner:
         inputs = inputs_of(name, cost, self._members())
         if current is not None and current.fingerprint != description.fingerprint:
             current = None
-        key = offers_key(inputs)
-        rebalance = self._may_rebalance(name, key, current)
+        rebalance = self._may_rebalance(name, offers_key(inputs), current)
         model = ModelPlan(
             name=name,
             fingerprint=description.fingerprint,
@@ -161,25 +168,35 @@ class Planner:
             alone = await trio.to_thread.run_sync(plan, all_claims(fixed))
         for order in orders:
             if order.basis.rebalance:
-                key = offers_key(order.basis.inputs)
-                self._balanced[order.model.name] = self._office().term, key
+                name, key = order.model.name, offers_key(order.basis.inputs)
+                self._balanced[name] = _Look(self._office().term, key, self._others(name))
         models = [*end_unwanted(unwanted, choice, made, alone, self._members()), *fixed]
         place = {name: number for number, name in enumerate(_in_order(before, choice))}
         return sorted(models, key=lambda model: place.get(model.name, -1))
 
     def _may_rebalance(self, name: str, key: Key, current: ModelPlan | None) -> bool:
-        """A look from scratch once for every set of nodes, when all that serves goes on anyway.
+        """A look from scratch once for every set of nodes, and when another model has left them,
+        while all that serves goes on anyway.
 
         A new leader takes over what its predecessor has looked at.
         """
-        term = self._office().term
-        if name not in self._balanced or self._balanced[name][0] != term:
+        term, others = self._office().term, self._others(name)
+        look = self._balanced.get(name)
+        if look is None or look.term != term:
             basis = current.basis if current is not None else None
             seen = offers_key(basis.inputs) if basis is not None else frozenset()
-            self._balanced[name] = term, seen
+            look = _Look(term, seen, others)
+        look = msgspec.structs.replace(look, others=look.others | others)
+        self._balanced[name] = look
         there = {node for node, _, _ in key}
         stages = [stage for p in current.pipelines for stage in p.stages] if current else []
-        return key != self._balanced[name][1] and all(stage.node in there for stage in stages)
+        news = key != look.key or look.others != others
+        return news and all(stage.node in there for stage in stages)
+
+    def _others(self, name: str) -> frozenset[str]:
+        """The other models that have stages somewhere."""
+        models = self._sync.plan.models if self._sync.plan else ()
+        return frozenset(m.name for m in models if m.all_pipelines and m.name != name)
 
 
 def _in_order(before: Plan | None, choice: ModelChoice) -> list[str]:

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 NAMES = ("anna", "ben", "carl")
 QUESTIONS = ("Count from 1 to 20.", "Say the alphabet.", "What is 17 + 25?")
 MAX_TOKENS = 60
+MOVED = "goes on after a failure"
 
 
 def control(daemon: Daemon, *arguments: str) -> Any:
@@ -182,6 +183,18 @@ def test_models_come_and_go_under_load(tmp_path: Path) -> None:
                 )
             load.wait_more(4)
         assert answers_of(ben) == other
+
+        # A node that joins is a pipeline more; requests on the others never notice.
+        moved = [daemon.log.count(MOVED) for daemon in daemons]
+        carl = Daemon(tmp_path, "carl", join=anna.ticket())
+        try:
+            with Load(daemons, {question: {other[question]} for question in QUESTIONS}) as load:
+                for daemon in (*daemons, carl):
+                    daemon.wait_status(all_hold(3), "it serves, too")
+                load.wait_more(4)
+            assert [daemon.log.count(MOVED) for daemon in daemons] == moved
+        finally:
+            carl.end()
 
         peers = [daemon.id for daemon in daemons]
         lose_power(daemons)

@@ -1,10 +1,12 @@
 """From one plan to the next: what goes on, for how long, and what makes room for what."""
 
+import msgspec
 from trio.testing import MockClock
 
-from pxd.cluster.plans import pipeline_id
+from pxd.cluster.plans import StagePlan, pipeline_id
 from pxd.serving.audit import overcommitted
-from pxd.serving.handover import GRACE_S, STOP_GRACE_S
+from pxd.serving.basis import PLAN_SETTINGS
+from pxd.serving.handover import GRACE_S, STOP_GRACE_S, Handover
 
 from .leader import GIB, Leader, Models, description, nodes
 
@@ -110,6 +112,19 @@ async def test_a_swap_that_loads_nothing_waits_for_nothing(clock: MockClock) -> 
     [after] = nodes(leader.model().pipelines)
     assert set(after) == {*chain, spare.node} - {replaced}
     assert leader.model().retiring == ()
+
+
+async def test_a_spare_waits_for_the_memory_of_what_retires(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=10, b=10)
+    await serving(leader)
+    model = leader.model()
+    spare = StagePlan("b", 0, 3, GIB)
+    made = [msgspec.structs.replace(model, pipelines=model.pipelines[:1], spares=(spare,))]
+    members, handover = leader.cluster.members, Handover(PLAN_SETTINGS)
+    [during], _ = handover.arrange(made, leader.plan, members, 0.0)
+    assert (nodes(during.retiring), during.spares) == ([["b"]], ())
+    [after], _ = handover.arrange(made, leader.plan, members, GRACE_S)
+    assert (nodes(after.retiring), after.spares) == ([], (spare,))
 
 
 async def test_another_model_takes_over_once_it_serves(clock: MockClock) -> None:
@@ -231,3 +246,18 @@ async def test_a_model_that_came_later_keeps_its_place(clock: MockClock) -> None
     assert leader.states() == {"other": "planned", "sums": "planned"}
     kept = leader.model("other").pipelines
     assert {pipeline.id for pipeline in kept} & {pipeline.id for pipeline in before}
+
+
+async def test_a_model_takes_the_room_that_another_one_has_left(clock: MockClock) -> None:
+    other = description(layers=6, layer_bytes=2 * GIB // 3)
+    leader = Leader(Models(description, other=lambda: other), a=8, b=8)
+    await serving(leader)
+    leader.choose("sums", "other")
+    await serving(leader)
+    assert [sorted(line) for line in nodes(leader.model("other").pipelines)] == [["a", "b"]]
+    leader.choose("other")
+    await leader.run_for(5)
+    leader.obey(a=0, b=0)
+    await leader.run_for(5)
+    assert leader.states() == {"other": "planned"}
+    assert sorted(nodes(leader.model("other").pipelines)) == [["a"], ["b"]]
