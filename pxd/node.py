@@ -36,7 +36,7 @@ from pxd.serving.audit import Audit
 from pxd.serving.choice import Choices, from_state
 from pxd.serving.door import Door
 from pxd.serving.drain import Drains
-from pxd.serving.head import HeadHost
+from pxd.serving.heads import HeadHost
 from pxd.serving.held import Held
 from pxd.serving.hints import hints
 from pxd.serving.ingress import ChatIngress
@@ -116,9 +116,17 @@ class Node:
             self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
-        self.heads = HeadHost(self.network, self.stages.feed)
+        self.stages.send_as(settings.wire_dtype)
+        self.heads = HeadHost(
+            self.network, self.stages.feed, settings.admission, settings.speculate
+        )
         self._ingress = ChatIngress(
-            self.network, self.models, lambda: self.plans.plan, self._members, self.changed
+            self.network,
+            self.models,
+            lambda: self.plans.plan,
+            self._members,
+            self.changed,
+            settings.request_timeout,
         )
         self.planner = Planner(
             self.network.peer_id,

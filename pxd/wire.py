@@ -7,7 +7,7 @@ Both lengths are checked against `Limits` before anything is allocated.
 
 import math
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -43,20 +43,44 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Name = Annotated[str, msgspec.Meta(max_length=512)]
 Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Reason = Annotated[str, msgspec.Meta(max_length=2000)]
+Priority = Annotated[int, msgspec.Meta(ge=-10, le=10)]
+"""Lower is earlier."""
+
+MAX_TIMEOUT_S = 24 * 3600.0
+Timeout = Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)]
 
 DType = Literal["bf16", "f16", "f32", "i32"]
 DTYPE_BYTES: dict[DType, int] = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4}
 
+Coding = Literal["fp8", "int8"]
+SCALE_BYTES = 4
 
-class Tensor(msgspec.Struct, frozen=True):
-    """Type and shape of a frame's body: row-major, little-endian, no padding."""
+
+class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Type and shape of a frame's body: row-major, little-endian, no padding.
+
+    With a `coding` the shape is ``(rows, columns)`` and `dtype` is what the numbers were and shall
+    be again. The body then holds one f32 scale for each row, finite and not negative, and behind
+    them one byte for each number, to be multiplied by its row's scale: an fp8 is an e4m3 of the
+    kind without infinities.
+    """
 
     dtype: DType
     shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
+    coding: Coding | None = None
+
+    def __post_init__(self) -> None:
+        if self.coding is not None and (self.dtype == "i32" or len(self.shape) != 2):
+            raise ValueError("only rows of floating-point numbers can be coded")
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.shape[0] * SCALE_BYTES if self.coding is not None else 0
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        count = math.prod(self.shape)
+        return self.scale_bytes + count * (1 if self.coding else DTYPE_BYTES[self.dtype])
 
 
 LogitBias = tuple[TokenId, Annotated[float, msgspec.Meta(ge=-100, le=100)]]
@@ -107,17 +131,29 @@ class History(msgspec.Struct, frozen=True, omit_defaults=True):
     answer: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_HISTORY)] = ()
 
 
+MAX_GUESSES = 16
+"""Tokens of a row that the head has only guessed."""
+
+
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One request's share of a step: `count` positions from `position` on.
 
-    The rows' positions lie one after the other in the step's tensor, in row order.
-    With `sample` the last stage draws the token that follows the row's last position.
+    The rows' positions lie one after the other in the step's tensor, in row order. For each of the
+    row's last `draws` positions the last stage draws the token that follows it.
+
+    Where there are several draws, all tokens behind the first of these positions are guesses. The
+    request's next row may take back those that were wrong: it then begins that much further ahead,
+    and every stage forgets what it has from there on.
     """
 
     request: Count
     position: Count
     count: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
-    sample: bool
+    draws: Annotated[int, msgspec.Meta(ge=0, le=1 + MAX_GUESSES)]
+
+
+MAX_DRAWS = 4096
+"""Draws of a step, over all of its rows."""
 
 
 class Opening(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -206,12 +242,15 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, tag="sampled", kw_only=True):
-    """What the last stage sends straight back to the head after a step."""
+    """What the last stage sends straight back to the head after a step.
+
+    One token for each draw of the step's rows: in row order, and of a row by position.
+    """
 
     pipeline: Identifier
     session: Count
     step: Count
-    tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=4096)]
+    tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=MAX_DRAWS)]
 
 
 class Copied(msgspec.Struct, frozen=True, tag="copied", kw_only=True):
@@ -308,6 +347,17 @@ def encode(header: Any, body_size: int = 0, limits: Limits | None = None) -> byt
     if len(data) > limits.header or body_size > limits.body:
         raise WireError(f"frame too large: header {len(data)}, body {body_size} bytes")
     return _PREFIX.pack(len(data), body_size) + data
+
+
+def rest_of(parts: Sequence[Buffer], sent: int) -> list[memoryview]:
+    """What is left of `parts` once `sent` bytes of them are gone."""
+    rest = []
+    for part in parts:
+        view = memoryview(part)[sent:]
+        sent = max(0, sent - len(part))
+        if len(view):
+            rest.append(view)
+    return rest
 
 
 def decode_prefix(prefix: Buffer, limits: Limits) -> tuple[int, int]:

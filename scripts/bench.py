@@ -1,146 +1,131 @@
-"""What pxd's own work costs on this machine; see scripts/bench --help."""
+"""The command line of scripts/bench."""
 
-import json
-import random
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
+import httpx
 import msgspec
 import typer
+from platformdirs import user_cache_path
 
-from pxd.planning.links import Link
-from pxd.planning.machines import MACHINES
-from pxd.planning.model import ModelCost, NodeOffer, PlanSettings
-from pxd.planning.planner import plan_cluster
-from pxd.planning.result import PlanInputs, Strategy
+from scripts.benchmarks import head, hop, links, memory, one, planning, prefix, report, split
+from scripts.benchmarks.bench import DTYPE, Bench, say
+from scripts.benchmarks.errors import BenchError
 
-GIB = 1 << 30
-LAYERS = 128
-SIZES = (10, 100, 1000)
-MAX_LINKED = 100
-"""Nodes up to which links between all pairs are measured."""
-SITES = 5
-BOUNDS_S = {10: 1.0, 100: 1.0, 1000: 5.0}
-STRATEGIES: tuple[Strategy, ...] = ("greedy", "dp", "auto")
-SETTINGS = PlanSettings(weight_share=0.75, kv_share=0.2)
+SECTIONS: dict[str, tuple[str, str, Callable[[Bench], None]]] = {
+    "a": ("one", "one node and mlx_lm.server", one.run),
+    "b": ("split", "two and three nodes, and mlx.launch", split.run),
+    "c": ("hop", "one hop and a bare TLS socket", hop.run),
+    "d": ("prefix", "a prompt that comes back and a new one", prefix.run),
+    "e": ("links", "slow links", links.run),
+    "f": ("head", "the head with an executor that does nothing", head.run),
+    "g": ("memory", "memory: proportional set size, and RSS", memory.run),
+}
+MODELS = user_cache_path("pxd") / "bench"
+FAILURES = (BenchError, httpx.HTTPError, subprocess.SubprocessError, OSError, ExceptionGroup)
+PACKAGES = ("pxd", "mlx", "mlx-lm")
+EXAMPLES = """
+Examples
 
-app = typer.Typer(add_completion=False)
+  scripts/bench                    everything, in less than 20 minutes on 2 cores
+
+  scripts/bench --quick            fewer and smaller measurements, in a few minutes
+
+  scripts/bench --only a,d         one node beside mlx_lm.server; a prompt that comes back
+
+  scripts/bench --json bench.json  every sample besides, for programs
+
+  scripts/bench plan               what planning takes for up to 1,000 nodes
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.command()(planning.plan)
 
 
-class Timing(msgspec.Struct, frozen=True):
-    """CPU seconds per strategy; `objectives` in tokens/s."""
-
-    nodes: int
-    cluster: str
-    bound_s: float
-    cpu_s: dict[Strategy, float]
-    objectives: dict[Strategy, float]
-
-
-@app.callback()
-def main() -> None:
-    """How long pxd's own work takes on this machine, as a plain table."""
+def _letters(only: str) -> list[str]:
+    letters = [letter.strip() for letter in only.split(",")] if only else list(SECTIONS)
+    unknown = [letter for letter in letters if letter not in SECTIONS]
+    if unknown:
+        known = ", ".join(f"{letter} ({what})" for letter, (_, what, _) in SECTIONS.items())
+        raise typer.BadParameter(f"no measurement {', '.join(unknown)}; there are {known}")
+    return letters
 
 
-@app.command()
-def plan(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    most: Annotated[int, typer.Option(help="Leave out larger clusters.")] = max(SIZES),
-    seed: Annotated[int, typer.Option(help="Of the clusters.")] = 1,
+@app.callback(invoke_without_command=True, epilog=EXAMPLES)
+def main(
+    context: typer.Context,
+    only: Annotated[str, typer.Option(metavar="a,b,…", help="Of a to g, these.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller ones.")] = False,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all samples.")] = None,
+    models: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where models are made and kept.")
+    ] = MODELS,
 ) -> None:
-    """CPU seconds to plan 128 layers for clusters of up to 1,000 nodes."""
-    timings = []
-    if not as_json:
-        print(_HEADER)
-    for nodes in (size for size in SIZES if size <= most):
-        for name, inputs in _clusters(nodes, random.Random(seed)):
-            timing = _measure(nodes, name, inputs)
-            timings.append(timing)
-            if not as_json:
-                print(_row(timing), flush=True)
-    if as_json:
-        print(json.dumps(msgspec.to_builtins(timings), indent=2))
+    """How fast pxd is on this machine, beside its peers: same models, same prompts, in turns.
+
+    (a) one node and mlx_lm.server; (b) two and three nodes, and mlx.launch; (c) a hop; (d) the
+    prefix cache; (e) slow links; (f) the head; (g) memory.
+    """
+    if context.invoked_subcommand is None:
+        raise typer.Exit(_bench(_letters(only), quick=quick, json=json, models=models))
 
 
-def _clusters(nodes: int, rng: random.Random) -> list[tuple[str, PlanInputs]]:
-    # Below a hundred nodes the model is smaller, so that it fits at all.
-    model = _model(2.0 if nodes >= 100 else 0.7)
-    catalogue = [rng.choice(MACHINES).offer(f"node-{place}") for place in range(nodes)]
-    different = [
-        NodeOffer(
-            id=f"node-{place}",
-            memory=int(rng.uniform(4, 140) * GIB),
-            tflops=rng.uniform(5, 400),
-            bandwidth=rng.uniform(80, 3000),
+def _bench(letters: list[str], *, quick: bool, json: Path | None, models: Path) -> int:
+    # Whoever ends it, however: all that it has started goes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="pxd-bench-") as root:
+        bench = Bench(Path(root), models, quick)
+        seconds = {letter: _section(bench, letter) for letter in letters}
+    _print(bench, letters)
+    if json:
+        found = report.Report(
+            machine=report.machine(),
+            versions={name: version(name) for name in PACKAGES},
+            seconds=seconds,
+            rows=bench.rows,
+            skipped=bench.skipped,
         )
-        for place in range(nodes)
-    ]
-    found = [("catalogue", _inputs(model, catalogue)), ("all different", _inputs(model, different))]
-    if nodes <= MAX_LINKED:
-        links = _sites(different, rng)
-        found.append((f"catalogue, {SITES} sites", _inputs(model, catalogue, links)))
-        found.append((f"all different, {SITES} sites", _inputs(model, different, links)))
-    return found
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    return 1 if bench.failed else 0
 
 
-def _model(layer_gib: float) -> ModelCost:
-    return ModelCost(
-        layer_bytes=(int(layer_gib * GIB),) * LAYERS,
-        embedding_bytes=GIB,
-        head_bytes=GIB,
-        tied=False,
-        kv_bytes_per_token=(4096,) * LAYERS,
-        splits=tuple(range(1, LAYERS)),
-        attention_flops=(4 * 4096,) * LAYERS,
-        hidden_size=4096,
-    )
+def _section(bench: Bench, letter: str) -> float:
+    section, what, run = SECTIONS[letter]
+    say(f"==> ({letter}) {what}")
+    began = time.monotonic()
+    try:
+        run(bench)
+    except FAILURES as error:
+        # The other ones are still worth their time.
+        bench.fail(section, what, f"{type(error).__name__}: {error}")
+    took = time.monotonic() - began
+    say(f"    {took:.0f} s")
+    return took
 
 
-def _inputs(
-    model: ModelCost, offers: Sequence[NodeOffer], links: Sequence[Link] = ()
-) -> PlanInputs:
-    return PlanInputs(model=model, offers=tuple(offers), settings=SETTINGS, links=tuple(links))
-
-
-def _sites(offers: Sequence[NodeOffer], rng: random.Random) -> list[Link]:
-    site = {offer.id: rng.randrange(SITES) for offer in offers}
-
-    def rtt(a: str, b: str) -> float:
-        away = abs(site[a] - site[b])
-        return 0.02 + 0.01 * away if away else 0.0003
-
-    return [Link(a.id, b.id, rtt(a.id, b.id), 0.1) for a, b in combinations(offers, 2)]
-
-
-def _measure(nodes: int, name: str, inputs: PlanInputs) -> Timing:
-    cpu_s: dict[Strategy, float] = {}
-    objectives: dict[Strategy, float] = {}
-    for strategy in STRATEGIES:
-        started = time.process_time()
-        objectives[strategy] = plan_cluster(inputs, strategy).objective
-        cpu_s[strategy] = time.process_time() - started
-    return Timing(nodes, name, BOUNDS_S[nodes], cpu_s, objectives)
-
-
-_COLUMNS = "{:>6}  {:<22} {:>8} {:>8} {:>8} {:>8}   {:>11} {:>8}"
-_HEADER = "CPU seconds for a model of 128 layers\n" + _COLUMNS.format(
-    "nodes", "machines", *STRATEGIES, "bound", "auto/greedy", "auto/dp"
-)
-
-
-def _row(timing: Timing) -> str:
-    seconds = [f"{timing.cpu_s[strategy]:.2f}" for strategy in STRATEGIES]
-    auto = timing.objectives["auto"]
-    ratios = [
-        f"{auto / timing.objectives[classic]:.3f}" if timing.objectives[classic] else "-"
-        for classic in STRATEGIES[:2]
-    ]
-    over = any(spent > timing.bound_s for spent in timing.cpu_s.values())
-    bound = f"{timing.bound_s:.0f}" + ("  EXCEEDED" if over else "")
-    return _COLUMNS.format(timing.nodes, timing.cluster, *seconds, bound, *ratios)
+def _print(bench: Bench, letters: list[str]) -> None:
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    print(f"\n{versions}; {report.machine()}; weights in {DTYPE}")
+    print("medians; ratios are how many times better, taken in turns, with their extremes")
+    for letter in letters:
+        section, what, _ = SECTIONS[letter]
+        print(f"\n({letter}) {what}")
+        for line in report.lines([row for row in bench.rows if row.section == section]):
+            print(line)
+        for left_out in bench.skipped:
+            if left_out.section == section:
+                print(f"  left out: {left_out.what}: {left_out.why}")
+    print("\nWhere it must land")
+    for line in report.floor_lines(bench.rows):
+        print(line)
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(app())

@@ -27,7 +27,7 @@ def step(tokens: int = 3) -> wire.Step:
         pipeline="p",
         session=5,
         step=1,
-        rows=(wire.Row(1, 0, tokens, True),),
+        rows=(wire.Row(1, 0, tokens, 1),),
         tensor=wire.Tensor("bf16", (tokens, 4)),
         openings=(wire.Opening(1, wire.Sampling(temperature=0.5, seed=(1 << 63) - 1)),),
         releases=(7,),
@@ -128,7 +128,52 @@ def test_sampling_out_of_bounds_is_refused(sampling: dict[str, object]) -> None:
         msgspec.msgpack.decode(msgspec.msgpack.encode(sampling), type=wire.Sampling)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "size"),
+    [
+        ({"dtype": "bf16", "shape": [3, 5]}, 30),
+        ({"dtype": "bf16", "shape": [3, 5], "coding": None}, 30),
+        ({"dtype": "bf16", "shape": [3, 5], "coding": "int8"}, 27),
+        ({"dtype": "f32", "shape": [3, 5], "coding": "fp8"}, 27),
+        ({"dtype": "f16", "shape": [0, 5], "coding": "fp8"}, 0),
+        ({"dtype": "f16", "shape": [5, 0], "coding": "fp8"}, 20),
+        ({"dtype": "f16", "shape": [1 << 47, 1 << 47], "coding": "fp8"}, (1 << 94) + (1 << 49)),
+    ],
+)
+def test_a_coded_body_is_a_scale_for_each_row_and_a_byte_for_each_number(
+    tensor: dict[str, object], size: int
+) -> None:
+    header = msgspec.msgpack.encode({"type": "filler", "number": 1, "round": 0, "tensor": tensor})
+    assert wire.decode_header(header, size, wire.frame_decoder).tensor.nbytes == size
+    for wrong in (size - 1, size + 1):
+        with pytest.raises(wire.WireError, match="body of"):
+            wire.decode_header(header, wrong, wire.frame_decoder)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"dtype": "i32", "shape": [3, 5], "coding": "fp8"},
+        {"dtype": "f32", "shape": [3], "coding": "fp8"},
+        {"dtype": "f32", "shape": [], "coding": "int8"},
+        {"dtype": "f32", "shape": [1, 3, 5], "coding": "int8"},
+        {"dtype": "f32", "shape": [3, 5], "coding": "int4"},
+        {"dtype": "f32", "shape": [3, 5], "coding": ""},
+        {"dtype": "f32", "shape": [3, -5], "coding": "fp8"},
+        {"dtype": "fp8", "shape": [3, 5]},
+    ],
+)
+def test_what_cannot_be_coded_is_refused(tensor: dict[str, object]) -> None:
+    header = msgspec.msgpack.encode({"type": "filler", "number": 1, "round": 0, "tensor": tensor})
+    with pytest.raises(wire.WireError, match="bad header"):
+        wire.decode_header(header, 0, wire.frame_decoder)
+
+
 def test_what_nobody_asked_for_takes_no_bytes() -> None:
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(wire.Tensor("f32", (1, 2)))) == {
+        "dtype": "f32",
+        "shape": [1, 2],
+    }
     assert msgspec.msgpack.encode(wire.Sampling()) == b"\x80"
     opening = wire.Opening(1, wire.Sampling(temperature=0))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(opening)) == {

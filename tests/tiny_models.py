@@ -70,6 +70,13 @@ _MLA: dict[str, Any] = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {**_COMMON, "model_type": "qwen3", "tie_word_embeddings": True},
     "llama": {**_COMMON, "model_type": "llama"},
+    # With one layer, attention over all of a long prompt is computed for its last token only.
+    "long_llama": {
+        **_COMMON,
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 131_072,
+    },
     "qwen3_moe": {
         **_COMMON,
         "model_type": "qwen3_moe",

@@ -3,8 +3,11 @@
 A client that disconnects leaves its answer's context at once, which cancels it on every node.
 """
 
+import hashlib
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -83,10 +86,11 @@ async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]
 class _WholeAnswer(Response):
     """Answers in one piece once everything is there."""
 
-    def __init__(self, ingress: Ingress, call: ChatCall) -> None:
+    def __init__(self, ingress: Ingress, call: ChatCall, client: str) -> None:
         super().__init__()
         self._ingress = ingress
         self._call = call
+        self._client = client
         self._completion: dict[str, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +104,9 @@ class _WholeAnswer(Response):
         logprobs: list[TokenLogprobs] = []
         tokens = 0
         finish: Finish | None = None
-        async with await self._ingress.chat(call.model, call.messages, call.generation) as answer:
+        async with await self._ingress.chat(
+            call.model, call.messages, call.generation, self._client
+        ) as answer:
             async for delta in answer:
                 text.append(delta.text)
                 logprobs += delta.logprobs
@@ -127,16 +133,45 @@ class _Events:
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._turn = trio.Lock()
         self.began = False
-        self.last = trio.current_time()
+        self._last = trio.current_time()
 
     async def write(self, data: bytes) -> None:
-        if not self.began:
-            self.began = True
-            start = {"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS}
-            await self._send(start)
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        self.last = trio.current_time()
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        try:
+            if not self.began:
+                self.began = True
+                start = {"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS}
+                await self._send(start)
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            self._last = trio.current_time()
+        finally:
+            self._turn.release()
+
+    async def keep_alive(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run `work`; whenever it has been silent for `KEEP_ALIVE_S`, write a comment."""
+        failure: RequestError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._break_silence)
+            try:
+                await work()
+            except RequestError as error:
+                failure = error
+            # A comment that is being written is never cut off.
+            async with self._turn:
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _break_silence(self) -> None:
+        while True:
+            await trio.sleep_until(self._last + KEEP_ALIVE_S)
+            if trio.current_time() >= self._last + KEEP_ALIVE_S:
+                await self.write(b": keep-alive\n\n")
 
     async def event(self, content: dict[str, Any]) -> None:
         await self.write(b"data: " + msgspec.json.encode(content) + b"\n\n")
@@ -198,17 +233,18 @@ class _StreamedAnswer(Response):
     what fails later is a last event, and `[DONE]` stays away.
     """
 
-    def __init__(self, ingress: Ingress, call: ChatCall) -> None:
+    def __init__(self, ingress: Ingress, call: ChatCall, client: str) -> None:
         super().__init__()
         self._ingress = ingress
         self._call = call
+        self._client = client
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         events = _Events(send)
 
         async def work() -> None:
             try:
-                await self._relay(events)
+                await events.keep_alive(partial(self._relay, events))
             except RequestError as error:
                 if not events.began:
                     raise
@@ -218,50 +254,17 @@ class _StreamedAnswer(Response):
             await events.end()
 
     async def _relay(self, events: _Events) -> None:
-        chunks: _Chunks | None = None
-        send, receive = trio.open_memory_channel[Answer | Delta | RequestError](0)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._produce, send)
-            finished = False
-            failure: RequestError | None = None
-            while not finished and failure is None:
-                with trio.move_on_at(events.last + KEEP_ALIVE_S) as silence:
-                    item = await receive.receive()
-                if silence.cancelled_caught:
-                    await events.write(b": keep-alive\n\n")
-                    continue
-                match item:
-                    case RequestError():
-                        failure = item
-                    case Delta():
-                        assert chunks is not None
-                        await chunks.add(item)
-                        finished = item.finish is not None
-                    case _:
-                        chunks = _Chunks(item, events, include_usage=self._call.include_usage)
-        if failure is not None:
-            raise failure
-
-    async def _produce(self, send: "trio.MemorySendChannel[Answer | Delta | RequestError]") -> None:
-        """The answer, its deltas, and in the end a failure unless the last delta finished it.
-
-        A task of its own, so that a keep-alive never interrupts the answer's iteration.
-        """
         call = self._call
         finish: Finish | None = None
-        try:
-            async with await self._ingress.chat(
-                call.model, call.messages, call.generation
-            ) as answer:
-                await send.send(answer)
-                async for delta in answer:
-                    finish = delta.finish
-                    await send.send(delta)
-        except RequestError as error:
-            await send.send(error)
-            return
+        async with await self._ingress.chat(
+            call.model, call.messages, call.generation, self._client
+        ) as answer:
+            chunks = _Chunks(answer, events, include_usage=call.include_usage)
+            async for delta in answer:
+                finish = delta.finish
+                await chunks.add(delta)
         if finish is None:
-            await send.send(GenerationFailed("the answer broke off"))
+            raise GenerationFailed("the answer broke off")
 
 
 class ChatCompletions:
@@ -269,8 +272,15 @@ class ChatCompletions:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._salt = secrets.token_bytes(16)
 
     async def __call__(self, request: Request) -> Response:
         call = parse_chat_request(await read_json_body(request))
         kind = _StreamedAnswer if call.stream else _WholeAnswer
-        return kind(self._daemon.ingress, call)
+        return kind(self._daemon.ingress, call, self._client(request, call.user))
+
+    def _client(self, request: Request, user: str) -> str:
+        """A name for whoever takes turns with others; other nodes learn nothing else from it."""
+        address = request.client.host if request.client else ""
+        told = "\0".join((address, request.headers.get("authorization", ""), user))
+        return hashlib.blake2b(told.encode(), digest_size=8, key=self._salt).hexdigest()

@@ -2,6 +2,8 @@
 
 Unknown fields are ignored, as clients send fields of many dialects. Known fields must have values
 that mean something here: a field that would change the answer is refused, never dropped silently.
+Beyond OpenAI's own fields there are vLLM's, and `timeout`, which is LiteLLM's: the answer must be
+complete within so many seconds.
 """
 
 import re
@@ -12,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from pxd.serving.requests import Generation, InvalidRequest, Message
-from pxd.wire import MAX_BIASES, MAX_LOGPROBS, Name, TokenId
+from pxd.wire import MAX_BIASES, MAX_LOGPROBS, Name, Priority, Timeout, TokenId
 
 _SEED_BITS = 63
 _PLACE = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
@@ -67,6 +69,8 @@ class ChatRequest(msgspec.Struct, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    priority: Priority | None = None
+    timeout: Timeout | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -86,13 +90,17 @@ class ChatRequest(msgspec.Struct, kw_only=True):
 
 
 class ChatCall(msgspec.Struct, frozen=True):
-    """A valid request, in the words of the services. `model` None means the one being served."""
+    """A valid request, in the words of the services. `model` None means the one being served.
+
+    `user` is who the client says is asking.
+    """
 
     model: str | None
     messages: tuple[Message, ...]
     generation: Generation
     stream: bool
     include_usage: bool
+    user: str
 
     @property
     def wants_logprobs(self) -> bool:
@@ -217,6 +225,8 @@ def _generation(request: ChatRequest) -> Generation:
         stop_token_ids=tuple(request.stop_token_ids or ()),
         # OpenAI's seeds are signed, pxd's are not; which number it is matters to nobody.
         seed=None if seed is None else seed % (1 << _SEED_BITS),
+        priority=request.priority or 0,
+        timeout=request.timeout,
     )
 
 
@@ -245,4 +255,5 @@ def parse_chat_request(body: bytes) -> ChatCall:
         generation=_generation(request),
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
+        user=request.user or "",
     )

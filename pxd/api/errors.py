@@ -11,9 +11,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, Send
 
 from pxd.serving.requests import (
+    DeadlineExceeded,
     GenerationFailed,
     InvalidRequest,
     NotReady,
+    Overloaded,
     RequestError,
     UnknownModel,
 )
@@ -22,6 +24,7 @@ log = logging.getLogger("pxd.api")
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
+OVERLOADED = "overloaded_error"
 
 
 class ApiError(Exception):
@@ -71,12 +74,23 @@ def from_request_error(error: RequestError) -> ApiError:
             return ApiError(400, message, param=error.param, code=error.code)
         case UnknownModel():
             return ApiError(404, message, param="model", code="model_not_found")
+        case Overloaded():
+            headers = _retry_after(error)
+            return ApiError(429, message, type=OVERLOADED, code="overloaded", headers=headers)
         case NotReady():
-            headers = {"retry-after": str(max(1, error.retry_after))}
+            headers = _retry_after(error)
             return ApiError(503, message, type=SERVER, code="not_ready", headers=headers)
+        case DeadlineExceeded():
+            # OpenAI's clients would try again at once, for as long as the first time.
+            headers = {"x-should-retry": "false"}
+            return ApiError(504, message, type=SERVER, code="deadline_exceeded", headers=headers)
         case GenerationFailed():
             return ApiError(502, message, type=SERVER, code="generation_failed")
     return ApiError(500, message, type=SERVER)
+
+
+def _retry_after(error: NotReady) -> dict[str, str]:
+    return {"retry-after": str(max(1, error.retry_after))}
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:

@@ -1,9 +1,11 @@
 """Serves the API on hypercorn's trio worker, as one more task of the daemon."""
 
+import contextlib
 import ipaddress
 import logging
 from functools import partial
 
+import msgspec
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
@@ -12,10 +14,13 @@ from starlette.types import ASGIApp
 
 from pxd.api.connection import Connection
 from pxd.api.drain import Drain
+from pxd.api.errors import OVERLOADED, ApiError
 
 log = logging.getLogger("pxd.api")
 
 MAX_CONNECTIONS = 1024
+MAX_TURNED_AWAY = 64
+TURN_AWAY_S = 1.0
 BACKLOG = 256
 IDLE_TIMEOUT_S = 30.0
 GRACE_S = 3.0
@@ -61,18 +66,32 @@ def _config() -> Config:
     return config
 
 
+def _full() -> bytes:
+    """The answer to a connection that there is no room for."""
+    error = ApiError(429, "Too many connections are open", type=OVERLOADED, code="overloaded")
+    body = msgspec.json.encode(error.body())
+    return (
+        b"HTTP/1.1 429 Too Many Requests\r\n"
+        b"content-type: application/json\r\n"
+        b"content-length: %d\r\n"
+        b"retry-after: 5\r\n"
+        b"connection: close\r\n\r\n"
+    ) % len(body) + body
+
+
 class _Server:
     def __init__(self, app: ASGIApp) -> None:
         self._app = ASGIWrapper(Drain(app))  # type: ignore[arg-type]
         self._config = _config()
         self.context = WorkerContext(None)
-        self._connections = 0
+        self._connections = self._turned_away = 0
+        self._full = _full()
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """One connection. What goes wrong with it must not reach the others, nor the daemon."""
         if self._connections >= MAX_CONNECTIONS:
             log.warning("refusing a connection: %d are open already", self._connections)
-            await trio.aclose_forcefully(stream)
+            await self._turn_away(stream)
             return
         self._connections += 1
         try:
@@ -81,6 +100,24 @@ class _Server:
             log.exception("a connection failed; this is a bug in pxd or hypercorn")
         finally:
             self._connections -= 1
+
+    async def _turn_away(self, stream: trio.SocketStream) -> None:
+        """Say that there is no room, unless too many are just being told."""
+        if self._turned_away < MAX_TURNED_AWAY:
+            self._turned_away += 1
+            try:
+                with (
+                    trio.move_on_after(TURN_AWAY_S),
+                    contextlib.suppress(trio.BrokenResourceError),
+                ):
+                    await stream.send_all(self._full)
+                    await stream.send_eof()
+                    # Closing over unread bytes resets the connection, and the answer may be lost.
+                    while await stream.receive_some(65536):
+                        pass
+            finally:
+                self._turned_away -= 1
+        await trio.aclose_forcefully(stream)
 
 
 async def serve(

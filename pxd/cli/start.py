@@ -14,10 +14,13 @@ from pxd.settings import (
     DEFAULT_HTTP,
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
+    DEFAULT_REQUEST_TIMEOUT_S,
     Settings,
+    WireDtype,
     default_name,
     parse_endpoint,
 )
+from pxd.wire import MAX_TIMEOUT_S
 
 HELP = with_examples(
     "Run a node here, in the foreground, until Ctrl-C or `pxd stop`. "
@@ -29,9 +32,20 @@ HELP = with_examples(
 )
 
 
+class Speculate(Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class LogFormat(Enum):
     text = "text"
     json = "json"
+
+
+class Admission(Enum):
+    reserve = "reserve"
+    preempt = "preempt"
 
 
 def _option(flag: str, metavar: str, help: str, env: str | None = None) -> typer.models.OptionInfo:
@@ -92,6 +106,34 @@ KvTier = Annotated[
         "in the host's memory where a GPU has its own. [dim]\\[default: none][/dim]",
     ),
 ]
+RequestTimeout = Annotated[
+    float,
+    _option(
+        "--request-timeout",
+        "SECONDS",
+        "Give up requests to this node's API that take longer. "
+        f"[dim]\\[default: {DEFAULT_REQUEST_TIMEOUT_S:g}][/dim]",
+    ),
+]
+Speculation = Annotated[
+    Speculate,
+    typer.Option(
+        "--speculate",
+        help="Guess tokens ahead from what was said before and have the model check them: where "
+        "links are slow, or wherever this node is the first of a chain, or never.",
+    ),
+]
+Wire = Annotated[
+    WireDtype,
+    _option(
+        "--wire-dtype",
+        "TYPE",
+        "How this node sends hidden states to the next stage; other nodes choose for themselves. "
+        "native is exact. fp8 and int8 halve the bytes, and answers may differ from those of one "
+        "machine, or change course where another pipeline takes over. auto is fp8 where the link "
+        "is slower than the computing. [dim]\\[default: native][/dim]",
+    ),
+]
 Priority = Annotated[
     int,
     _option(
@@ -107,6 +149,15 @@ Relay = Annotated[
     typer.Option(
         "--relay",
         help="Pass traffic on for members that cannot reach each other; for a node that all can.",
+    ),
+]
+Admit = Annotated[
+    Admission,
+    typer.Option(
+        "--admission",
+        help="Let a request in only when its longest possible answer has room (reserve), or as "
+        "soon as its prompt has, and have the latest comer begin again when room runs out "
+        "(preempt).",
     ),
 ]
 Format = Annotated[LogFormat, typer.Option("--log-format", help="How to log, to stderr.")]
@@ -166,6 +217,10 @@ def build_settings(
     memory: float | None = None,
     max_layers: int | None = None,
     kv_tier: float | None = None,
+    request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S,
+    admission: Admission = Admission.preempt,
+    speculate: Speculate = Speculate.auto,
+    wire_dtype: WireDtype = "native",
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -181,6 +236,10 @@ def build_settings(
         raise BadOption(f"--max-layers: {max_layers} is too few; give 1 or more")
     if kv_tier is not None and not (kv_tier > 0 and math.isfinite(kv_tier)):
         raise BadOption(f"--kv-tier: {kv_tier:g} GiB keep nothing; give a number above 0")
+    if not 0 < request_timeout <= MAX_TIMEOUT_S:
+        raise BadOption(
+            f"--request-timeout: {request_timeout:g} s is not between 0 and {MAX_TIMEOUT_S:g} s"
+        )
     if not -1000 <= priority <= 1000:
         raise BadOption(f"--priority: {priority} is not between -1000 and 1000")
     return Settings(
@@ -193,6 +252,10 @@ def build_settings(
         memory=memory,
         max_layers=max_layers,
         kv_tier=kv_tier,
+        request_timeout=request_timeout,
+        admission=admission.value,
+        speculate=speculate.value,
+        wire_dtype=wire_dtype,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -210,6 +273,10 @@ def start(
     memory: Memory = None,
     max_layers: MaxLayers = None,
     kv_tier: KvTier = None,
+    request_timeout: RequestTimeout = DEFAULT_REQUEST_TIMEOUT_S,
+    admission: Admit = Admission.preempt,
+    speculate: Speculation = Speculate.auto,
+    wire_dtype: Wire = "native",
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -226,6 +293,10 @@ def start(
             memory=memory,
             max_layers=max_layers,
             kv_tier=kv_tier,
+            request_timeout=request_timeout,
+            admission=admission,
+            speculate=speculate,
+            wire_dtype=wire_dtype,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

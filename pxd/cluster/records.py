@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from pxd.cluster.plans import Epoch
-from pxd.wire import Count, Identifier, Name, Reason
+from pxd.wire import Coding, Count, Identifier, Name, Reason
 
 Measure = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 Address = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
@@ -31,14 +31,16 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     """State of one stage on its node. `progress` runs from 0 to 1 while loading.
 
-    `kv_tokens` is how many token positions of KV cache the stage can hold once ready, and
-    `prefix_cache` whether requests can begin with blocks that others have left; `tier_slots` is how
-    many blocks its second KV tier keeps. While a pipeline retires, stage 0 tells in `requests` how
-    many its head holds. What follows is measured while the stage serves, in seconds, 0 until then:
-    `decode_s` is one decode step of one request and `prefill_s` one prompt token within a long
-    chunk, both from the step's arrival at the idle stage to its result. Stage 0 alone, being at the
-    head, tells of its whole pipeline: `token_s` per token and `ttft_s` to the first token of a
-    prompt of about `ttft_tokens`, both for one request alone, and `tokens_per_s` while it works.
+    `kv_tokens` is how many token positions of KV cache the stage can hold once ready,
+    `prefix_cache` whether requests can begin with blocks that others have left, and `trims` whether
+    positions can be taken back; `tier_slots` is how many blocks its second KV tier keeps. `coding`
+    is how it sends hidden states on, None for as they are. While a pipeline retires, stage 0 tells
+    in `requests` how many its head holds. What follows is measured while the stage serves, in
+    seconds, 0 until then: `decode_s` is one decode step of one request and `prefill_s` one prompt
+    token within a long chunk, both from the step's arrival at the idle stage to its result. Stage 0
+    alone, being at the head, tells of its whole pipeline: `token_s` per token and `ttft_s` to the
+    first token of a prompt of about `ttft_tokens`, both for one request alone, and `tokens_per_s`
+    while it works.
     """
 
     model: Name
@@ -52,6 +54,8 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     reason: Reason = ""
     prefix_cache: bool = False
     tier_slots: Count = 0
+    trims: bool = False
+    coding: Coding | None = None
     requests: Count | None = None
     decode_s: Measure = 0.0
     prefill_s: Measure = 0.0

@@ -7,6 +7,7 @@ import msgspec
 
 from pxd.engine.hashing import BlockHashes
 from pxd.engine.history import history_of
+from pxd.engine.speculation import Guesser
 from pxd.wire import Finish, History, Logprobs, Sampling
 
 
@@ -14,8 +15,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as it is handed to the scheduler. `number` is never used again.
 
     `tokens` is the prompt, with what an earlier try has generated behind it; that are the last
-    `generated`, and `max_new` more may follow. A greater `priority` goes first; requests of one
-    `source` share what other sources leave. `deadline` is on the clock of `Scheduler.expire`.
+    `generated`, and `max_new` more may follow. A lower `priority` goes first; sources take turns,
+    and so do the clients of one `source`. `deadline` is on the clock of `Scheduler.expire`.
     """
 
     number: int
@@ -26,11 +27,14 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     eos: frozenset[int] = frozenset()
     priority: int = 0
     source: str = ""
+    client: str = ""
     deadline: float = math.inf
 
 
 class Generated(msgspec.Struct, frozen=True):
-    """One step's result for a request. An end-of-sequence token is not among `tokens`.
+    """One step's result for a request: mostly one token, more where guesses came true.
+
+    An end-of-sequence token is not among `tokens`.
 
     `logprobs` are those of `tokens`, where the request asked for them.
     """
@@ -45,9 +49,10 @@ class Sequence:
     """A request under way.
 
     Of its positions `sent` are on their way through the pipeline or done, and `done` have been
-    through every stage. `awaiting` says that a step in flight will draw its next token. `blocks` is
-    its block table, of which stages know the first `granted`. `pinned` are blocks of others that
-    its opening copies from. The first `prompt` of `tokens` are not answer. While `loading`, what
+    through every stage. `awaiting` says that a step in flight will draw its next token; the
+    `guesses` at it and those behind it that run along are among `sent`. `blocks` is its block
+    table, of which stages know the first `granted`. `pinned` are blocks of others that its opening
+    copies from. The first `prompt` of `tokens` are not answer. While `loading`, what
     follows `done` comes from the second tier, and no step has rows of it.
     """
 
@@ -55,10 +60,13 @@ class Sequence:
         "admitted",
         "awaiting",
         "blocks",
+        "client",
         "deadline",
         "done",
         "eos",
         "granted",
+        "guesser",
+        "guesses",
         "hashes",
         "hits",
         "limit",
@@ -85,10 +93,12 @@ class Sequence:
         self.eos = request.eos
         self.priority = request.priority
         self.source = request.source
+        self.client = request.client
         self.deadline = request.deadline
         self.hashes = hashes
         self.admitted = 0
         self.preemptions = 0
+        self.guesser: Guesser | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -98,6 +108,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.hits: tuple[int, ...] = ()
         self.pinned: list[int] = []
+        self.guesses: list[int] = []
         self.granted = self.registered = 0
 
     def history(self) -> History | None:

@@ -5,14 +5,16 @@ A plain state machine: no I/O, no clock. It owns the requests from the queue to 
 """
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
 from typing import Protocol
 
 import msgspec
 
+from pxd.engine.deadlines import Deadlines
 from pxd.engine.hashing import BlockHashes
 from pxd.engine.queue import QueueFull, WaitingQueue
 from pxd.engine.requests import Generated, NewRequest, Sequence
-from pxd.wire import Copy, Grant, Opening, Row, SampledToken
+from pxd.wire import Copy, Finish, Grant, Opening, Row, SampledToken
 
 __all__ = [
     "Batch",
@@ -86,12 +88,20 @@ class Batch:
             self.grants.append(Grant(sequence.number, blocks))
             sequence.granted = len(sequence.blocks)
 
-    def take(self, sequence: Sequence, count: int, *, sample: bool) -> None:
-        """Run the next `count` positions of a sequence; with `sample` draw what follows them."""
+    def take(
+        self, sequence: Sequence, count: int, *, sample: bool, guesses: Items[int] = ()
+    ) -> None:
+        """Run the next `count` positions of a sequence; with `sample` draw what follows them.
+
+        `guesses` at what will be drawn run along, and so what follows each of them is drawn, too.
+        """
         self.open(sequence)
-        self.rows.append(Row(sequence.number, sequence.sent, count, sample))
+        draws = 1 + len(guesses) if sample else 0
+        self.rows.append(Row(sequence.number, sequence.sent, count + len(guesses), draws))
         self.tokens += sequence.tokens[sequence.sent : sequence.sent + count]
-        sequence.sent += count
+        self.tokens += guesses
+        sequence.sent += count + len(guesses)
+        sequence.guesses = list(guesses)
         sequence.awaiting = sample
 
 
@@ -162,6 +172,10 @@ class Scheduler:
         self._next_step = 0
         self._admitted = 0
         self._refused: list[tuple[int, str]] = []
+        self._deadlines = Deadlines(
+            lambda number: number in self._running or number in self._queue,
+            lambda: len(self._running) + len(self._queue),
+        )
 
     @property
     def waiting(self) -> int:
@@ -206,6 +220,7 @@ class Scheduler:
         if refusal:
             raise NeverFits(refusal)
         self._queue.push(sequence)
+        self._deadlines.add(sequence.number, sequence.deadline)
 
     def cancel(self, number: int) -> bool:
         """Forget a request in whatever state it is; False if it has already ended."""
@@ -216,10 +231,15 @@ class Scheduler:
 
     def expire(self, now: float) -> list[int]:
         """End those whose deadline is over; returns their numbers."""
-        late = [s.number for s in (*self._running.values(), *self._queue) if s.deadline <= now]
+        late = self._deadlines.take_due(now)
         for number in late:
             self.cancel(number)
         return late
+
+    @property
+    def next_deadline(self) -> float:
+        """When `expire` will have something to do, as things are; infinity if never."""
+        return self._deadlines.first()
 
     def next_step(self) -> PlannedStep | None:
         """Return the next step to send, or None while there is nothing to do or enough in flight.
@@ -245,18 +265,24 @@ class Scheduler:
         step = self._in_flight.pop(number, None)
         if step is None:
             return []
+        drawn: dict[int, list[SampledToken]] = {}
+        for item in sampled:
+            drawn.setdefault(item.request, []).append(item)
+        results = []
         for row in step.rows:
             sequence = self._running.get(row.request)
-            if sequence is not None and row.position == sequence.done:
-                sequence.done += row.count
-                self.policy.progressed(sequence)
-        results = []
-        for item in sampled:
-            sequence = self._running.get(item.request)
-            if sequence is None or not sequence.awaiting or item.position != len(sequence.tokens):
+            if sequence is None or row.position != sequence.done:
                 continue
-            sequence.awaiting = False
-            results.append(self._append(sequence, item))
+            result = None
+            if row.draws:
+                result = self._accept(sequence, row, drawn.get(row.request, []))
+            else:
+                sequence.done += row.count
+            self.policy.progressed(sequence)
+            if result is not None:
+                results.append(result)
+                if result.finish is not None:
+                    self._end(sequence)
         return results
 
     def step_failed(self, number: int, also: Iterable[int] = ()) -> list[int]:
@@ -321,17 +347,44 @@ class Scheduler:
             batch.load,
         )
 
-    def _append(self, sequence: Sequence, drawn: SampledToken) -> Generated:
-        token = drawn.token
-        logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
-        if token in sequence.eos:
-            self._end(sequence)
-            return Generated(sequence.number, (), "stop")
-        sequence.tokens.append(token)
-        if len(sequence.tokens) >= sequence.limit:
-            self._end(sequence)
-            return Generated(sequence.number, (token,), "length", logprobs)
-        return Generated(sequence.number, (token,), None, logprobs)
+    @staticmethod
+    def _accept(sequence: Sequence, row: Row, drawn: Iterable[SampledToken]) -> Generated | None:
+        """Take what was drawn up to the first token that was guessed otherwise, that one included.
+
+        A token is drawn by its position and the logits there alone, and these are right as long as
+        all guesses before were: so these are exactly the tokens of as many steps without guesses.
+        """
+        guesses, sequence.guesses = sequence.guesses, []
+        taken: list[SampledToken] = []
+        finish: Finish | None = None
+        right, due = 0, len(sequence.tokens)
+        for item in drawn:
+            if item.position != due + right:
+                continue
+            sequence.awaiting = False
+            if item.token in sequence.eos:
+                finish = "stop"
+                break
+            taken.append(item)
+            sequence.tokens.append(item.token)
+            if len(sequence.tokens) >= sequence.limit:
+                finish = "length"
+                break
+            if right == len(guesses) or guesses[right] != item.token:
+                break
+            right += 1
+        else:
+            # Draws are missing, so the last token must be fed again.
+            right = max(right - 1, 0)
+        # Positions of wrong guesses are sent again, with other tokens.
+        sequence.sent = sequence.done = row.position + row.count - len(guesses) + right
+        if sequence.guesser is not None:
+            sequence.guesser.learn(len(guesses), right)
+        if sequence.awaiting:
+            return None
+        tokens = tuple(item.token for item in taken)
+        logprobs = tuple(item.logprobs for item in taken if item.logprobs is not None)
+        return Generated(sequence.number, tokens, finish, logprobs)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Its blocks are gone already; what it has generated is part of its prompt from now on."""

@@ -1,7 +1,7 @@
 """Frames between the daemon and a worker process, in the framing of `pxd.wire`.
 
 The daemon sends commands. The worker runs them strictly in order and answers each with exactly one
-reply, except `Release`, which has none; `LoadProgress` frames may come before the reply to `Load`,
+reply, except `SendAs`, which has none; `LoadProgress` frames may come before the reply to `Load`,
 and `Copied` at any time.
 """
 
@@ -11,15 +11,17 @@ import msgspec
 
 from pxd.cluster.records import Device
 from pxd.executors.protocol import LoadSpec, MemoryReport, ModelDescription, StageInfo
-from pxd.wire import Copied, Count, Nack, Reason, Sampled, Step
+from pxd.wire import Coding, Copied, Nack, Reason, Sampled, Step
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
     spec: LoadSpec
 
 
-class Release(msgspec.Struct, frozen=True, tag="release"):
-    requests: tuple[Count, ...]
+class SendAs(msgspec.Struct, frozen=True, tag="send-as"):
+    """How hidden states of later steps are coded; None leaves them as they are."""
+
+    coding: Coding | None
 
 
 class ReadMemory(msgspec.Struct, frozen=True, tag="read-memory"):
@@ -60,7 +62,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: Reason
 
 
-Command = Load | Step | Release | ReadMemory | Describe | Measure
+Command = Load | Step | SendAs | ReadMemory | Describe | Measure
 Reply = (
     LoadProgress | Loaded | Step | Sampled | Copied | Nack | Memory | Described | Measured | Failed
 )

@@ -2,7 +2,7 @@
 
     async with open_executor("mlx") as executor:
         info = await executor.load(spec, progress)
-        result = await executor.step(step, body)
+        executor.submit(step, body, take_result)
 
 The context owns the process and all tasks around it. When it is left, by whatever way, the process
 is killed and reaped.
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +39,8 @@ from pxd.executors.messages import (
     Measured,
     Memory,
     ReadMemory,
-    Release,
     Reply,
+    SendAs,
     reply_decoder,
 )
 from pxd.executors.protocol import (
@@ -51,14 +51,27 @@ from pxd.executors.protocol import (
     ModelDescription,
     Progress,
     StageInfo,
+    StepResult,
 )
-from pxd.wire import Buffer, Copied, Nack, Sampled, Step, WireError, encode, read_frame
+from pxd.wire import (
+    Buffer,
+    Coding,
+    Copied,
+    Nack,
+    Sampled,
+    Step,
+    WireError,
+    encode,
+    read_frame,
+    rest_of,
+)
 
 log = logging.getLogger("pxd.executors")
 
 REPLY_TIMEOUT_S = 600.0
 EXIT_GRACE_S = 2.0
 REAP_TIMEOUT_S = 10.0
+READ_AHEAD = 64 << 10
 STDERR_LINES = 20
 STDERR_LINE_CHARACTERS = 1000
 
@@ -68,13 +81,44 @@ ReplyT = TypeVar("ReplyT")
 class _Call:
     """A command that waits for its reply. Its caller may have gone; the reply still comes."""
 
-    __slots__ = ("body", "done", "progress", "reply")
+    __slots__ = ("done", "progress", "reply")
 
     def __init__(self, progress: Progress | None) -> None:
         self.done = trio.Event()
         self.progress = progress
         self.reply: Reply | None = None
-        self.body: Buffer = b""
+
+    def answer(self, reply: Reply, _body: Buffer) -> None:
+        self.reply = reply
+        self.done.set()
+
+    def give_up(self, _death: str) -> None:
+        self.done.set()
+
+
+class _StepCall:
+    """A step whose result somebody waits for."""
+
+    __slots__ = ("_take",)
+
+    progress = None
+
+    def __init__(self, take: Callable[[StepResult], None]) -> None:
+        self._take = take
+
+    def answer(self, reply: Reply, body: Buffer) -> None:
+        match reply:
+            case Step():
+                self._take((reply, body))
+            case Sampled() | Nack():
+                self._take(reply)
+            case Failed():
+                self._take(ExecutorError(reply.reason))
+            case _:
+                self._take(ExecutorDied("the worker answered out of turn"))
+
+    def give_up(self, death: str) -> None:
+        self._take(ExecutorDied(death))
 
 
 class _LineTail:
@@ -104,8 +148,8 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
     """One worker process; see `pxd.executors.protocol.Executor` for the commands.
 
     Use it as an async context manager. A caller that is cancelled while it waits leaves the worker
-    in order: its reply is read and dropped. `progress` callbacks run in the executor's own task and
-    must neither block nor raise. `copied` receives a word for every copy of the second KV tier.
+    in order: its reply is read and dropped. Callbacks run in the executor's own task and must
+    neither block nor raise. `copied` receives a word for every copy of the second KV tier.
     """
 
     def __init__(
@@ -124,14 +168,16 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         self._label = label
         self._environment = environment
         self._reply_timeout = reply_timeout
-        self._pending: deque[_Call] = deque()
+        self._pending: deque[_Call | _StepCall] = deque()
         self._last_sign = 0.0
         self._death: str | None = None
         self._died = trio.Event()
         self._closing = False
         self._hung = False
         self._send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
-        self._send_frames, self._frames = trio.open_memory_channel[tuple[bytes, Buffer]](math.inf)
+        self._send_rest, self._rest = trio.open_memory_channel[Sequence[Buffer]](math.inf)
+        self._behind = 0
+        self._ahead = bytearray()
         self._nursery_manager = trio.open_nursery()
 
     async def __aenter__(self) -> Self:
@@ -141,6 +187,7 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         except OSError as error:
             raise ExecutorDied(f"it could not be started: {error}") from error
         self.pid = self._process.pid
+        self._socket = stream
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(stream))
         self._output = _LineTail(f"{self._label} {self.pid}")
         self._nursery = await self._nursery_manager.__aenter__()
@@ -199,49 +246,50 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
     async def memory(self) -> MemoryReport:
         return (await self._ask(ReadMemory(), Memory)).report
 
-    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
-        call = self._submit(step, body)
-        await call.done.wait()
-        match call.reply:
-            case Step() as forward:
-                return forward, call.body
-            case Sampled() | Nack() as reply:
-                return reply
-            case _:
-                raise self._no_reply(call)
+    def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
+        """Have the worker run a step behind all that it was given before.
 
-    async def release(self, requests: tuple[int, ...]) -> None:
-        """Takes effect before every step submitted later; does not wait for it."""
-        self._enqueue(Release(requests))
-        await trio.lowlevel.checkpoint()
+        `take` is called once, with the result, and before `wait_died` returns. Raises
+        `ExecutorDied`.
+        """
+        self._enqueue(step, body, _StepCall(take))
+
+    def send_as(self, coding: Coding | None) -> None:
+        """Takes effect before every step that is submitted later. Raises `ExecutorDied`."""
+        self._enqueue(SendAs(coding), b"", None)
 
     async def _ask(
         self, command: Command, answer: type[ReplyT], progress: Progress | None = None
     ) -> ReplyT:
-        call = self._submit(command, b"", progress)
+        call = _Call(progress)
+        self._enqueue(command, b"", call)
         await call.done.wait()
+        if isinstance(call.reply, Failed):
+            raise ExecutorError(call.reply.reason)
         if not isinstance(call.reply, answer):
-            raise self._no_reply(call)
+            raise ExecutorDied(self._death or "the worker answered out of turn")
         return call.reply
 
-    def _no_reply(self, call: _Call) -> Exception:
-        if isinstance(call.reply, Failed):
-            return ExecutorError(call.reply.reason)
-        return ExecutorDied(self._death or "the worker answered out of turn")
-
-    def _submit(self, command: Command, body: Buffer, progress: Progress | None = None) -> _Call:
-        self._enqueue(command, body)
-        if not self._pending:
-            self._last_sign = trio.current_time()
-        call = _Call(progress)
-        self._pending.append(call)
-        return call
-
-    def _enqueue(self, command: Command, body: Buffer = b"") -> None:
+    def _enqueue(self, command: Command, body: Buffer, call: _Call | _StepCall | None) -> None:
+        """`call` is None for a command without a reply."""
         if self._death is not None or self._closing:
             raise ExecutorDied(self._death or "it was stopped")
-        # Unbounded: every body in it is already held by a caller who waits for the reply.
-        self._send_frames.send_nowait((encode(command, len(body)), body))
+        self._send([encode(command, len(body)), body])
+        if call is not None:
+            if not self._pending:
+                self._last_sign = trio.current_time()
+            self._pending.append(call)
+
+    def _send(self, parts: Sequence[Buffer]) -> None:
+        """At once what the socket takes, which is all of a small frame; the rest from `_write`."""
+        if not self._behind:
+            # An end of the worker is for the reader to learn of.
+            with suppress(OSError):
+                parts = rest_of(parts, self._socket.sendmsg(parts))
+        if parts:
+            # Unbounded: every body in it is already held by a caller who waits for the reply.
+            self._behind += 1
+            self._send_rest.send_nowait(parts)
 
     async def _supervise(self) -> None:
         reason = ""
@@ -274,18 +322,28 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
                     if self._pending[0].progress is not None:
                         self._pending[0].progress(reply.done)
                     continue
-                call = self._pending.popleft()
-                call.reply, call.body = reply, body
-                call.done.set()
+                self._pending.popleft().answer(reply, body)
         except (EOFError, OSError):
             return ""
         except WireError as error:
             return f"it sent a frame that cannot be read: {error}"
 
     async def _read_exactly(self, size: int) -> bytearray:
+        """Reads ahead, so that a small frame takes one call to the system."""
+        while len(self._ahead) < min(size, READ_AHEAD):
+            await trio.lowlevel.wait_readable(self._socket)
+            with suppress(BlockingIOError):
+                more = self._socket.recv(READ_AHEAD)
+                if not more:
+                    raise EOFError
+                self._ahead += more
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        return data if len(data) == size else await self._read_large(data, size)
+
+    async def _read_large(self, begun: bytearray, size: int) -> bytearray:
         data = bytearray(size)
-        view = memoryview(data)
-        done = 0
+        data[: len(begun)] = begun
+        view, done = memoryview(data), len(begun)
         while done < size:
             count = await self._stream.socket.recv_into(view[done:])
             if count == 0:
@@ -295,10 +353,10 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
 
     async def _write(self) -> None:
         with suppress(trio.BrokenResourceError):  # the reader learns of it too
-            async for header, body in self._frames:
-                await self._stream.send_all(header)
-                if body:
-                    await self._stream.send_all(memoryview(body))
+            async for parts in self._rest:
+                for part in parts:
+                    await self._stream.send_all(part)
+                self._behind -= 1
 
     async def _read_output(self) -> None:
         if self._process.stdout is not None:
@@ -334,9 +392,8 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
             log.debug("%s %d: %s", self._label, self.pid, self._death)
         else:
             log.error("%s %d died: %s", self._label, self.pid, self._death)
-        for call in self._pending:
-            call.done.set()
-        self._pending.clear()
+        while self._pending:
+            self._pending.popleft().give_up(self._death)
         self._died.set()
 
     def _explain(self, reason: str) -> str:

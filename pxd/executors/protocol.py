@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pxd.wire import Buffer, Logprobs, Nack, Reason, Sampled, Step, Tensor
+from pxd.wire import Buffer, Coding, Logprobs, Nack, Reason, Sampled, Step, Tensor
 
 
 class ExecutorError(Exception):
@@ -41,16 +41,19 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded: bytes of weights, and how many token positions of KV fit `kv_bytes`.
 
-    `prefix_cache` says that requests can begin with blocks that others have left, and `tier_slots`
-    how many blocks the second tier can keep.
+    `hidden_bytes` is what the hidden state of one position takes as it is. `prefix_cache` says that
+    requests can begin with blocks that others have left, `tier_slots` how many blocks the second
+    tier can keep, and `trims` that positions can be taken back.
     """
 
     layers: int
     hidden_size: int
     weight_bytes: int
     kv_tokens: int
+    hidden_bytes: int = 0
     prefix_cache: bool = False
     tier_slots: int = 0
+    trims: bool = False
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,9 +98,12 @@ class Scored(NamedTuple):
 
 
 Progress = Callable[[float], None]
+StepResult = Sampled | Nack | tuple[Step, Buffer] | ExecutorError | ExecutorDied
+"""What became of a step: one to forward, the sampled tokens, or why there is neither."""
+
 Drawn = int | Scored
 StepOutput = tuple[Tensor, Buffer] | tuple[Drawn, ...]
-"""Hidden states, or on a last stage one token id per row with `sample`, in row order."""
+"""Hidden states, or on a last stage one token id for each of `pxd.executors.rows.draws_of`."""
 
 
 class StepRejected(Exception):
@@ -115,10 +121,13 @@ class Engine(Protocol):
         """Load layers [start, end). Raises `ExecutorError` with a reason a person can act on."""
 
     def step(self, step: Step, body: Buffer) -> StepOutput:
-        """Run a batch. Raises `StepRejected` for an unknown request or a position gap."""
+        """Run a batch. Raises `StepRejected` for an unknown request or a position gap.
 
-    def release(self, requests: tuple[int, ...]) -> None:
-        """Free the state of requests; ids that are not known are ignored."""
+        The first step of another session frees all requests of the last one.
+        """
+
+    def send_as(self, coding: Coding | None) -> None:
+        """Code the hidden states of later steps; None leaves them as they are."""
 
     def memory(self) -> MemoryReport: ...
 
@@ -126,17 +135,22 @@ class Engine(Protocol):
 class Executor(Protocol):
     """The daemon's handle on one worker process. Every method raises `ExecutorDied`.
 
-    Steps may be submitted while earlier ones run; they execute and return in order.
+    Steps may be submitted while earlier ones run: they run one after the other without a pause, and
+    return in order.
     """
 
     pid: int
 
     async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo: ...
 
-    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
-        """Run a step; returns the step to forward, or the sampled tokens, or why it failed."""
+    def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
+        """Run a step and call `take`, which must neither block nor raise, with what became of it.
 
-    async def release(self, requests: tuple[int, ...]) -> None: ...
+        `body` must not be changed before that.
+        """
+
+    def send_as(self, coding: Coding | None) -> None:
+        """How steps that are submitted later code their hidden states."""
 
     async def memory(self) -> MemoryReport: ...
 

@@ -1,36 +1,53 @@
 """Checks a step against what an engine holds, before anything of it is run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from pxd.executors.protocol import StepRejected
-from pxd.wire import Buffer, Row, Step
+from pxd.wire import MAX_DRAWS, Buffer, Row, Step
 
 
-def check_rows(step: Step, lengths: Mapping[int, int]) -> None:
-    """Raises `StepRejected` unless every row goes on where its request is.
+def check_rows(
+    step: Step, lengths: Mapping[int, int], guessed: Mapping[int, int]
+) -> dict[int, int]:
+    """Return the lengths after the step; raises `StepRejected` unless every row goes on where its
+    request is.
 
-    `lengths` are the positions that each open request has, those released by the step excluded. A
-    request may have several rows, one behind the other, of which only the last may sample.
+    `lengths` are the positions that each open request has, those released by the step excluded. The
+    last `guessed` of them, 0 where not named, may be taken back. A request may have several rows,
+    one behind the other, of which only the last may draw.
     """
     _check_openings(step, lengths)
     expected = {**lengths, **{opening.request: opening.cached for opening in step.openings}}
     unknown = tuple({row.request for row in step.rows} - expected.keys())
     if unknown:
         raise StepRejected("unknown-request", f"requests {unknown} are not open", unknown)
-    sampled: set[int] = set()
+    seen: set[int] = set()
+    drawn: set[int] = set()
     for row in step.rows:
         place = expected[row.request]
-        if row.request in sampled or row.position != place:
+        least = place if row.request in seen else place - guessed.get(row.request, 0)
+        if row.request in drawn or not least <= row.position <= place:
             raise StepRejected(
                 "bad-step",
                 f"request {row.request} has {place} positions, the step goes on at {row.position}",
                 (row.request,),
             )
-        expected[row.request] = place + row.count
-        if row.sample:
-            sampled.add(row.request)
+        if row.draws > row.count:
+            raise StepRejected(
+                "bad-step",
+                f"{row.draws} draws from {row.count} positions of request {row.request}",
+                (row.request,),
+            )
+        expected[row.request] = row.position + row.count
+        seen.add(row.request)
+        if row.draws:
+            drawn.add(row.request)
+    draws = sum(row.draws for row in step.rows)
+    if draws > MAX_DRAWS:
+        raise StepRejected("bad-step", f"{draws} draws in one step", requests_of(step.rows))
+    return expected
 
 
 def _check_openings(step: Step, lengths: Mapping[int, int]) -> None:
@@ -50,8 +67,9 @@ def check_copies(step: Step, *, has_tier: bool) -> None:
 
 
 def check_capacity(step: Step, lengths: Mapping[int, int], kv_tokens: int) -> None:
-    """Raises `StepRejected` if the step would need more than `kv_tokens` positions in all."""
-    total = sum(lengths.values()) + sum(row.count for row in step.rows)
+    """Raises `StepRejected` if the `lengths` after the step need more than `kv_tokens` positions
+    in all."""
+    total = sum(lengths.values())
     if total > kv_tokens:
         raise StepRejected(
             "bad-step",
@@ -80,8 +98,8 @@ def check_tokens(step: Step, body: Buffer, vocabulary: int) -> None:
             )
 
 
-def check_hidden(step: Step, hidden_size: int) -> None:
-    """Check the input of a stage that is not the first."""
+def check_hidden(step: Step, body: Buffer, hidden_size: int) -> None:
+    """Check the input of a stage that is not the first. `body` is as long as the step says."""
     count = sum(row.count for row in step.rows)
     if step.tensor.dtype == "i32" or step.tensor.shape != (count, hidden_size):
         raise StepRejected(
@@ -89,6 +107,23 @@ def check_hidden(step: Step, hidden_size: int) -> None:
             f"expected hidden states of shape ({count}, {hidden_size}), got {step.tensor}",
             requests_of(step.rows),
         )
+    if step.tensor.coding is not None:
+        scales = np.frombuffer(body, "<f4", count)
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            raise StepRejected(
+                "bad-step",
+                "hidden states with scales that are negative or not finite",
+                requests_of(step.rows),
+            )
+
+
+def draws_of(rows: Iterable[Row]) -> list[tuple[int, int]]:
+    """Request and position of each token that is drawn, in the order of a `Sampled`."""
+    return [
+        (row.request, row.position + row.count - behind)
+        for row in rows
+        for behind in reversed(range(row.draws))
+    ]
 
 
 def requests_of(rows: tuple[Row, ...]) -> tuple[int, ...]:

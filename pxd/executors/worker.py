@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -32,11 +33,12 @@ from pxd.executors.messages import (
     Measured,
     Memory,
     ReadMemory,
-    Release,
     Reply,
+    SendAs,
     command_decoder,
 )
 from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
+from pxd.executors.rows import draws_of
 from pxd.wire import (
     PREFIX_SIZE,
     Buffer,
@@ -58,6 +60,8 @@ log = logging.getLogger("pxd.executors.worker")
 
 REASON_CHARACTERS = 2000
 PARENT_CHECK_MS = 1000
+READ_AHEAD = 64 << 10
+COALESCE = 16 << 10
 
 
 class FrameSocket:
@@ -65,6 +69,7 @@ class FrameSocket:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._incoming = cast(BufferedReader, connection.makefile("rb", buffering=READ_AHEAD))
         self._limits = Limits()
         self._sending = threading.Lock()
 
@@ -77,19 +82,16 @@ class FrameSocket:
     def send(self, reply: Reply, body: Buffer = b"") -> None:
         header = encode(reply, len(body), self._limits)
         with self._sending:
-            self._connection.sendall(header)
-            if body:
+            if len(body) <= COALESCE:
+                self._connection.sendall(b"".join((header, body)))
+            else:
+                self._connection.sendall(header)
                 self._connection.sendall(body)
 
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)
-        view = memoryview(data)
-        done = 0
-        while done < size:
-            count = self._connection.recv_into(view[done:])
-            if count == 0:
-                raise EOFError
-            done += count
+        if self._incoming.readinto(data) < size:
+            raise EOFError
         return data
 
 
@@ -110,10 +112,9 @@ def run_step(engine: Engine, step: Step, body: Buffer) -> tuple[Sampled | Nack |
     if len(output) == 2 and isinstance(output[0], Tensor):
         tensor, hidden = output
         return msgspec.structs.replace(step, tensor=tensor), hidden
-    drawn = [row for row in step.rows if row.sample]
     tokens = tuple(
-        SampledToken(row.request, row.position + row.count, *_parts(token))
-        for row, token in zip(drawn, output, strict=True)
+        SampledToken(request, position, *_parts(token))
+        for (request, position), token in zip(draws_of(step.rows), output, strict=True)
     )
     sampled = Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=tokens)
     return sampled, b""
@@ -141,9 +142,9 @@ class Worker:
                 return
             if isinstance(command, Step):
                 self._frames.send(*self._step(command, body))
-            elif isinstance(command, Release):
+            elif isinstance(command, SendAs):
                 if self._engine is not None:
-                    self._engine.release(command.requests)
+                    self._engine.send_as(command.coding)
             else:
                 self._frames.send(self._answer(command))
 

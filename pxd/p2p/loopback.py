@@ -25,13 +25,20 @@ class Loopback:
         self._entrance, self._frames = trio.open_memory_channel[tuple[wire.Frame, wire.Buffer]](
             float("inf")
         )
+        self._queued = 0
+        self._handling: trio.Event | None = None
 
     def cast(self, method: str, payload: bytes) -> None:
         self._casts.put((method, payload), len(payload))
 
     async def send(self, frame: wire.Frame, body: wire.Buffer) -> None:
-        self._entrance.send_nowait((frame, body))
-        await trio.lowlevel.checkpoint()
+        """Handle a frame here and now, or after those before it where there are any."""
+        if self._handling is None and not self._queued:
+            await self._handle(frame, body)
+        else:
+            self._queued += 1
+            self._entrance.send_nowait((frame, body))
+            await trio.lowlevel.checkpoint()
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -48,7 +55,19 @@ class Loopback:
 
     async def _serve_frames(self) -> None:
         async for frame, body in self._frames:
+            if self._handling is not None:
+                await self._handling.wait()
             try:
-                await self._inbox.deliver(self._peer_id, frame, body)
-            except Exception:
-                log.exception("a frame to this node failed")
+                await self._handle(frame, body)
+            finally:
+                self._queued -= 1
+
+    async def _handle(self, frame: wire.Frame, body: wire.Buffer) -> None:
+        self._handling = done = trio.Event()
+        try:
+            await self._inbox.deliver(self._peer_id, frame, body)
+        except Exception:
+            log.exception("a frame to this node failed")
+        finally:
+            self._handling = None
+            done.set()

@@ -14,6 +14,7 @@ from pxd.p2p.framestreams import FrameStream, Libp2pFrames
 from pxd.p2p.muxer import StreamClosed
 from pxd.p2p.network import NetworkError, PeerUnreachable
 from pxd.p2p.sessions import Session
+from pxd.p2p.tls import TlsStream
 
 log = logging.getLogger("pxd.p2p")
 
@@ -24,13 +25,28 @@ QUIET = 5.0
 
 
 class _Channel:
-    """A cancelled sender takes its frame back whole or not at all: `run` alone writes."""
+    """A cancelled sender takes its frame back whole or not at all: `run` writes, or the sender what
+    needs no waiting while `run` has nothing to do."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.failure = "the data channel broke"
         self.used = False
+        self._used_at = 0.0
+        self._idle: TlsStream | None = None
         self.entrance, self._exit = trio.open_memory_channel[tuple[bytes, wire.Buffer]](0)
+
+    async def send(self, header: bytes, body: wire.Buffer) -> None:
+        """Raises `trio.BrokenResourceError` when the channel has ended."""
+        stream = self._idle
+        if stream is not None and stream.write_now(header, body):
+            self.used, self._used_at = True, trio.current_time()
+            if not stream.unsent:
+                return
+            header, body = b"", b""
+        # From now on `run` has something to do, even if it has not noticed yet.
+        self._idle = None
+        await self.entrance.send((header, body))
 
     async def run(self, opener: Opener) -> None:
         try:
@@ -57,6 +73,7 @@ class _Channel:
             else:
                 await self._write(stream, host, scope, trio.sleep_forever)
         finally:
+            self._idle = None
             stream.close()
 
     async def _write(
@@ -77,15 +94,22 @@ class _Channel:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch, stream, scope)
             nursery.start_soon(watch_for_better)
+            self._used_at = trio.current_time()
             while not better.is_set():
                 frame = None
-                with trio.CancelScope() as waiting, trio.move_on_after(QUIET) as quiet:
+                with trio.CancelScope() as waiting, trio.move_on_at(self._used_at + QUIET):
+                    # Nobody may overtake those who wait already.
+                    if not self._exit.statistics().tasks_waiting_send:
+                        self._idle = stream if isinstance(stream, TlsStream) else None
                     frame = await self._exit.receive()
-                if frame:
-                    self.used = True
-                    await stream.write(*frame)
-                elif quiet.cancelled_caught and self.session.connection.host != host:
-                    break
+                self._idle = None
+                if frame or (isinstance(stream, TlsStream) and stream.unsent):
+                    self.used, self._used_at = True, trio.current_time()
+                    await stream.write(*(frame or ()))
+                elif trio.current_time() >= self._used_at + QUIET:
+                    if self.session.connection.host != host:
+                        break
+                    self._used_at = trio.current_time()
             nursery.cancel_scope.cancel()
 
     async def _end_with_session(self, scope: trio.CancelScope) -> None:
@@ -129,7 +153,7 @@ class FrameOutbox:
             channel = self._channels[peer] = _Channel(session)
             nursery.start_soon(self._run, channel)
         try:
-            await channel.entrance.send((header, body))
+            await channel.send(header, body)
         except trio.BrokenResourceError:
             self._drop(channel)
             raise PeerUnreachable(f"{peer}: {channel.failure}") from None

@@ -1,9 +1,11 @@
 """TLS 1.3 between peers that know each other's certificate already: self-signed, pinned, mutual."""
 
 import datetime
+import os
 import socket
 import ssl
 import tempfile
+from contextlib import suppress
 from typing import cast
 
 import trio
@@ -17,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from pxd.p2p.framestreams import COALESCE
 from pxd.p2p.muxer import StreamClosed
 from pxd.wire import Buffer
 
@@ -106,6 +109,7 @@ class TlsStream:
         self._transport = transport
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
+        self._unsent = b""
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
         _set_options(transport)
 
@@ -138,6 +142,28 @@ class TlsStream:
                     waiting = 0
         await self._flush()
 
+    def write_now(self, *parts: Buffer) -> bool:
+        """Write small parts without waiting, while nothing else is written; False if nothing was.
+
+        What the socket does not take at once is `unsent`, and sent by the next `write`.
+        """
+        if self._unsent or sum(map(len, parts)) > COALESCE:
+            return False
+        try:
+            self._tls.write(b"".join(parts))
+        except ssl.SSLError:
+            return False
+        self._unsent = self._outgoing.read()
+        # That the connection is broken is for the next `write` to say.
+        with suppress(OSError):
+            sent = os.write(self._transport.socket.fileno(), self._unsent)
+            self._unsent = self._unsent[sent:]
+        return True
+
+    @property
+    def unsent(self) -> bool:
+        return bool(self._unsent)
+
     async def read_exactly(self, count: int) -> bytearray:
         data = bytearray(count)
         view = memoryview(data)
@@ -168,7 +194,7 @@ class TlsStream:
         self._incoming.write(data)
 
     async def _flush(self) -> None:
-        data = self._outgoing.read()
+        data, self._unsent = self._unsent + self._outgoing.read(), b""
         try:
             await self._transport.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:

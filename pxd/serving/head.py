@@ -1,4 +1,4 @@
-"""Drives pipelines: the node with stage 0 schedules every step and hands tokens to the ingresses.
+"""Drives one pipeline: its head schedules every step and hands the tokens to their ingresses.
 
 A *session* is one life of a pipeline's scheduler. It begins when all stages are ready and ends when
 one is not: then every request in it is given up, with the reason, and its ingress brings it home
@@ -6,6 +6,7 @@ some other way. The stages forget a session when they see the next one.
 """
 
 import logging
+import math
 import secrets
 from array import array
 from collections.abc import Awaitable, Callable
@@ -14,8 +15,8 @@ from typing import Annotated
 import msgspec
 import trio
 
-from pxd.cluster.plans import PipelinePlan, Plan
-from pxd.engine.continuous import Continuous, ContinuousConfig
+from pxd.cluster.plans import PipelinePlan
+from pxd.engine.continuous import Admission, Continuous, ContinuousConfig
 from pxd.engine.history import has_penalties
 from pxd.engine.scheduler import (
     Generated,
@@ -25,43 +26,50 @@ from pxd.engine.scheduler import (
     QueueFull,
     Scheduler,
 )
-from pxd.p2p.network import CallFailed, Method, Network, NetworkError
+from pxd.p2p.network import CallFailed, Method
+from pxd.serving.quota import Quota
 from pxd.serving.readiness import Members, Readiness, readiness
+from pxd.serving.speculation import Speculate, Speculation
 from pxd.serving.timings import HeadFigures, PipelineTimings
 from pxd.wire import (
     MAX_ENDS,
     MAX_HISTORY,
+    MAX_TIMEOUT_S,
     Buffer,
-    Cancel,
     Copied,
     Count,
     Identifier,
     Nack,
     Output,
+    Priority,
     Sampled,
     Sampling,
     Step,
     Tensor,
+    Timeout,
     TokenId,
 )
 
 log = logging.getLogger("pxd.serving.head")
 
 STEP_DEADLINE_S = 300.0
-HEARTBEAT_S = 15.0
 PACE_S = 0.25
 """How long a step's share of prompts may hold up those who wait for their next token."""
 
 LEAST_PREFILL = 64
-OUTBOX_FRAMES = 4096
-OUTPUT_RETRIES_S = (0.1, 0.5, 2.0, 5.0)
-MAX_REQUESTS = 4096
+MAX_REQUESTS = 8192
+MAX_TOKENS = 1 << 23
+"""Of all requests as they were submitted. A token takes some 36 bytes."""
 
 Feed = Callable[[str, Step, Buffer], Awaitable[None]]
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for a pipeline's head. The last `generated` of `tokens` are answer already."""
+    """A request for a pipeline's head. The last `generated` of `tokens` are answer already.
+
+    Within `timeout` seconds of its arrival it must be done: clocks of nodes need not agree. A peer
+    may tell its clients apart by `client`, so that they take turns in what the peer gets.
+    """
 
     pipeline: Identifier
     request: Identifier
@@ -70,6 +78,9 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     max_new: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     sampling: Sampling
     eos: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_ENDS)]
+    priority: Priority = 0
+    timeout: Timeout = MAX_TIMEOUT_S
+    client: Annotated[str, msgspec.Meta(max_length=32)] = ""
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -82,16 +93,18 @@ SUBMIT: Method[Submission, Accepted] = Method("head.submit", Submission, Accepte
 
 
 class _Client:
-    """Where a request's tokens go: its ingress and the name it has there."""
+    """Where a request's tokens go: its ingress and the name it has there; what it counts for."""
 
-    __slots__ = ("index", "peer", "request")
+    __slots__ = ("index", "peer", "request", "tokens")
 
-    def __init__(self, peer: str, request: str, index: int) -> None:
-        self.peer, self.request, self.index = peer, request, index
+    def __init__(self, peer: str, submission: Submission) -> None:
+        self.peer, self.request = peer, submission.request
+        self.index = submission.generated
+        self.tokens = len(submission.tokens)
 
 
 class Head:
-    """One pipeline. Owned by `HeadHost`, which runs `run` and `watch`."""
+    """One pipeline. Owned by `HeadHost`, which runs `run`."""
 
     def __init__(
         self,
@@ -99,6 +112,8 @@ class Head:
         feed: Feed,
         emit: Callable[[str, Output], None],
         self_id: str,
+        admission: Admission,
+        speculate: Speculate,
     ) -> None:
         self.pipeline = pipeline
         self.cancel_scope = trio.CancelScope()
@@ -106,16 +121,20 @@ class Head:
         self._feed = feed
         self._emit = emit
         self._self_id = self_id
+        self._admission: Admission = admission
         self._scheduler: Scheduler | None = None
         self._policy = Continuous(ContinuousConfig(kv_tokens=0))
         self._session = 0
         self._next_request = 0
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
+        self._requests, self._tokens = Quota(MAX_REQUESTS), Quota(MAX_TOKENS)
         self._sent_at: dict[int, float] = {}
         self._oldest_copy: tuple[int | None, float] = None, 0.0
         self._timings = PipelineTimings()
+        self._speculation = Speculation(speculate)
         self._wake = trio.Event()
+        self._sooner = trio.Event()
 
     @property
     def running(self) -> int:
@@ -133,6 +152,7 @@ class Head:
         """Open or close the session as the stages' reports demand."""
         state = readiness(self.pipeline, members)
         self.reason = state.reason
+        self._speculation.stages_are(state.costs, possible=state.trims)
         if state.ready and self._scheduler is None:
             self._open(state)
         elif not state.ready and self._scheduler is not None:
@@ -143,6 +163,7 @@ class Head:
         config = ContinuousConfig(
             kv_tokens=state.kv_tokens,
             max_in_flight=len(self.pipeline.stages),
+            admission=self._admission,
             prefix_cache=state.prefix_cache,
             stages=len(self.pipeline.stages),
             tier_slots=state.tier_slots,
@@ -152,6 +173,7 @@ class Head:
         self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
+        self._policy.guesses = self._speculation.most()
         log.info(
             "pipeline %s serves: %d KV token positions, %d blocks in the second tier",
             self.pipeline.id,
@@ -176,18 +198,34 @@ class Head:
         scheduler = self._scheduler
         if scheduler is None:
             raise CallFailed("not-ready", self.reason)
-        key = (peer, submission.request)
-        if key in self._numbers:
+        if (peer, submission.request) in self._numbers:
             raise CallFailed("duplicate", "the head already has a request of this name")
-        if len(self._clients) >= MAX_REQUESTS:
-            raise CallFailed("overloaded", f"this pipeline holds {MAX_REQUESTS} requests already")
         longest = len(submission.tokens) + submission.max_new
         if has_penalties(submission.sampling) and longest > MAX_HISTORY:
             raise CallFailed(
                 "never-fits",
                 f"with penalties, prompt and answer may take {MAX_HISTORY} tokens, not {longest}",
             )
-        number = self._next_request
+        self._claim(peer, len(submission.tokens))
+        try:
+            return self._accept(scheduler, peer, submission)
+        except CallFailed:
+            self._unclaim(peer, len(submission.tokens))
+            raise
+
+    def _claim(self, peer: str, tokens: int) -> None:
+        if not self._requests.take(peer, 1):
+            raise CallFailed("overloaded", "this pipeline holds too many requests already")
+        if not self._tokens.take(peer, tokens):
+            self._requests.give_back(peer, 1)
+            raise CallFailed("overloaded", "this pipeline's requests are too long to take another")
+
+    def _unclaim(self, peer: str, tokens: int) -> None:
+        self._requests.give_back(peer, 1)
+        self._tokens.give_back(peer, tokens)
+
+    def _accept(self, scheduler: Scheduler, peer: str, submission: Submission) -> Accepted:
+        number, now = self._next_request, trio.current_time()
         request = NewRequest(
             number=number,
             tokens=submission.tokens,
@@ -195,8 +233,12 @@ class Head:
             sampling=submission.sampling,
             generated=submission.generated,
             eos=frozenset(submission.eos),
+            priority=submission.priority,
             source=peer,
+            client=submission.client,
+            deadline=now + submission.timeout,
         )
+        soonest = scheduler.next_deadline
         try:
             scheduler.add(request)
         except NeverFits as error:
@@ -204,12 +246,12 @@ class Head:
         except QueueFull as error:
             raise CallFailed("overloaded", str(error)) from error
         self._next_request += 1
-        self._timings.submitted(
-            trio.current_time(), number, len(submission.tokens), alone=not self._clients
-        )
-        self._clients[number] = _Client(peer, submission.request, submission.generated)
-        self._numbers[key] = number
+        self._timings.submitted(now, number, len(submission.tokens), alone=not self._clients)
+        self._clients[number] = _Client(peer, submission)
+        self._numbers[peer, submission.request] = number
         self._wake.set()
+        if request.deadline < soonest:
+            self._sooner.set()
         return Accepted(len(self._clients))
 
     def cancel(self, peer: str, request: str) -> None:
@@ -241,8 +283,8 @@ class Head:
         sent = self._sent_at.pop(frame.step, None)
         results = self._scheduler.step_done(frame.step, frame.tokens)
         if sent is not None:
-            self._timings.returned(trio.current_time(), frame.step, sent, results)
-            self._keep_pace()
+            lone = self._timings.returned(trio.current_time(), frame.step, sent, results)
+            self._keep_pace(lone)
         for result in results:
             self._deliver(result)
         self._wake.set()
@@ -253,7 +295,10 @@ class Head:
         self._scheduler.copied(frame.event, stage, frame.failed)
         self._wake.set()
 
-    def _keep_pace(self) -> None:
+    def _keep_pace(self, lone_pass: float | None) -> None:
+        if lone_pass is not None:
+            self._speculation.passed(lone_pass)
+            self._policy.guesses = self._speculation.most()
         positions = self._timings.positions_within(PACE_S)
         if positions is not None:
             most = self._policy.config.step_tokens
@@ -301,24 +346,49 @@ class Head:
         client = self._clients.pop(number, None)
         if client is not None:
             del self._numbers[client.peer, client.request]
+            self._unclaim(client.peer, client.tokens)
         return client
 
     async def run(self) -> None:
         """Send steps as the scheduler gives them, until cancelled."""
         with self.cancel_scope:
-            while True:
-                step = self._next_step()
-                if step is None:
-                    self._wake = trio.Event()
-                    with trio.move_on_after(STEP_DEADLINE_S / 4):
-                        await self._wake.wait()
-                    self._check_deadline()
-                else:
-                    self._sent_at[step.number] = trio.current_time()
-                    alone = len(self._sent_at) == 1
-                    self._timings.sent(step.number, step.rows, alone=alone)
-                    await self._feed(self._self_id, self._frame(step), self._body(step))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_deadlines)
+                await self._send_steps()
         self.close_session("the plan no longer has this pipeline")
+
+    async def _send_steps(self) -> None:
+        while True:
+            step = self._next_step()
+            if step is None:
+                self._wake = trio.Event()
+                with trio.move_on_after(STEP_DEADLINE_S / 4):
+                    await self._wake.wait()
+                self._check_progress()
+            else:
+                self._sent_at[step.number] = trio.current_time()
+                alone = len(self._sent_at) == 1
+                self._timings.sent(step.number, step.rows, alone=alone)
+                await self._feed(self._self_id, self._frame(step), self._body(step))
+
+    async def _watch_deadlines(self) -> None:
+        """A task of its own, since sending may take as long as a step does."""
+        while True:
+            self._expire()
+            self._sooner = trio.Event()
+            due = self._scheduler.next_deadline if self._scheduler else math.inf
+            with trio.move_on_at(due):
+                await self._sooner.wait()
+
+    def _expire(self) -> None:
+        scheduler, now = self._scheduler, trio.current_time()
+        if scheduler is None or now < scheduler.next_deadline:
+            return
+        queued = set(scheduler.queued)
+        for number in scheduler.expire(now):
+            state = "waiting for its turn" if number in queued else "being worked on"
+            self._fail(number, f"deadline: its time was over while it was {state}")
+        self._wake.set()
 
     def _next_step(self) -> PlannedStep | None:
         if self._scheduler is None:
@@ -328,7 +398,7 @@ class Head:
             self._fail(number, reason)
         return step
 
-    def _check_deadline(self) -> None:
+    def _check_progress(self) -> None:
         now = trio.current_time()
         oldest = min(self._sent_at.values(), default=None)
         if oldest is not None and now - oldest > STEP_DEADLINE_S:
@@ -356,129 +426,3 @@ class Head:
     @staticmethod
     def _body(step: PlannedStep) -> Buffer:
         return array("i", step.tokens).tobytes()
-
-
-class HeadHost:
-    """All pipelines whose stage 0 is on this node."""
-
-    def __init__(self, network: Network, feed: Feed) -> None:
-        self._network = network
-        self._feed = feed
-        self._heads: dict[str, Head] = {}
-        self._outboxes: dict[str, trio.MemorySendChannel[Output]] = {}
-        self._nursery: trio.Nursery | None = None
-        network.serve(SUBMIT, self._submit)
-
-    @property
-    def running(self) -> int:
-        return sum(head.running for head in self._heads.values())
-
-    @property
-    def waiting(self) -> int:
-        return sum(head.waiting for head in self._heads.values())
-
-    def figures(self) -> dict[str, HeadFigures]:
-        """What has been measured of every headed pipeline, by its id."""
-        return {key: head.figures for key, head in self._heads.items()}
-
-    def loads(self) -> dict[str, int]:
-        """How many requests every headed pipeline holds, by its id."""
-        return {key: head.running + head.waiting for key, head in self._heads.items()}
-
-    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            while True:
-                await trio.sleep(HEARTBEAT_S)
-                for head in list(self._heads.values()):
-                    head.heartbeat()
-
-    def apply(self, plan: Plan) -> None:
-        """Follow a new plan: pipelines it keeps go on, others are closed or begun."""
-        assert self._nursery is not None, "run must have started"
-        me = self._network.peer_id
-        wanted = {
-            pipeline.id: pipeline
-            for model in plan.models
-            for pipeline in model.all_pipelines
-            if pipeline.head == me
-        }
-        for key in self._heads.keys() - wanted.keys():
-            self._heads.pop(key).cancel_scope.cancel()
-        for key in wanted.keys() - self._heads.keys():
-            head = Head(wanted[key], self._feed, self._emit, me)
-            self._heads[key] = head
-            self._nursery.start_soon(head.run)
-
-    def follow(self, members: Members) -> None:
-        """Look at the cluster anew; call it whenever a record or a member's state changed."""
-        for head in self._heads.values():
-            head.follow(members)
-
-    def connection_lost(self, peer: str) -> None:
-        """The network lost a peer for now; call `follow` afterwards to open new sessions."""
-        for head in self._heads.values():
-            head.connection_lost(peer)
-
-    def peer_gone(self, peer: str) -> None:
-        """`peer` is dead or has left: its requests are nobody's now."""
-        outbox = self._outboxes.pop(peer, None)
-        if outbox is not None:
-            outbox.close()
-        for head in self._heads.values():
-            head.cancel_all_of(peer)
-
-    async def _submit(self, peer: str, submission: Submission) -> Accepted:
-        head = self._heads.get(submission.pipeline)
-        if head is None:
-            raise CallFailed("unknown-pipeline", "this node does not head that pipeline (any more)")
-        return head.submit(peer, submission)
-
-    def cancel(self, peer: str, frame: Cancel) -> None:
-        for head in self._heads.values():
-            head.cancel(peer, frame.request)
-
-    def sampled(self, peer: str, frame: Sampled) -> None:
-        head = self._heads.get(frame.pipeline)
-        if head is not None and peer == head.pipeline.tail:
-            head.sampled(frame)
-
-    def copied(self, peer: str, frame: Copied) -> None:
-        head = self._heads.get(frame.pipeline)
-        nodes = [stage.node for stage in head.pipeline.stages] if head is not None else []
-        if head is not None and peer in nodes:
-            head.copied(nodes.index(peer), frame)
-
-    def nack(self, peer: str, frame: Nack) -> None:
-        head = self._heads.get(frame.pipeline)
-        if head is not None and any(stage.node == peer for stage in head.pipeline.stages):
-            head.nack(frame)
-
-    def _emit(self, peer: str, output: Output) -> None:
-        """Hand tokens to the ingress' own sender, so that a slow ingress holds back nobody else."""
-        outbox = self._outboxes.get(peer)
-        if outbox is None:
-            assert self._nursery is not None
-            outbox, queue = trio.open_memory_channel[Output](OUTBOX_FRAMES)
-            self._outboxes[peer] = outbox
-            self._nursery.start_soon(self._send_outputs, peer, queue)
-        try:
-            outbox.send_nowait(output)
-        except trio.WouldBlock:
-            log.warning("ingress %s does not keep up; its requests are dropped here", peer)
-            self.peer_gone(peer)
-
-    async def _send_outputs(self, peer: str, queue: "trio.MemoryReceiveChannel[Output]") -> None:
-        async for output in queue:
-            for pause in OUTPUT_RETRIES_S:
-                try:
-                    await self._network.send(peer, output)
-                    break
-                except NetworkError as error:
-                    # Sending twice is harmless: tokens carry their index.
-                    log.warning("cannot bring tokens to ingress %s: %s", peer, error)
-                    await trio.sleep(pause)
-            else:
-                self.peer_gone(peer)
-                return

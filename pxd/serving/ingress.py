@@ -5,6 +5,7 @@ plan that is superseded), it submits prompt + generated again and the client's s
 sampling depends on seed and position alone, so the answer is the one an undisturbed run gives.
 """
 
+import contextlib
 import logging
 import math
 import secrets
@@ -30,11 +31,14 @@ from pxd.serving.requests import (
     InvalidRequest,
     Message,
     NotReady,
+    Overloaded,
     RequestError,
 )
 from pxd.serving.router import find_model, pick_pipeline, refuse_stopped
 from pxd.serving.signal import Signal
-from pxd.wire import Cancel, Output, Sampling
+from pxd.serving.terms import Terms
+from pxd.settings import DEFAULT_REQUEST_TIMEOUT_S
+from pxd.wire import MAX_TIMEOUT_S, Cancel, Output, Sampling
 
 log = logging.getLogger("pxd.serving.ingress")
 
@@ -47,6 +51,9 @@ STALL_S = 60.0
 PATIENCE_S = 120.0
 HOPELESS_S = 5.0
 RECENTLY_S = 60.0
+WORD_S = 1.0
+"""How long after the deadline the head may still say why it was not kept."""
+
 RETRY_S = (0.05, 0.2, 0.5, 1.0)
 MAX_EXECUTOR_DEATHS = 3
 MAX_FRUITLESS = 15
@@ -83,12 +90,14 @@ class ChatIngress:
         plan: Callable[[], Plan | None],
         members: Callable[[], Members],
         changed: Signal,
+        request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S,
     ) -> None:
         self.network = network
         self.models = models
         self.plan = plan
         self.members = members
         self.changed = changed
+        self._request_timeout = request_timeout
         self._attempts: dict[str, _Attempt] = {}
         self._ready: set[str] = set()
         self._ready_until: dict[str, float] = {}
@@ -100,7 +109,11 @@ class ChatIngress:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                # Answers that are left during the daemon's own end cancel nothing any more.
+                self._nursery = None
 
     def apply(self, plan: Plan) -> None:
         """Follow a new plan: have its tokenizers ready before somebody asks."""
@@ -115,7 +128,23 @@ class ChatIngress:
             log.warning("this node cannot take requests for %s: %s", name, error)
 
     async def chat(
-        self, model: str | None, messages: tuple[Message, ...], generation: Generation
+        self,
+        model: str | None,
+        messages: tuple[Message, ...],
+        generation: Generation,
+        client: str = "",
+    ) -> "ChatAnswer":
+        terms = Terms(generation, client, self._request_timeout)
+        with trio.move_on_at(terms.deadline):
+            return await self._begin(model, messages, generation, terms)
+        raise terms.over("no pipeline had taken it")
+
+    async def _begin(
+        self,
+        model: str | None,
+        messages: tuple[Message, ...],
+        generation: Generation,
+        terms: Terms,
     ) -> "ChatAnswer":
         planned = find_model(self.plan(), model)
         refuse_stopped(planned)
@@ -138,7 +167,7 @@ class ChatIngress:
                 param="messages",
                 code="context_length_exceeded",
             )
-        answer = ChatAnswer(self, planned, tokenizer, prompt, generation, room)
+        answer = ChatAnswer(self, planned, tokenizer, prompt, generation, room, terms)
         await answer.place(PATIENCE_S if self._worth_waiting(planned) else 0.0, first=True)
         return answer
 
@@ -230,6 +259,7 @@ class ChatAnswer:
         prompt: list[int],
         generation: Generation,
         room: int,
+        terms: Terms,
     ) -> None:
         self.id = secrets.token_hex(12)
         self.model = model.name
@@ -239,6 +269,7 @@ class ChatAnswer:
         self._tokens = list(prompt)
         self._fingerprint = model.fingerprint
         self._room = room
+        self._terms = terms
         self._wanted = generation.max_tokens
         self._limit = 0
         self._eos = tuple(dict.fromkeys((*tokenizer.eos, *generation.stop_token_ids)))
@@ -270,7 +301,7 @@ class ChatAnswer:
         """Submit what there is so far to a ready pipeline; wait for one for `patience` seconds.
 
         A new request does not wait long for a model that the plan has no pipeline for. Raises
-        `NotReady`, `InvalidRequest`, `UnknownModel`, `GenerationFailed`.
+        `NotReady`, `InvalidRequest`, `UnknownModel`, `GenerationFailed`, `DeadlineExceeded`.
         """
         began = trio.current_time()
         tries = 0
@@ -279,12 +310,21 @@ class ChatAnswer:
             try:
                 await self._submit()
                 return
-            except NotReady:
+            except NotReady as error:
+                tries += 1
+                if first and isinstance(error, Overloaded) and tries >= self._choices():
+                    raise
                 if trio.current_time() >= began + min(patience, self._hope(first=first)):
                     raise
-            with trio.move_on_after(RETRY_S[min(tries, len(RETRY_S) - 1)]):
+                pause = RETRY_S[min(tries, len(RETRY_S)) - 1]
+                if self._terms.left <= pause:
+                    raise self._terms.over(str(error)) from error
+            with trio.move_on_after(pause):
                 await changed.wait()
-            tries += 1
+
+    def _choices(self) -> int:
+        """How many pipelines may take the request."""
+        return len(find_model(self._ingress.plan(), self.model).all_pipelines)
 
     def _hope(self, *, first: bool) -> float:
         """How many seconds of waiting make sense, as the plan is."""
@@ -302,6 +342,9 @@ class ChatAnswer:
         self._limit = min(DEFAULT_MAX_TOKENS, self._room, max(kv_room, 1))
 
     async def _submit(self) -> None:
+        timeout = min(self._terms.left, MAX_TIMEOUT_S)
+        if timeout <= 0:
+            raise self._terms.over("it could not be submitted in time")
         model = find_model(self._ingress.plan(), self.model)
         if model.fingerprint != self._fingerprint:
             raise GenerationFailed(f"{self.model} was replaced by other weights of the same name")
@@ -320,6 +363,9 @@ class ChatAnswer:
             max_new=self._limit - self._generated,
             sampling=self._sampling,
             eos=self._eos,
+            priority=self._terms.priority,
+            timeout=timeout,
+            client=self._terms.client,
         )
         try:
             await self._ingress.network.call(
@@ -330,6 +376,8 @@ class ChatAnswer:
             self._drop_attempt(cancel=False)
             if error.code == "never-fits":
                 raise InvalidRequest(str(error), param="max_tokens") from error
+            if error.code == "overloaded":
+                raise Overloaded(str(error)) from error
             raise NotReady(f"the head of the pipeline refused: {error}", retry_after=2) from error
         except NetworkError as error:
             self._failures[pipeline.id] += 1
@@ -343,6 +391,8 @@ class ChatAnswer:
     async def _recover(self, reason: str) -> None:
         self._failures[self._pipeline] += 1
         self._drop_attempt(cancel=True)
+        if self._terms.left <= 0:
+            raise self._terms.over(f"{reason}, with {self._generated} tokens generated")
         self._executor_deaths += reason.startswith("executor-died")
         if self._executor_deaths >= MAX_EXECUTOR_DEATHS:
             raise GenerationFailed(
@@ -367,9 +417,13 @@ class ChatAnswer:
         attempt = self._attempt
         if attempt is None:
             raise GenerationFailed("the answer was left already")
-        with trio.move_on_after(STALL_S):
+        with contextlib.suppress(trio.WouldBlock):
+            # For who reads slowly, all may be here though the time is over.
+            return attempt.outputs.receive_nowait()
+        patience = max(min(STALL_S, self._terms.left + WORD_S), 0.0)
+        with trio.move_on_after(patience):
             return await attempt.outputs.receive()
-        return Output(request=attempt.name, index=0, failure=f"no word for {STALL_S:g} s")
+        return Output(request=attempt.name, index=0, failure=f"no word for {patience:g} s")
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while True:

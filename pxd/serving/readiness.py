@@ -1,17 +1,21 @@
 """Whether a pipeline of the plan can take requests, from what its nodes say of themselves."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from pxd.cluster.adoption import Members as Members
 from pxd.cluster.plans import PipelinePlan, StagePlan
 from pxd.cluster.records import NodeRecord, StageReport
+from pxd.serving.speculation import Costs
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     """`states` has one word per stage. `lost` is set when a node is gone, so waiting is vain until
     there is another plan. `kv_tokens` is the capacity of the smallest stage once `ready`, and
     `prefix_cache` says whether all of them can begin a request with what another one has left;
-    `tier_slots` is the size of the smallest second tier, in blocks."""
+    `tier_slots` is the size of the smallest second tier, in blocks. `trims` says whether all can
+    take positions back, and `costs` what has been measured of them."""
 
     ready: bool
     lost: bool
@@ -20,6 +24,8 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int
     prefix_cache: bool
     tier_slots: int
+    trims: bool
+    costs: Costs
 
 
 def stage_report(record: NodeRecord, pipeline: str) -> StageReport | None:
@@ -60,4 +66,13 @@ def readiness(pipeline: PipelinePlan, members: Members) -> Readiness:
         kv_tokens=min(report.kv_tokens for report in reports) if ready else 0,
         prefix_cache=ready and all(report.prefix_cache for report in reports),
         tier_slots=min(report.tier_slots for report in reports) if ready else 0,
+        trims=ready and all(report.trims for report in reports),
+        costs=Costs(
+            decode_s=_sum_of_known([report.decode_s for report in reports]),
+            prefill_s=_sum_of_known([report.prefill_s for report in reports]),
+        ),
     )
+
+
+def _sum_of_known(figures: Sequence[float]) -> float:
+    return sum(figures) if all(figures) else 0.0

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import trio
 
 from pxd.cluster.records import NodeRecord
-from pxd.serving.head import HeadHost
+from pxd.serving.heads import HeadHost
 from pxd.serving.stage import StageHost
 from pxd.serving.survey import Survey
 from pxd.serving.timings import links_to_publish
@@ -57,3 +57,4 @@ class LoadReport:
             if links is not told:
                 told_at = now
                 self._records.update(links=links)
+            self._stages.follow_links(links)

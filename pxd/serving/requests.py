@@ -32,8 +32,16 @@ class NotReady(RequestError):
         self.retry_after = retry_after
 
 
+class Overloaded(NotReady):
+    """As many requests wait as may."""
+
+
 class GenerationFailed(RequestError):
-    """The cluster accepted the request and could not bring it home within its deadline."""
+    """The cluster accepted the request and could not bring it home."""
+
+
+class DeadlineExceeded(GenerationFailed):
+    """The time that the request was given is over."""
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -48,7 +56,9 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     generation_config.json says, else 1, 1, 0 (off) and 0 (off). `seed` None lets the ingress draw
     one. `stop` strings and `stop_token_ids` end the answer and are not part of it; before
     `min_tokens` tokens no end-of-sequence token and none of `stop_token_ids` can be drawn, but a
-    stop string still ends the answer. The rest is as in `pxd.wire.Sampling`.
+    stop string still ends the answer. A request of a lower `priority` goes first. The answer must
+    be complete within `timeout` seconds; None, or more than that, means the daemon's own limit. The
+    rest is as in `pxd.wire.Sampling`.
     """
 
     max_tokens: int | None = None
@@ -65,6 +75,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    priority: int = 0
+    timeout: float | None = None
 
 
 class ScoredPiece(msgspec.Struct, frozen=True):
@@ -99,7 +111,8 @@ class Answer(Protocol):
     """An accepted request. Iterate to its end, or leave the context to cancel it everywhere.
 
     `model` is the served model's full name and `prompt_tokens` the length of the templated prompt.
-    Iteration raises `GenerationFailed`. `recoveries` counts resubmissions after failures.
+    Iteration raises `GenerationFailed` or `DeadlineExceeded`. `recoveries` counts resubmissions
+    after failures.
     """
 
     id: str
@@ -116,9 +129,14 @@ class Answer(Protocol):
 
 class Ingress(Protocol):
     async def chat(
-        self, model: str | None, messages: tuple[Message, ...], generation: Generation
+        self,
+        model: str | None,
+        messages: tuple[Message, ...],
+        generation: Generation,
+        client: str = "",
     ) -> Answer:
         """Template, tokenise and route a chat. Model None means the one being served.
 
-        Raises `UnknownModel`, `InvalidRequest`, `NotReady`.
+        Clients, told apart by a name of at most 32 characters, take turns. Raises `UnknownModel`,
+        `InvalidRequest`, `NotReady`, `Overloaded`, `DeadlineExceeded`.
         """

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,7 @@ import msgspec
 import trio
 
 from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan, StagePlan, spare_stages
-from pxd.cluster.records import StageReport
+from pxd.cluster.records import PeerLink, StageReport
 from pxd.executors.protocol import (
     ExecutorDied,
     ExecutorError,
@@ -20,16 +21,18 @@ from pxd.executors.protocol import (
     MemoryReport,
     Progress,
     StageInfo,
+    StepResult,
 )
 from pxd.models.errors import ModelError
 from pxd.p2p.network import Network, NetworkError
+from pxd.serving.coding import choose_coding
 from pxd.serving.timings import HeadFigures, StageTimings, figures_to_publish
-from pxd.wire import Buffer, Copied, Frame, Nack, NackCode, Sampled, Step, Tensor
+from pxd.settings import WireDtype
+from pxd.wire import Buffer, Coding, Copied, Frame, Nack, NackCode, Sampled, Step
 
 log = logging.getLogger("pxd.serving.stage")
 
-INBOX_STEPS = 64
-OUTBOX_STEPS = 8
+MAX_UNDER_WAY = 64
 RETRY_FAILED_S = 30.0
 FETCH_SHARE = 0.5
 BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -42,8 +45,8 @@ class RunningExecutor(Protocol):
     pid: int
 
     async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo: ...
-    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]: ...
-    async def release(self, requests: tuple[int, ...]) -> None: ...
+    def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None: ...
+    def send_as(self, coding: Coding | None) -> None: ...
     async def memory(self) -> MemoryReport: ...
     async def wait_died(self) -> str: ...
 
@@ -51,6 +54,7 @@ class RunningExecutor(Protocol):
     def copied(self) -> "trio.MemoryReceiveChannel[Copied]": ...
 
 
+_Result = tuple[Step, Sampled | Nack | tuple[Step, Buffer] | ExecutorError]
 OpenExecutor = Callable[[], AbstractAsyncContextManager[RunningExecutor]]
 FindDirectory = Callable[[str, int, int, Progress], Awaitable[Path]]
 
@@ -74,13 +78,15 @@ class StageRunner:
         self.stage = stage
         self.cancel_scope = trio.CancelScope()
         self.finished = trio.Event()
-        self._send_step, self._steps = trio.open_memory_channel[tuple[Step, Buffer, float]](
-            INBOX_STEPS
-        )
-        self._session = -1
-        self._requests: set[int] = set()
-        self._current: Step | None = None
+        self._executor: RunningExecutor | None = None
+        self._room = trio.Semaphore(MAX_UNDER_WAY)
+        self._running: deque[tuple[Step, float]] = deque()
+        # Unbounded: each has a place in `_room`.
+        self._send_result, self._results = trio.open_memory_channel[_Result](math.inf)
+        self._idle_since = 0.0
         self._timings = StageTimings()
+        self._hidden_bytes = 0
+        self._told_coding: Coding | None = None
         self._published_at = -math.inf
         self.bind(pipeline)
         self.report = StageReport(
@@ -89,6 +95,7 @@ class StageRunner:
             start=stage.start,
             end=stage.end,
             state="loading",
+            coding=self._coding,
         )
 
     @property
@@ -103,12 +110,25 @@ class StageRunner:
         self.pipeline = pipeline
         self.sender = nodes[index - 1] if index else self.stage.node
         self._next = nodes[index + 1] if index + 1 < len(nodes) else None
+        self._coding = choose_coding(self._host.wire_dtype) if self._next else None
 
     def rebind(self, pipeline: PipelinePlan) -> None:
         self.bind(pipeline)
-        self._session = -1
         # How fast the old pipeline was as a whole says nothing about this one.
-        self._set(pipeline=pipeline.id, **msgspec.structs.asdict(HeadFigures()))
+        head = msgspec.structs.asdict(HeadFigures())
+        self._set(pipeline=pipeline.id, coding=self._coding, **head)
+
+    def follow_links(self, bandwidths: Mapping[str, float]) -> None:
+        """`bandwidths` to other nodes in GB/s, as far as they are measured."""
+        if self._next is not None:
+            self._coding = choose_coding(
+                self._host.wire_dtype,
+                self._coding,
+                hidden_bytes=self._hidden_bytes,
+                bandwidth=bandwidths.get(self._next, 0.0),
+                position_s=self._timings.prefill_s or self._timings.decode_s,
+            )
+            self._set(coding=self._coding)
 
     def _set(self, **changes: object) -> None:
         report = msgspec.structs.replace(self.report, **changes)
@@ -134,11 +154,34 @@ class StageRunner:
         self._set(requests=requests)
 
     async def feed(self, step: Step, body: Buffer) -> None:
-        """Queue a step; waits while `INBOX_STEPS` are queued already."""
+        """Have the executor run a step; waits while `MAX_UNDER_WAY` are under way already."""
+        try:
+            self._room.acquire_nowait()
+        except trio.WouldBlock:
+            await self._room.acquire()
         if self.report.state != "ready":
+            self._room.release()
             await self._nack(step, "not-ready", self.report.reason or self.report.state)
-        else:
-            await self._send_step.send((step, body, trio.current_time()))
+            return
+        self._running.append((step, trio.current_time()))
+        # Where the executor has died, all of its steps are answered for together.
+        with contextlib.suppress(ExecutorDied):
+            if self._executor is not None:
+                if self._told_coding != self._coding:
+                    self._executor.send_as(self._coding)
+                    self._told_coding = self._coding
+                self._executor.submit(step, body, self._take)
+
+    def _take(self, result: StepResult) -> None:
+        """What became of the oldest step that the executor has."""
+        if isinstance(result, ExecutorDied):
+            return
+        step, arrived = self._running.popleft()
+        now = trio.current_time()
+        if not isinstance(result, (Nack, ExecutorError)):
+            self._timings.add(step.rows, now - max(arrived, self._idle_since))
+        self._idle_since = now
+        self._send_result.send_nowait((step, result))
 
     async def run(self) -> None:
         """Serve until `cancel_scope` is cancelled."""
@@ -146,6 +189,7 @@ class StageRunner:
             with self.cancel_scope:
                 await self._keep_running()
         finally:
+            self._lose()
             self.finished.set()
 
     async def _keep_running(self) -> None:
@@ -202,8 +246,9 @@ class StageRunner:
             info = await executor.load(
                 spec, lambda done: self._progress(FETCH_SHARE + done * (1 - FETCH_SHARE))
             )
-            self._requests.clear()
             self._timings = StageTimings()
+            self._hidden_bytes, self._told_coding = info.hidden_bytes, None
+            self._executor = executor
             log.info("stage %s is ready (executor pid %d)", self._label(), executor.pid)
             self._set(
                 state="ready",
@@ -211,17 +256,17 @@ class StageRunner:
                 kv_tokens=info.kv_tokens,
                 prefix_cache=info.prefix_cache,
                 tier_slots=info.tier_slots,
+                trims=info.trims,
                 reason="",
             )
-            async with trio.open_nursery() as nursery:
-                results, outgoing = trio.open_memory_channel[Sampled | tuple[Step, Buffer]](
-                    OUTBOX_STEPS
-                )
-                nursery.start_soon(self._forward, outgoing)
-                nursery.start_soon(self._execute, executor, results)
-                nursery.start_soon(self._report_copies, executor)
-                death = await executor.wait_died()
-                nursery.cancel_scope.cancel()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._pass_on)
+                    nursery.start_soon(self._report_copies, executor)
+                    death = await executor.wait_died()
+                    nursery.cancel_scope.cancel()
+            finally:
+                self._executor = None
             raise ExecutorDied(death)
 
     def _progress(self, done: float) -> None:
@@ -229,73 +274,29 @@ class StageRunner:
         if done - self.report.progress >= 0.05 or done >= 1.0:
             self._set(progress=min(max(done, 0.0), 1.0))
 
-    async def _execute(
-        self,
-        executor: RunningExecutor,
-        results: "trio.MemorySendChannel[Sampled | tuple[Step, Buffer]]",
-    ) -> None:
-        while True:
-            idle_since = trio.current_time()
-            step, body, arrived = await self._steps.receive()
-            self._current = step
-            try:
-                result = await self._run_step(executor, step, body)
-            except ExecutorDied:
-                return  # `wait_died` says so too, and what follows is the same for both.
-            except ExecutorError as error:
-                await self._nack(step, "executor-failed", str(error))
+    async def _pass_on(self) -> None:
+        async for step, result in self._results:
+            self._room.release()
+            if step.pipeline != self.pipeline.id:
+                await self._nack(step, "unknown-pipeline", "this stage serves another pipeline now")
+            elif isinstance(result, Nack):
+                await self._nack(step, result.code, result.reason, result.requests)
+            elif isinstance(result, ExecutorError):
+                await self._nack(step, "executor-failed", str(result))
             else:
-                if isinstance(result, Nack):
-                    await self._nack(step, result.code, result.reason, result.requests)
-                else:
-                    took = trio.current_time() - max(arrived, idle_since)
-                    self._timings.add(step.rows, took)
-                    await results.send(result)
-            self._current = None
+                await self._send(step, result)
 
-    async def _follow_session(self, executor: RunningExecutor, step: Step) -> None:
-        """Keep track of open requests, so that a head that lost its memory leaks nothing here."""
-        if step.session != self._session:
-            if self._requests:
-                await executor.release(tuple(self._requests))
-            self._requests.clear()
-            self._session = step.session
-        self._requests.difference_update(step.releases)
-        self._requests.update(opening.request for opening in step.openings)
-
-    async def _run_step(
-        self, executor: RunningExecutor, step: Step, body: Buffer
-    ) -> Sampled | Nack | tuple[Step, Buffer]:
-        if step.pipeline != self.pipeline.id:
-            return Nack(
-                pipeline=step.pipeline,
-                session=step.session,
-                step=step.step,
-                code="unknown-pipeline",
-                reason="this stage serves another pipeline now",
-            )
-        await self._follow_session(executor, step)
-        if step.rows or step.store or step.load:
-            return await executor.step(step, body)
-        await executor.release(step.releases)
-        if self._next is None:
-            return Sampled(pipeline=step.pipeline, session=step.session, step=step.step, tokens=())
-        return msgspec.structs.replace(step, tensor=Tensor("i32", (0,))), b""
-
-    async def _forward(
-        self, outgoing: "trio.MemoryReceiveChannel[Sampled | tuple[Step, Buffer]]"
-    ) -> None:
-        async for result in outgoing:
-            try:
-                if isinstance(result, Sampled):
-                    await self._host.network.send(self.pipeline.head, result)
-                else:
-                    await self._host.network.send(self._next or self.pipeline.head, *result)
-            except NetworkError as error:
-                if isinstance(result, Sampled):
-                    log.warning("the head of %s is unreachable: %s", self._label(), error)
-                else:
-                    await self._nack(result[0], "unreachable", f"next stage: {error}")
+    async def _send(self, step: Step, result: Sampled | tuple[Step, Buffer]) -> None:
+        try:
+            if isinstance(result, Sampled):
+                await self._host.network.send(self.pipeline.head, result)
+            else:
+                await self._host.network.send(self._next or self.pipeline.head, *result)
+        except NetworkError as error:
+            if isinstance(result, Sampled):
+                log.warning("the head of %s is unreachable: %s", self._label(), error)
+            else:
+                await self._nack(step, "unreachable", f"next stage: {error}")
 
     async def _report_copies(self, executor: RunningExecutor) -> None:
         async for copied in executor.copied:
@@ -311,14 +312,20 @@ class StageRunner:
         await self._host.nack(self.pipeline.head, step, code, reason, requests)
 
     async def _nack_lost(self, reason: str) -> None:
-        """Answer for the step that was running and for those that were queued behind it."""
-        lost = [self._current] if self._current else []
-        self._current = None
+        for step in self._lose():
+            await self._nack(step, "executor-died", reason)
+
+    def _lose(self) -> list[Step]:
+        """Forget the steps that were given to the executor, and return them."""
+        lost = []
         with contextlib.suppress(trio.WouldBlock):
             while True:
-                lost.append(self._steps.receive_nowait()[0])
-        for step in lost:
-            await self._nack(step, "executor-died", reason)
+                lost.append(self._results.receive_nowait()[0])
+        lost += [step for step, _ in self._running]
+        self._running.clear()
+        for _ in lost:
+            self._room.release()
+        return lost
 
     def _label(self) -> str:
         return f"{self.model.name} [{self.stage.start}, {self.stage.end})"
@@ -335,6 +342,7 @@ class StageHost:
         report: Callable[[tuple[StageReport, ...]], None],
     ) -> None:
         self.tier_bytes, self.tier_directory = 0, Path()
+        self.wire_dtype: WireDtype = "native"
         self.network = network
         self.open_executor = open_executor
         self.find_directory = find_directory
@@ -352,6 +360,16 @@ class StageHost:
         """Stages that are loaded from now on have a second KV tier of up to `size` bytes each;
         where it is a file, it lies in `directory`."""
         self.tier_bytes, self.tier_directory = size, directory
+
+    def send_as(self, wire_dtype: WireDtype) -> None:
+        """How stages that are set up from now on send hidden states to the next stage."""
+        self.wire_dtype = wire_dtype
+
+    def follow_links(self, links: Iterable[PeerLink]) -> None:
+        """`links` as they are in the node's record; to be called about once a second."""
+        bandwidths = {link.peer: link.bandwidth for link in links}
+        for runner in self._runners.values():
+            runner.follow_links(bandwidths)
 
     def report_changed(self) -> None:
         self._report(tuple(runner.report for runner in self._runners.values()))

@@ -10,7 +10,10 @@ ModelState = Literal["waiting", "loading", "serving", "failed", "stopping"]
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage as its node reports it. `progress` 0..1, meaningful while `state` is loading."""
+    """One stage as its node reports it. `progress` 0..1, meaningful while `state` is loading.
+
+    `wire_dtype` is how it sends hidden states to the next stage: "native", "fp8" or "int8".
+    """
 
     model: str
     pipeline: str
@@ -20,6 +23,7 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     progress: float = 0.0
     restarts: int = 0
     reason: str = ""
+    wire_dtype: str = "native"
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):

@@ -65,7 +65,7 @@ def _prompt_figure() -> Figure:
 
 def is_lone_decode(rows: Sequence[Row]) -> bool:
     """Whether a step draws the next token of one request and does nothing else."""
-    return len(rows) == 1 and rows[0].count == 1 and rows[0].sample
+    return len(rows) == 1 and rows[0].count == 1 and rows[0].draws == 1
 
 
 class StageTimings:
@@ -157,10 +157,14 @@ class PipelineTimings:
             # Steps that failed never return.
             self._positions.pop(step - STEPS_KEPT, None)
 
-    def returned(self, now: float, step: int, sent: float, results: Sequence[Generated]) -> None:
-        """The tokens of `step` are here, which was sent at `sent`."""
-        if step == self._lone_step:
-            self._token.add(now - sent)
+    def returned(
+        self, now: float, step: int, sent: float, results: Sequence[Generated]
+    ) -> float | None:
+        """The tokens of `step` are here, which was sent at `sent`. Returns what it took if it had
+        the pipeline for itself and drew one token."""
+        lone = now - sent if step == self._lone_step else None
+        if lone is not None:
+            self._token.add(lone)
         positions = self._positions.pop(step, 0)
         if positions:
             self._pace.add((now - max(sent, self._last_return)) / positions)
@@ -173,6 +177,7 @@ class PipelineTimings:
                 self._ttft.add(now - submitted)
                 self._prompt.add(prompt)
                 self._lone_prompt = None
+        return lone
 
     def positions_within(self, seconds: float) -> int | None:
         """How many positions of prompts a step may have so that the next one is not held up longer

@@ -39,6 +39,7 @@ def _stages(record: NodeRecord) -> list[StageView]:
             progress=round(report.progress, 3),
             restarts=report.restarts,
             reason=report.reason,
+            wire_dtype=report.coding or "native",
         )
         for report in record.stages
     ]

@@ -85,15 +85,21 @@ class FakeIngress:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str | None, tuple[Message, ...], Generation]] = []
+        self.clients: list[str] = []
         self.answers: list[FakeAnswer] = []
         self.scripts: deque[list[Step]] = deque()
         self.refusals: deque[Exception] = deque()
 
     async def chat(
-        self, model: str | None, messages: tuple[Message, ...], generation: Generation
+        self,
+        model: str | None,
+        messages: tuple[Message, ...],
+        generation: Generation,
+        client: str = "",
     ) -> FakeAnswer:
         await trio.lowlevel.checkpoint()
         self.calls.append((model, messages, generation))
+        self.clients.append(client)
         if model not in (None, "demo"):
             raise UnknownModel(f"The model {model!r} is not served by this cluster")
         if self.refusals:

@@ -4,7 +4,15 @@ import httpx
 import openai
 import pytest
 
-from pxd.serving.requests import Delta, Generation, GenerationFailed, Message, NotReady
+from pxd.serving.requests import (
+    DeadlineExceeded,
+    Delta,
+    Generation,
+    GenerationFailed,
+    Message,
+    NotReady,
+    Overloaded,
+)
 
 from .fakes import LiveServer
 
@@ -137,6 +145,8 @@ def test_defaults(server: LiveServer) -> None:
         ({"logprobs": True}, Generation(logprobs=0)),
         ({"logprobs": False, "top_logprobs": 0}, Generation()),
         ({"extra_body": {"top_k": -1}}, Generation(top_k=0)),
+        ({"extra_body": {"priority": -3}}, Generation(priority=-3)),
+        ({"extra_body": {"timeout": 30}}, Generation(timeout=30.0)),
         (
             {"extra_body": {"min_tokens": 5}, "max_tokens": 5},
             Generation(max_tokens=5, min_tokens=5),
@@ -181,6 +191,42 @@ def test_a_failure_before_the_first_piece_is_an_http_error(
     assert caught.value.code == "generation_failed"
     assert "no pipeline came back" in caught.value.message
     assert server.daemon.ingress.answers[0].left.wait(5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_many_requests(server: LiveServer, client: openai.OpenAI, stream: bool) -> None:
+    server.daemon.ingress.refusals.append(Overloaded("8192 are here already", retry_after=9))
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.chat.completions.create(model="demo", messages=HELLO, stream=stream)
+    assert caught.value.response.headers["retry-after"] == "9"
+    assert caught.value.code == "overloaded"
+    assert "8192 are here already" in caught.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_client_does_not_try_again_when_the_time_is_over(
+    server: LiveServer, stream: bool
+) -> None:
+    server.daemon.ingress.refusals.append(DeadlineExceeded("not done within 5 s"))
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2) as client,
+        pytest.raises(openai.InternalServerError) as caught,
+    ):
+        client.chat.completions.create(model="demo", messages=HELLO, stream=stream)
+    assert caught.value.status_code == 504
+    assert caught.value.code == "deadline_exceeded"
+    assert len(server.daemon.ingress.calls) == 1
+
+
+def test_clients_are_told_apart(server: LiveServer) -> None:
+    names = []
+    for key, user in [("k1", "u"), ("k2", "u"), ("k1", "v"), ("k1", "u")]:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
+            client.chat.completions.create(model="demo", messages=HELLO, user=user)
+        names.append(server.daemon.ingress.clients[-1])
+    assert names[0] == names[3]
+    assert len(set(names)) == 3
+    assert all(len(name) <= 32 for name in names)
 
 
 def test_a_failure_in_mid_stream(server: LiveServer, client: openai.OpenAI) -> None:

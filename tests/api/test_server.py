@@ -228,8 +228,17 @@ def test_surplus_connections_are_refused(
         for connection in (first, second):
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             read_until(connection, b"ok")
+        monkeypatch.setattr(pxd.api.server, "MAX_TURNED_AWAY", 1)
+        monkeypatch.setattr(pxd.api.server, "TURN_AWAY_S", DEADLINE_S)
         with connect(server) as third:
-            assert third.recv(1) == b""
+            read_until(third, b"429")
+            with connect(server) as fourth:
+                assert fourth.recv(1) == b"", "while one is being told, others are not"
+        monkeypatch.setattr(pxd.api.server, "MAX_TURNED_AWAY", 64)
+        response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": []})
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "5"
+        assert response.json()["error"]["code"] == "overloaded"
 
 
 def test_shutdown_lets_a_running_answer_end() -> None:

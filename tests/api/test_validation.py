@@ -63,6 +63,14 @@ def refused(fields: dict[str, Any]) -> InvalidRequest:
         ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
         ({"seed": "x"}, "seed"),
         ({"seed": 1 << 63}, "seed"),
+        ({"n": 0}, "n"),
+        ({"priority": 11}, "priority"),
+        ({"priority": -11}, "priority"),
+        ({"priority": 0.5}, "priority"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": -1}, "timeout"),
+        ({"timeout": 86401}, "timeout"),
+        ({"timeout": "soon"}, "timeout"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"model": 5}, "model"),
@@ -159,6 +167,7 @@ JSON = st.recursive(
 FIELDS = [
     *("temperature", "stop", "seed", "tools", "stream_options", "messages", "n", "logit_bias"),
     *("top_k", "min_tokens", "logprobs", "top_logprobs", "stop_token_ids", "repetition_penalty"),
+    *("priority", "timeout"),
 ]
 
 

@@ -69,7 +69,8 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         *("start", "--model", str(tmp_path), "--join", TICKET, "--data-dir", str(tmp_path)),
         *("--http", "127.0.0.1:0", "--listen", "[::]:9000", "--name", "ben", "--memory", "7.5"),
         *("--max-layers", "4", "--kv-tier", "20", "--priority", "-5", "--no-mdns", "--relay"),
-        *("--log-format", "json"),
+        *("--admission", "reserve", "--request-timeout", "90.5", "--speculate", "off"),
+        *("--wire-dtype", "auto", "--log-format", "json"),
     )
     assert result.exit_code == 0, result.output
     assert node.settings == Settings(
@@ -82,6 +83,10 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         memory=7.5,
         max_layers=4,
         kv_tier=20.0,
+        request_timeout=90.5,
+        admission="reserve",
+        speculate="off",
+        wire_dtype="auto",
         priority=-5,
         mdns=False,
         relay=True,
@@ -98,6 +103,7 @@ def test_defaults(node: FakeNode, default_instance: Path, monkeypatch: pytest.Mo
     assert node.settings.name
     assert node.settings.mdns
     assert not node.settings.relay
+    assert node.settings.wire_dtype == "native"
     assert (node.settings.http, node.settings.listen, node.settings.model) == (None, None, None)
 
 
@@ -145,6 +151,9 @@ def test_an_interrupt_before_the_daemon_is_up(node: FakeNode) -> None:
         ("--listen", "[::1]:70000", "not HOST:PORT"),
         ("--kv-tier", "0", "keep nothing"),
         ("--kv-tier", "inf", "keep nothing"),
+        ("--request-timeout", "0", "not between"),
+        ("--request-timeout", "nan", "not between"),
+        ("--request-timeout", "86401", "not between"),
         ("--memory", "0", "nothing to offer"),
         ("--memory", "-1", "nothing to offer"),
         ("--memory", "nan", "nothing to offer"),

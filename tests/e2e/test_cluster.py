@@ -188,6 +188,15 @@ def test_a_killed_executor_in_the_middle_of_an_answer(three: list[Daemon]) -> No
     assert text == undisturbed
 
 
+def test_hidden_states_travel_as_each_node_was_told(tmp_path: Path) -> None:
+    with cluster(tmp_path, NAMES[:2], *OVER_TWO, "--wire-dtype", "fp8") as daemons:
+        for daemon in daemons:
+            assert daemon.answer("What is 17 + 25?") == "42"
+        nodes = json.loads(daemons[0].pxd("status", "--json").stdout)["nodes"]
+        sent = {stage["start"]: stage["wire_dtype"] for node in nodes for stage in node["stages"]}
+        assert sent == {0: "fp8", 4: "native"}, "the last stage sends none"
+
+
 def test_sigterm_leaves_cleanly(tmp_path: Path) -> None:
     with cluster(tmp_path, NAMES, *OVER_TWO, ready=all_hold(3)) as daemons:
         leaver, stayers = daemons[0], daemons[1:]

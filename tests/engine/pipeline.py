@@ -1,5 +1,8 @@
 """A model of a pipeline that checks every step it is given and answers by arithmetic."""
 
+import random
+from collections.abc import Sequence
+
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.mirror import BlockMirror
 from pxd.engine.scheduler import NewRequest, PlannedStep
@@ -9,12 +12,19 @@ GREEDY = Sampling(temperature=0)
 EOS = 7
 
 
-def request(number: int, tokens: list[int] | range, max_new: int, **more: object) -> NewRequest:
+def request(
+    number: int,
+    tokens: list[int] | range,
+    max_new: int,
+    *,
+    sampling: Sampling = GREEDY,
+    **more: object,
+) -> NewRequest:
     return NewRequest(
         number=number,
         tokens=list(tokens),
         max_new=max_new,
-        sampling=GREEDY,
+        sampling=sampling,
         **more,  # type: ignore[arg-type]
     )
 
@@ -35,6 +45,19 @@ def answer(tokens: list[int] | range, count: int) -> list[int]:
     return known[len(list(tokens)) :]
 
 
+class Oracle:
+    """Guesses right for a while, and then, on purpose, wrong."""
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        dice = random.Random(tokens[-1])
+        count, right = dice.randint(0, most), dice.randint(0, most)
+        wrong = [dice.choice([0, EOS])] * count
+        return [*answer(list(tokens), min(count, right)), *wrong][:count]
+
+    def learn(self, guessed: int, right: int) -> None:
+        assert 0 <= right <= guessed
+
+
 class Pipeline:
     """Runs steps in order, as stages do that keep each request's KV in one piece.
 
@@ -46,6 +69,7 @@ class Pipeline:
         self.mirror = BlockMirror()
         self.pieces: dict[int, list[int]] = {}
         self.open: dict[int, int] = {}
+        self.guessed: dict[int, int] = {}
         self.tables: dict[int, list[int]] = {}
         self.ends = ends or {}
         self.capacity = capacity
@@ -80,6 +104,7 @@ class Pipeline:
     def _forget(self, step: PlannedStep) -> None:
         for request in step.releases:
             self.open.pop(request, None)
+            self.guessed.pop(request, None)
             self.tables.pop(request, None)
         for piece in self.mirror.release(step.releases):
             del self.pieces[piece]
@@ -96,12 +121,16 @@ class Pipeline:
         sampled, offset = [], 0
         for row in step.rows:
             known = self.pieces[self.open[row.request]]
-            assert row.position == len(known)
+            assert 0 <= len(known) - row.position <= self.guessed.pop(row.request, 0)
+            del known[row.position :]
             known.extend(step.tokens[offset : offset + row.count])
             offset += row.count
             assert len(known) <= len(self.tables[row.request]) * BLOCK_TOKENS
-            if row.sample:
-                ends = self.ends.get(row.request) == len(known)
-                token = EOS if ends else next_token(known)
-                sampled.append(SampledToken(row.request, len(known), token))
+            assert row.draws <= row.count
+            for place in range(len(known) - row.draws + 1, len(known) + 1):
+                ends = self.ends.get(row.request) == place
+                token = EOS if ends else next_token(known[:place])
+                sampled.append(SampledToken(row.request, place, token))
+            if row.draws > 1:
+                self.guessed[row.request] = row.draws - 1
         return sampled

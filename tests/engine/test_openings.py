@@ -52,7 +52,7 @@ def test_a_request_that_comes_back_says_what_is_answer_already() -> None:
             openings[opening.request] += 1
             prompt = {0: {1, 2}, 1: {5, 6}}[opening.request]
             assert told(opening.history) == (prompt, Counter(answers[opening.request]))
-        drawn = [SampledToken(r.request, r.position + 1, r.position) for r in step.rows if r.sample]
+        drawn = [SampledToken(r.request, r.position + 1, r.position) for r in step.rows if r.draws]
         for result in scheduler.step_done(step.number, drawn):
             answers[result.request] += result.tokens
     assert openings == {0: 1, 1: 2}
@@ -94,7 +94,7 @@ def test_the_largest_history_fits_into_a_header_that_is_full_otherwise() -> None
         wire.Opening(1, sampling, 0, (), History(prompt=(127,) * MAX_OPENING_COST)),
         wire.Opening(2, sampling, 0, (1 << 40,) * 8192, History((2,) * half, (2,) * half)),
     ]
-    rows = [wire.Row(request, 100_000, 1, True) for request in range(256)]
+    rows = [wire.Row(request, 100_000, 1, 1) for request in range(256)]
     step = PlannedStep(1, tuple(rows), (1,) * 256, tuple(openings), ())
     wire.encode(frame(step), 1024)
 

@@ -23,11 +23,12 @@ samplings = st.builds(
     top_k=st.one_of(st.just(0), st.integers(1, 40)),
     min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
     seed=st.integers(0, (1 << 63) - 1),
-    repetition_penalty=st.one_of(st.just(1.0), st.floats(0.5, 2.0)),
-    presence_penalty=st.one_of(st.just(0.0), st.floats(-2.0, 2.0)),
-    frequency_penalty=st.one_of(st.just(0.0), st.floats(-2.0, 2.0)),
-    logit_bias=st.dictionaries(tokens, st.floats(-100, 100), max_size=4).map(
-        lambda biases: tuple(biases.items())
+    # Coarse, or they would make a difference in double precision only.
+    repetition_penalty=st.integers(4, 16).map(lambda n: n / 8),
+    presence_penalty=st.integers(-16, 16).map(lambda n: n / 8),
+    frequency_penalty=st.integers(-16, 16).map(lambda n: n / 8),
+    logit_bias=st.dictionaries(tokens, st.integers(-400, 400), max_size=4).map(
+        lambda biases: tuple((token, bias / 4) for token, bias in biases.items())
     ),
     min_length=st.integers(0, 30),
     barred=st.lists(tokens, max_size=VOCABULARY + 2).map(tuple),
@@ -171,6 +172,19 @@ def test_a_sampler_that_went_along_equals_one_that_opens_later(
     assert dict(zip(along.counts.tokens, along.counts.counts, strict=True)) == dict(
         zip(later.counts.tokens, later.counts.counts, strict=True)
     )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_of_a_hundred_is_a_must_and_of_minus_a_hundred_a_ban(temperature: float) -> None:
+    """For logits as models have them."""
+    logits = np.linspace(-20, 20, VOCABULARY).tolist()
+    best = VOCABULARY - 1
+    for position in range(50):
+        for bias, allowed in ((100.0, {0}), (-100.0, set(range(best)))):
+            token = 0 if bias > 0 else best
+            sampling = Sampling(temperature=temperature, seed=1, logit_bias=((token, bias),))
+            [drawn] = draw(Case(logits, sampling, [0] * position, []))
+            assert drawn in allowed
 
 
 def test_only_penalties_need_a_history() -> None:

@@ -1,5 +1,6 @@
 """The step scheduler against a model of the pipeline that checks every step it is given."""
 
+import math
 from collections import deque
 
 import pytest
@@ -51,12 +52,12 @@ def test_the_last_prompt_token_is_a_decode() -> None:
     scheduler.add(request(0, [1, 2, 3], 2))
     first = scheduler.next_step()
     assert first is not None
-    assert [(r.position, r.count, r.sample) for r in first.rows] == [(0, 2, False)]
+    assert [(r.position, r.count, r.draws) for r in first.rows] == [(0, 2, 0)]
     assert scheduler.next_step() is None, "one stage takes one step at a time"
     scheduler.step_done(first.number, [])
     second = scheduler.next_step()
     assert second is not None
-    assert [(r.position, r.count, r.sample) for r in second.rows] == [(2, 1, True)]
+    assert [(r.position, r.count, r.draws) for r in second.rows] == [(2, 1, 1)]
     assert second.tokens == (3,)
 
 
@@ -205,11 +206,26 @@ def test_deadlines_end_requests_in_every_state() -> None:
     assert not scheduler.cancel(0)
 
 
+def test_the_next_deadline_is_that_of_somebody_who_is_still_there() -> None:
+    scheduler = make()
+    assert scheduler.next_deadline == math.inf
+    for number in range(500):
+        scheduler.add(request(number, [1], 5, deadline=float(number)))
+        if number % 5:
+            scheduler.cancel(number)
+    assert scheduler.next_deadline == 0.0
+    assert scheduler.expire(250.0) == list(range(0, 251, 5))
+    assert scheduler.next_deadline == 255.0
+    for number in scheduler.requests:
+        scheduler.cancel(number)
+    assert scheduler.next_deadline == math.inf
+
+
 def order_of_admission(scheduler: Scheduler) -> list[int]:
     """With one request at a time and one token for each."""
     pipeline, order = Pipeline(), []
     while (step := scheduler.next_step()) is not None:
-        order += [row.request for row in step.rows if row.sample]
+        order += [row.request for row in step.rows if row.draws]
         scheduler.step_done(step.number, pipeline.run(step))
     return order
 
@@ -218,7 +234,7 @@ def test_priority_goes_first_but_starves_nobody() -> None:
     scheduler = make(max_running=1)
     scheduler.add(request(0, [1], 1))
     for number in range(1, 30):
-        scheduler.add(request(number, [1], 1, priority=5))
+        scheduler.add(request(number, [1], 1, priority=-5))
     order = order_of_admission(scheduler)
     assert order[0] == 1
     assert order.index(0) == OLDEST_EVERY - 1
@@ -236,6 +252,70 @@ def test_sources_take_turns() -> None:
     assert order[:1] == [0]
 
 
+def test_urgency_does_not_shut_out_other_sources() -> None:
+    """However much one source has queued before, and however urgent it says that it is."""
+    scheduler = make(max_running=1)
+    for number in range(400):
+        scheduler.add(request(number, [1], 1, source="flood", priority=-10))
+    for number in range(400, 410):
+        scheduler.add(request(number, [1], 1, source="calm", priority=10))
+    order = order_of_admission(scheduler)
+    assert max(order.index(number) for number in range(400, 410)) < 40
+
+
+def test_of_one_source_the_urgent_go_first_also_when_it_is_given_its_share() -> None:
+    scheduler = make(max_running=1)
+    for number in range(40):
+        scheduler.add(request(number, [1], 1, source="one", priority=number % 2))
+    for number in range(40, 80):
+        scheduler.add(request(number, [1], 1, source="two"))
+    order = order_of_admission(scheduler)
+    urgent = [order.index(number) for number in range(0, 40, 2)]
+    assert sum(urgent) < sum(order.index(number) for number in range(1, 40, 2))
+    assert max(urgent) < 60
+
+
+def test_clients_of_a_source_take_turns() -> None:
+    scheduler = make(max_running=1)
+    for number in range(20):
+        scheduler.add(request(number, [1], 1, source="s", client="crowd"))
+    for number in range(20, 23):
+        scheduler.add(request(number, [1], 1, source="s", client="single"))
+    order = order_of_admission(scheduler)
+    assert max(order.index(number) for number in (20, 21, 22)) < 8
+
+
+def test_a_source_is_not_given_more_for_having_many_clients() -> None:
+    scheduler = make(max_running=1)
+    for number in range(50):
+        scheduler.add(request(number, [1], 1, source="many", client=f"c{number}"))
+    for number in range(50, 60):
+        scheduler.add(request(number, [1], 1, source="one", client="c"))
+    order = order_of_admission(scheduler)
+    assert max(order.index(number) for number in range(50, 60)) < 30
+
+
+def test_urgent_requests_do_not_make_the_same_one_give_way_for_ever() -> None:
+    """Before it has read its prompt again, somebody more urgent always needs its blocks."""
+    scheduler = make(
+        6 * BLOCK_TOKENS, admission="preempt", prefix_cache=False, prefill_chunk=1, step_tokens=64
+    )
+    pipeline = Pipeline(capacity=6)
+    scheduler.add(request(0, [0] * 200, 1))
+    finished: set[int] = set()
+    urgent = 0
+    for number in range(3000):
+        if number % 37 == 0 and sum(other > 0 for other in scheduler.requests) < 2:
+            urgent += 1
+            scheduler.add(request(urgent, [urgent], 150, priority=-3))
+        step = scheduler.next_step()
+        assert step is not None
+        results = scheduler.step_done(step.number, pipeline.run(step))
+        finished |= {result.request for result in results if result.finish}
+    assert 0 in finished
+    assert len(finished) > 10
+
+
 def test_a_common_prefix_is_computed_once() -> None:
     scheduler, pipeline = make(), Pipeline()
     common = list(range(1000, 1000 + 2 * BLOCK_TOKENS))
@@ -246,7 +326,7 @@ def test_a_common_prefix_is_computed_once() -> None:
     assert first is not None
     [opening] = first.openings
     assert (opening.cached, len(opening.hits)) == (2 * BLOCK_TOKENS, 2)
-    assert [(row.position, row.sample) for row in first.rows] == [(2 * BLOCK_TOKENS, True)]
+    assert [(row.position, row.draws) for row in first.rows] == [(2 * BLOCK_TOKENS, 1)]
     scheduler.step_done(first.number, pipeline.run(first))
     # The second one has taken the blocks over; a third one meanwhile gets copies.
     scheduler.add(request(2, [*common, 3], 3))
@@ -272,7 +352,7 @@ def test_shared_blocks_are_held_by_all_who_use_them() -> None:
     for _ in range(2):
         step = scheduler.next_step()
         assert step is not None
-        sampled = [SampledToken(0, len(common) + 1, 9)] if step.rows[0].sample else []
+        sampled = [SampledToken(0, len(common) + 1, 9)] if step.rows[0].draws else []
         scheduler.step_done(step.number, sampled)
     used = pool(scheduler).used
     scheduler.add(request(1, [*common, 2], 30))

@@ -9,9 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
 from pxd.engine.continuous import Continuous, ContinuousConfig
 from pxd.engine.scheduler import NeverFits, QueueFull, Scheduler
-from pxd.wire import SampledToken
+from pxd.wire import MAX_GUESSES, SampledToken
 
-from .pipeline import EOS, Pipeline, answer, request
+from .pipeline import EOS, Oracle, Pipeline, answer, request
 
 MAX_WAITING = 12
 
@@ -41,7 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.begin_with(config, Pipeline(capacity=blocks))
 
     def begin_with(self, config: ContinuousConfig, pipeline) -> None:
-        self.policy = Continuous(config)
+        self.policy = Continuous(config, Oracle)
         self.scheduler = Scheduler(self.policy, max_waiting=MAX_WAITING)
         self.pipeline = pipeline
         self.flying: deque[tuple[int, list[SampledToken]]] = deque()
@@ -91,6 +91,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.prompts[number] = [], 0, None
         self.ended[number] = "refused"
+
+    @rule(most=st.sampled_from([0, 1, 4, MAX_GUESSES]))
+    def guesses_are_made(self, most: int) -> None:
+        self.policy.guesses = most
 
     @precondition(lambda self: self.flying)
     @rule(count=st.integers(1, 3))

@@ -149,6 +149,28 @@ def check_random_batches(path: Path, description: ModelDescription, model: Any) 
         check(number)
 
 
+# Whose caches keep all positions, and so can forget the last ones.
+TRIMS = {"qwen3", "llama", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gemma2"}
+
+
+def check_guesses(path: Path, description: ModelDescription, model: Any, *, trims: bool) -> None:
+    """Several positions in one pass, of which those behind a wrong guess are taken back."""
+    for cuts in choose_cuts(description):
+        pipeline = Pipeline.load(path, description.layers, cuts)
+        assert pipeline.trims == trims, f"cuts {cuts}: {pipeline.trims}"
+        for number, prompt in enumerate(PROMPTS if trims else ()):
+            text = prompt + expected(model, prompt, 24)
+            pipeline.prefill(number, prompt)
+            place = len(prompt) - 1
+            for count, right in ((5, 5), (9, 2), (3, 1), (1, 1), (16, 7), (4, 4)):
+                wrong = [(token + 1) % VOCABULARY for token in text[place + right :]]
+                tokens = [*text[place : place + right], *wrong][:count]
+                drawn = pipeline.step([(number, place, tokens, count)])
+                wanted = text[place + 1 : place + 1 + right]
+                assert list(drawn[:right]) == wanted, f"cuts {cuts}: {drawn}, not {wanted}"
+                place += right
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("architecture")
@@ -175,6 +197,7 @@ def main() -> None:
     if arguments.dtype == "float32" and not arguments.quantize:
         check_batches(path, description, model)
         check_random_batches(path, description, model)
+        check_guesses(path, description, model, trims=arguments.architecture in TRIMS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A worker without a model, for tests of the process around it: `python fake_worker.py FD`.
 
 Its engine does what the pipeline name of a step says: ``echo``, ``sleep:SECONDS``, ``exit:CODE``,
-``reject``, ``forward``.
+``reject``, ``forward``; ``copy`` reports a copy, ``coding`` forwards in the coding said last.
 """
 
 import os
@@ -24,13 +24,13 @@ from pxd.executors.protocol import (
 )
 from pxd.executors.slots import Report
 from pxd.executors.worker import serve
-from pxd.wire import Buffer, Copied, Step
+from pxd.wire import Buffer, Coding, Copied, Step, Tensor
 
 
 class FakeEngine:
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.released: list[int] = []
+        self.coding: Coding | None = None
 
     def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
         if spec.path == "/refused":
@@ -57,17 +57,19 @@ class FakeEngine:
             raise StepRejected("unknown-request", "never heard of it", (7,))
         elif action == "forward":
             return step.tensor, bytes(body)
+        elif action == "coding":
+            return Tensor("f32", (0, 0), self.coding), b""
         elif action == "copy" and step.store:
             copied = Copied(pipeline=step.pipeline, session=step.session, event=step.store.event)
             # Its own thread, and this step's reply after it or before it.
             threading.Thread(target=self.report, args=(copied,)).start()
-        return tuple(100 + row.request for row in step.rows if row.sample)
+        return tuple(100 + row.request for row in step.rows if row.draws)
 
-    def release(self, requests: tuple[int, ...]) -> None:
-        self.released.extend(requests)
+    def send_as(self, coding: Coding | None) -> None:
+        self.coding = coding
 
     def memory(self) -> MemoryReport:
-        return MemoryReport(active=sum(self.released), resident=1, requests=len(self.released))
+        return MemoryReport(active=0, resident=1, requests=0)
 
 
 class FakeBackend:

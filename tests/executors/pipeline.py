@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.protocol import LoadSpec
-from pxd.wire import Buffer, History, Opening, Row, Sampling, Step, Tensor
+from pxd.executors.protocol import LoadSpec, StageInfo
+from pxd.wire import Buffer, Coding, History, Opening, Row, Sampling, Step, Tensor
 
 GREEDY = Sampling(temperature=0)
 
@@ -19,28 +19,32 @@ GREEDY = Sampling(temperature=0)
 class Pipeline:
     """Stages in order. Hidden states travel as bytes, so nothing is shared by accident."""
 
-    def __init__(self, engines: Sequence[MlxEngine]) -> None:
+    def __init__(self, engines: Sequence[MlxEngine], infos: Sequence[StageInfo]) -> None:
         self.engines = list(engines)
+        self.trims = all(info.trims for info in infos)
         self._steps = itertools.count()
         self._open: set[int] = set()
 
     @classmethod
-    def load(cls, path: Path, layers: int, cuts: Sequence[int] = ()) -> "Pipeline":
-        engines = []
+    def load(
+        cls, path: Path, layers: int, cuts: Sequence[int] = (), coding: Coding | None = None
+    ) -> "Pipeline":
+        engines, infos = [], []
         for start, end in itertools.pairwise([0, *cuts, layers]):
             engines.append(MlxEngine())
             spec = LoadSpec(path=str(path), start=start, end=end, kv_bytes=1 << 30)
-            engines[-1].load(spec, lambda _: None)
-        return cls(engines)
+            infos.append(engines[-1].load(spec, lambda _: None))
+            engines[-1].send_as(coding)
+        return cls(engines, infos)
 
     def step(
         self,
-        rows: Sequence[tuple[int, int, Sequence[int], bool]],
+        rows: Sequence[tuple[int, int, Sequence[int], int]],
         samplings: dict[int, Sampling] | None = None,
         releases: Sequence[int] = (),
         histories: dict[int, History | None] | None = None,
     ) -> tuple[Any, ...]:
-        """Run rows of (request, position, tokens, sample); returns the sampled tokens."""
+        """Run rows of (request, position, tokens, draws); returns the drawn tokens."""
         tokens = np.array([token for row in rows for token in row[2]], "<i4")
         new = dict.fromkeys(row[0] for row in rows if row[0] not in self._open)
         self._open -= set(releases)
@@ -49,7 +53,7 @@ class Pipeline:
             pipeline="p",
             session=1,
             step=next(self._steps),
-            rows=tuple(Row(r, position, len(t), sample) for r, position, t, sample in rows),
+            rows=tuple(Row(r, position, len(t), int(draws)) for r, position, t, draws in rows),
             tensor=Tensor("i32", tokens.shape),
             openings=tuple(
                 Opening(r, (samplings or {}).get(r, GREEDY), history=(histories or {}).get(r))

@@ -19,7 +19,7 @@ from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import ExecutorError, LoadSpec, Scored, StepRejected
 from pxd.models.describe import describe_checkpoint
-from pxd.wire import History, Opening, Row, Sampling, Step, Tensor
+from pxd.wire import Coding, History, Opening, Row, Sampling, Step, Tensor
 from tests.executors.pipeline import GREEDY, Pipeline
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
@@ -79,14 +79,16 @@ def edited_copy(source: Path, target: Path, edit: Editor) -> Path:
 @pytest.mark.parametrize(
     ("rows", "openings", "code", "names"),
     [
-        ([Row(9, 0, 1, True)], [], "unknown-request", (9,)),
-        ([Row(1, 3, 1, True)], [], "bad-step", (1,)),
-        ([Row(1, 5, 1, True)], [], "bad-step", (1,)),
-        ([Row(2, 1, 1, True)], [2], "bad-step", (2,)),
-        ([Row(1, 4, 1, True)], [1], "bad-step", (1,)),
-        ([Row(2, 0, 1, True)], [2, 2], "bad-step", (2,)),
-        ([Row(1, 4, 1, True), Row(1, 5, 1, True)], [], "bad-step", (1,)),
-        ([Row(1, 4, 1, False), Row(1, 4, 1, True)], [], "bad-step", (1,)),
+        ([Row(9, 0, 1, 1)], [], "unknown-request", (9,)),
+        ([Row(1, 3, 1, 1)], [], "bad-step", (1,)),
+        ([Row(1, 5, 1, 1)], [], "bad-step", (1,)),
+        ([Row(2, 1, 1, 1)], [2], "bad-step", (2,)),
+        ([Row(1, 4, 1, 1)], [1], "bad-step", (1,)),
+        ([Row(2, 0, 1, 1)], [2, 2], "bad-step", (2,)),
+        ([Row(1, 4, 1, 1), Row(1, 5, 1, 1)], [], "bad-step", (1,)),
+        ([Row(1, 4, 1, 0), Row(1, 4, 1, 1)], [], "bad-step", (1,)),
+        ([Row(1, 4, 2, 3)], [], "bad-step", (1,)),
+        ([Row(1, 4, 2, 2), Row(1, 5, 1, 1)], [], "bad-step", (1,)),
     ],
 )
 def test_a_step_that_does_not_fit_is_rejected_and_harms_nobody(
@@ -94,19 +96,19 @@ def test_a_step_that_does_not_fit_is_rejected_and_harms_nobody(
 ) -> None:
     engine = load(model)
     tensor, body = tokens(4)
-    engine.step(make_step([Row(1, 0, 4, False)], tensor, [1]), body)
+    engine.step(make_step([Row(1, 0, 4, 0)], tensor, [1]), body)
     tensor, body = tokens(sum(row.count for row in rows))
     error = rejected(engine, make_step(rows, tensor, openings), body)
     assert (error.code, error.requests) == (code, names)
     assert engine.memory().requests == 1
     tensor, body = tokens(1)
-    assert len(engine.step(make_step([Row(1, 4, 1, True)], tensor), body)) == 1
+    assert len(engine.step(make_step([Row(1, 4, 1, 1)], tensor), body)) == 1
 
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY, 2**31 - 1])
 def test_token_ids_outside_the_vocabulary_are_rejected(model: Path, token: int) -> None:
     tensor, body = tokens(2, token)
-    error = rejected(load(model), make_step([Row(1, 0, 2, True)], tensor, [1]), body)
+    error = rejected(load(model), make_step([Row(1, 0, 2, 1)], tensor, [1]), body)
     assert (error.code, error.requests) == ("bad-step", (1,))
 
 
@@ -115,8 +117,35 @@ def test_token_ids_outside_the_vocabulary_are_rejected(model: Path, token: int) 
 )
 def test_hidden_states_of_another_shape_or_type_are_rejected(model: Path, tensor: Tensor) -> None:
     engine = load(model, 2, 4)
-    step = make_step([Row(1, 0, 2, False)], tensor, [1])
+    step = make_step([Row(1, 0, 2, 0)], tensor, [1])
     assert rejected(engine, step, bytes(tensor.nbytes)).code == "bad-step"
+
+
+@pytest.mark.parametrize("coding", ["fp8", "int8"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
+def test_scales_that_are_none_are_rejected_and_harm_nobody(
+    model: Path, coding: Coding, scale: float
+) -> None:
+    engine = load(model, 2, 4)
+    tensor = Tensor("f32", (2, 64), coding)
+    body = np.array([1, scale], "<f4").tobytes() + bytes(128)
+    error = rejected(engine, make_step([Row(1, 0, 2, False)], tensor, [1]), body)
+    assert (error.code, error.requests) == ("bad-step", (1,))
+    body = np.array([1, 0], "<f4").tobytes() + bytes(128)
+    engine.step(make_step([Row(1, 0, 2, False)], tensor, [1]), body)
+    assert engine.memory().requests == 1
+
+
+def test_hidden_states_are_coded_as_was_said_last(model: Path) -> None:
+    engine = load(model, 0, 2)
+    tensor, body = tokens(2)
+    sent: list[Tensor] = []
+    for position, coding in enumerate([None, "fp8", "int8", None]):
+        engine.send_as(coding)
+        opened = [] if position else [1]
+        step = make_step([Row(1, 2 * position, 2, False)], tensor, opened)
+        sent.append(engine.step(step, body)[0])
+    assert sent == [Tensor("f32", (2, 64), coding) for coding in (None, "fp8", "int8", None)]
 
 
 def test_a_step_beyond_the_kv_budget_is_rejected(model: Path) -> None:
@@ -127,17 +156,17 @@ def test_a_step_beyond_the_kv_budget_is_rejected(model: Path) -> None:
     )
     assert info.kv_tokens == 10
     tensor, body = tokens(8)
-    engine.step(make_step([Row(1, 0, 8, False)], tensor, [1]), body)
+    engine.step(make_step([Row(1, 0, 8, 0)], tensor, [1]), body)
     tensor, body = tokens(3)
-    step = make_step([Row(2, 0, 3, False)], tensor, [2])
+    step = make_step([Row(2, 0, 3, 0)], tensor, [2])
     assert rejected(engine, step, body).code == "bad-step"
-    released = make_step([Row(2, 0, 3, False)], tensor, [2], releases=[1])
+    released = make_step([Row(2, 0, 3, 0)], tensor, [2], releases=[1])
     assert engine.step(released, body) == ()
 
 
 def test_nothing_runs_before_a_load() -> None:
     tensor, body = tokens(1)
-    step = make_step([Row(1, 0, 1, True)], tensor, [1])
+    step = make_step([Row(1, 0, 1, 1)], tensor, [1])
     assert rejected(MlxEngine(), step, body).code == "not-ready"
 
 
@@ -145,7 +174,7 @@ def test_a_step_without_rows_releases_and_answers(model: Path) -> None:
     tensor, body = tokens(4)
     empty = make_step([], Tensor("i32", (0,)), releases=[1, 99])
     for engine, answer in ((load(model), ()), (load(model, 0, 3), (Tensor("i32", (0,)), b""))):
-        engine.step(make_step([Row(1, 0, 4, False)], tensor, [1]), body)
+        engine.step(make_step([Row(1, 0, 4, 0)], tensor, [1]), body)
         assert engine.memory().requests == 1
         assert engine.step(empty, b"") == answer
         assert engine.memory().requests == 0
@@ -155,7 +184,7 @@ def test_releasing_gives_the_memory_back(model: Path) -> None:
     engine = load(model)
     tensor, body = tokens(900)
     before = engine.memory().active
-    engine.step(make_step([Row(1, 0, 900, False)], tensor, [1]), body)
+    engine.step(make_step([Row(1, 0, 900, 0)], tensor, [1]), body)
     held = engine.memory().active - before
     assert held >= 900 * sum(describe(model).kv_bytes_per_token)
     engine.release((1, 2, 3))

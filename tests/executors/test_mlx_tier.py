@@ -235,7 +235,7 @@ def test_absurd_copies_are_reported_as_failed(model: Path, tmp_path: Path) -> No
         pipeline="p",
         session=1,
         step=3,
-        rows=(Row(1, 0, BLOCK_TOKENS, False),),
+        rows=(Row(1, 0, BLOCK_TOKENS, 0),),
         tensor=Tensor("i32", tokens.shape),
     )
     engine.step(filled, tokens.tobytes())

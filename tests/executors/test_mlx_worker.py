@@ -1,5 +1,6 @@
 """The real thing: the demo model in MLX worker processes, through the daemon's side of them."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -17,7 +18,8 @@ from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
 from pxd.models.catalog import DEMO_DIRECTORY
 from pxd.models.chat import ChatTokenizer
 from pxd.serving.requests import Message
-from pxd.wire import Copy, Grant, Opening, Row, Sampled, Sampling, Step, Tensor
+from pxd.wire import Coding, Copy, Grant, Opening, Row, Sampled, Sampling, Step, Tensor
+from tests.executors.steps import run_step
 from tests.models.files import write_model
 from tests.tiny_models import make_tiny_model
 
@@ -38,6 +40,7 @@ class Chain:
     def __init__(self, executors: Sequence[Any]) -> None:
         self.executors = executors
         self._numbers = itertools.count()
+        self.codings: set[Coding | None] = set()
 
     async def step(self, rows: Sequence[Row], tokens: Sequence[int], opened: bool = False) -> Any:
         body: Any = np.array(tokens, "<i4").tobytes()
@@ -52,9 +55,10 @@ class Chain:
             else (),
         )
         for executor in self.executors:
-            answer = await executor.step(result, body)
+            answer = await run_step(executor, result, body)
             if isinstance(answer, tuple):
                 result, body = answer
+                self.codings.add(result.tensor.coding)
             else:
                 result = answer
         assert isinstance(result, Sampled), result
@@ -65,11 +69,11 @@ async def answer_all(chain: Chain, tokenizer: ChatTokenizer, questions: Sequence
     """Ask everything at once, as one batch that shrinks as answers end."""
     prompts = [tokenizer.encode_chat((Message("user", question),)) for question in questions]
     for number, prompt in enumerate(prompts):
-        await chain.step([Row(number, 0, len(prompt) - 1, False)], prompt[:-1], opened=True)
+        await chain.step([Row(number, 0, len(prompt) - 1, 0)], prompt[:-1], opened=True)
     sequences = [list(prompt) for prompt in prompts]
     open_requests = set(range(len(prompts)))
     while open_requests:
-        rows = [Row(n, len(sequences[n]) - 1, 1, True) for n in sorted(open_requests)]
+        rows = [Row(n, len(sequences[n]) - 1, 1, 1) for n in sorted(open_requests)]
         for sampled in await chain.step(rows, [sequences[row.request][-1] for row in rows]):
             if sampled.token in tokenizer.eos:
                 open_requests.discard(sampled.request)
@@ -98,6 +102,30 @@ async def test_the_demo_model_answers_a_batch_through_two_processes() -> None:
     assert report.resident > 0
 
 
+@pytest.mark.parametrize("coding", ["fp8", "int8"])
+@pytest.mark.parametrize("cuts", [(3,), (3, 5)])
+async def test_the_demo_model_answers_right_with_coded_hidden_states(
+    cuts: tuple[int, ...], coding: Coding
+) -> None:
+    """Also where a stage takes what is coded and codes it again."""
+    tokenizer = ChatTokenizer.load(DEMO_DIRECTORY)
+    with trio.fail_after(DEADLINE_S):
+        async with contextlib.AsyncExitStack() as stack:
+            executors = []
+            for start, end in itertools.pairwise((0, *cuts, 8)):
+                executor = await stack.enter_async_context(open_executor("mlx"))
+                spec = LoadSpec(path=str(DEMO_DIRECTORY), start=start, end=end, kv_bytes=1 << 26)
+                info = await executor.load(spec, lambda _: None)
+                assert info.hidden_bytes == info.hidden_size * 2
+                executor.send_as(coding)
+                executors.append(executor)
+            chain = Chain(executors)
+            answers = await answer_all(chain, tokenizer, list(QUESTIONS))
+    for answer, wanted in zip(answers, QUESTIONS.values(), strict=True):
+        assert wanted in answer
+    assert chain.codings == {coding}
+
+
 async def test_a_block_goes_to_the_second_tier_and_comes_back(tmp_path: Path) -> None:
     """Into another request, which then goes on as the first one did."""
     tokens = list(range(1, 1 + BLOCK_TOKENS))
@@ -116,7 +144,7 @@ async def test_a_block_goes_to_the_second_tier_and_comes_back(tmp_path: Path) ->
             tensor=Tensor("i32", (len(fed),)),
             **more,
         )
-        result = await executor.step(step, np.array(fed, "<i4").tobytes())
+        result = await run_step(executor, step, np.array(fed, "<i4").tobytes())
         assert isinstance(result, Sampled), result
         return result
 
@@ -135,13 +163,13 @@ async def test_a_block_goes_to_the_second_tier_and_comes_back(tmp_path: Path) ->
             )
             info = await executor.load(spec, lambda _: None)
             assert info.tier_slots > 3
-            await run(executor, 0, [Row(1, 0, BLOCK_TOKENS, False)], **opened(1))
-            wanted = await run(executor, 1, [Row(1, BLOCK_TOKENS, 1, True)])
+            await run(executor, 0, [Row(1, 0, BLOCK_TOKENS, 0)], **opened(1))
+            wanted = await run(executor, 1, [Row(1, BLOCK_TOKENS, 1, 1)])
             await run(executor, 2, [], store=Copy(0, (1,), (3,)))
             assert (await executor.copied.receive()).failed == ()
             await run(executor, 3, [], load=Copy(1, (5,), (3,)), releases=(1,), **opened(5))
             assert (await executor.copied.receive()).event == 1
-            got = await run(executor, 4, [Row(5, BLOCK_TOKENS, 1, True)])
+            got = await run(executor, 4, [Row(5, BLOCK_TOKENS, 1, 1)])
     assert [t.token for t in got.tokens] == [t.token for t in wanted.tokens]
 
 

@@ -15,6 +15,7 @@ import trio.testing
 from pxd.executors.process import WorkerExecutor, open_executor, worker_environment
 from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
 from pxd.wire import Copy, Nack, Row, Sampled, SampledToken, Step, Tensor
+from tests.executors.steps import run_step
 
 WORKER = Path(__file__).with_name("fake_worker.py")
 DEADLINE_S = 60
@@ -31,7 +32,7 @@ def make_step(action: str, number: int = 0, request: int = 1) -> Step:
         pipeline=action,
         session=3,
         step=number,
-        rows=(Row(request, 5, 2, True),),
+        rows=(Row(request, 5, 2, 1),),
         tensor=Tensor("i32", (2,)),
     )
 
@@ -67,11 +68,24 @@ async def test_copies_are_reported_besides_the_answers() -> None:
             for number in range(20):
                 step = make_step("copy", number)
                 step = msgspec.structs.replace(step, store=Copy(100 + number, (1,), (2,)))
-                result = await executor.step(step, BODY)
+                result = await run_step(executor, step, BODY)
                 assert isinstance(result, Sampled)
                 assert result.step == number
             events = [(await executor.copied.receive()).event for _ in range(20)]
     assert sorted(events) == list(range(100, 120))
+
+
+async def test_a_coding_counts_for_the_steps_behind_it() -> None:
+    answers: list[str | None] = []
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            for coding in (None, "fp8", "int8", None):
+                executor.send_as(coding)
+                result = await run_step(executor, make_step("coding"), BODY)
+                assert isinstance(result, tuple)
+                answers.append(result[0].tensor.coding)
+    assert answers == [None, "fp8", "int8", None]
 
 
 async def test_steps_are_answered_in_order_while_later_ones_wait() -> None:
@@ -81,7 +95,7 @@ async def test_steps_are_answered_in_order_while_later_ones_wait() -> None:
             await executor.load(SPEC, lambda _: None)
 
             async def run(number: int) -> None:
-                result = await executor.step(make_step("echo", number, request=number), BODY)
+                result = await run_step(executor, make_step("echo", number, request=number), BODY)
                 assert isinstance(result, Sampled)
                 assert result.step == number
                 assert result.session == 3
@@ -96,11 +110,11 @@ async def test_steps_are_answered_in_order_while_later_ones_wait() -> None:
 async def test_a_step_before_a_load_and_a_rejected_step_are_answered_with_a_nack() -> None:
     with trio.fail_after(DEADLINE_S):
         async with fake_executor() as executor:
-            early = await executor.step(make_step("echo"), BODY)
+            early = await run_step(executor, make_step("echo"), BODY)
             assert isinstance(early, Nack)
             assert early.code == "not-ready"
             await executor.load(SPEC, lambda _: None)
-            rejected = await executor.step(make_step("reject", 4), BODY)
+            rejected = await run_step(executor, make_step("reject", 4), BODY)
     assert rejected == Nack(
         pipeline="reject",
         session=3,
@@ -115,7 +129,7 @@ async def test_hidden_states_come_back_with_the_step_to_forward() -> None:
     with trio.fail_after(DEADLINE_S):
         async with fake_executor() as executor:
             await executor.load(SPEC, lambda _: None)
-            result = await executor.step(make_step("forward", 9), BODY)
+            result = await run_step(executor, make_step("forward", 9), BODY)
     assert isinstance(result, tuple)
     step, body = result
     assert step == make_step("forward", 9)
@@ -128,7 +142,7 @@ async def test_bodies_larger_than_any_socket_buffer_pass_both_ways_at_once() -> 
         pipeline="forward",
         session=0,
         step=0,
-        rows=(Row(1, 0, 1, False),),
+        rows=(Row(1, 0, 1, 0),),
         tensor=Tensor("f32", (size // 4,)),
     )
     body = os.urandom(size)
@@ -138,7 +152,7 @@ async def test_bodies_larger_than_any_socket_buffer_pass_both_ways_at_once() -> 
             results: list[bytes] = []
 
             async def run() -> None:
-                result = await executor.step(step, body)
+                result = await run_step(executor, step, body)
                 assert isinstance(result, tuple)
                 results.append(bytes(result[1]))
 
@@ -148,23 +162,14 @@ async def test_bodies_larger_than_any_socket_buffer_pass_both_ways_at_once() -> 
     assert results == [body] * 3
 
 
-async def test_releases_take_effect_in_order() -> None:
-    with trio.fail_after(DEADLINE_S):
-        async with fake_executor() as executor:
-            await executor.load(SPEC, lambda _: None)
-            await executor.release((4, 5))
-            report = await executor.memory()
-    assert (report.active, report.requests) == (9, 2)
-
-
 async def test_a_caller_that_is_cancelled_does_not_put_later_replies_out_of_order() -> None:
     with trio.fail_after(DEADLINE_S):
         async with fake_executor() as executor:
             await executor.load(SPEC, lambda _: None)
             with trio.move_on_after(0.01) as scope:
-                await executor.step(make_step("sleep:0.5", 1), BODY)
+                await run_step(executor, make_step("sleep:0.5", 1), BODY)
             assert scope.cancelled_caught
-            result = await executor.step(make_step("echo", 2), BODY)
+            result = await run_step(executor, make_step("echo", 2), BODY)
     assert isinstance(result, Sampled)
     assert result.step == 2
 
@@ -177,7 +182,7 @@ async def test_kill_while_busy_reaches_all_waiters() -> None:
 
             async def wait(number: int) -> None:
                 with pytest.raises(ExecutorDied) as caught:
-                    await executor.step(make_step("sleep:600", number), BODY)
+                    await run_step(executor, make_step("sleep:600", number), BODY)
                 deaths.append(str(caught.value))
 
             async with trio.open_nursery() as nursery:
@@ -203,7 +208,7 @@ async def test_an_exit_is_explained_by_code_and_last_output() -> None:
         async with fake_executor() as executor:
             await executor.load(SPEC, lambda _: None)
             with pytest.raises(ExecutorDied, match=r"exit code 3.*about to leave"):
-                await executor.step(make_step("exit:3"), BODY)
+                await run_step(executor, make_step("exit:3"), BODY)
 
 
 async def test_a_worker_that_hangs_is_killed() -> None:
@@ -221,7 +226,7 @@ async def test_leaving_the_context_ends_the_process_even_in_a_long_step() -> Non
 
                 async def wait() -> None:
                     with pytest.raises(ExecutorDied, match="stopped"):
-                        await executor.step(make_step("sleep:600"), BODY)
+                        await run_step(executor, make_step("sleep:600"), BODY)
 
                 nursery.start_soon(wait)
                 await trio.testing.wait_all_tasks_blocked()
@@ -235,7 +240,7 @@ async def test_cancellation_leaves_no_process() -> None:
             async with fake_executor() as executor:
                 await executor.load(SPEC, lambda _: None)
                 scope.cancel()
-                await executor.step(make_step("sleep:600"), BODY)
+                await run_step(executor, make_step("sleep:600"), BODY)
         assert scope.cancelled_caught
     assert not psutil.pid_exists(executor.pid)
 
@@ -260,13 +265,14 @@ def test_an_unknown_kind_is_refused() -> None:
 
 DAEMON = """
 import sys, trio, trio.testing
+from tests.executors.steps import run_step
 from tests.executors.test_process import SPEC, BODY, fake_executor, make_step
 
 async def main():
     async with fake_executor() as executor:
         await executor.load(SPEC, lambda _: None)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(executor.step, make_step({action!r}), BODY)
+            nursery.start_soon(run_step, executor, make_step({action!r}), BODY)
             await trio.testing.wait_all_tasks_blocked()
             print(executor.pid, flush=True)
             await trio.sleep_forever()

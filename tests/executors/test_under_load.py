@@ -20,6 +20,7 @@ from pxd.engine.continuous import Continuous, ContinuousConfig
 from pxd.engine.scheduler import NewRequest, PlannedStep, Scheduler
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec
+from pxd.executors.rows import draws_of
 from pxd.wire import Buffer, Copied, SampledToken, Sampling, Step, Tensor
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
@@ -68,10 +69,9 @@ class Engines:
                 tensor, body = output
                 body = bytes(body)
                 step = msgspec.structs.replace(step, tensor=tensor)
-        drawn = [row for row in planned.rows if row.sample]
         return [
-            SampledToken(row.request, row.position + row.count, token)
-            for row, token in zip(drawn, output, strict=True)
+            SampledToken(request, position, token)
+            for (request, position), token in zip(draws_of(planned.rows), output, strict=True)
         ]
 
 
@@ -119,14 +119,37 @@ def answer_alone(engines: Engines, request: NewRequest) -> list[int]:
     return tokens
 
 
+class Knowing:
+    """Knows all answers, and errs now and then."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], dice: random.Random) -> None:
+        self.texts, self.dice = texts, dice
+        self.guessed = self.right = 0
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        known = len(tokens)
+        (text,) = [text for text in self.texts if list(text[:known]) == list(tokens)]
+        guesses = list(text[known : known + self.dice.randint(0, most)])
+        if guesses and self.dice.random() < 0.5:
+            guesses[self.dice.randrange(len(guesses))] = self.dice.randrange(VOCABULARY)
+        return guesses
+
+    def learn(self, guessed: int, right: int) -> None:
+        self.guessed += guessed
+        self.right += right
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cuts", "admission", "chunk", "blocks"),
+    ("cuts", "admission", "chunk", "blocks", "guesses"),
     [
-        ((), "reserve", 512, 40),
-        ((2,), "preempt", 1, 12),
-        ((2, 4), "preempt", 37, 12),
-        ((1, 5), "reserve", 64, 12),
+        ((), "reserve", 512, 40, 0),
+        ((2,), "preempt", 1, 12, 0),
+        ((2, 4), "preempt", 37, 12, 0),
+        ((1, 5), "reserve", 64, 12, 0),
+        ((), "preempt", 64, 10, 16),
+        ((3,), "reserve", 512, 20, 5),
+        ((2, 4), "preempt", 37, 10, 16),
     ],
 )
 def test_everybody_gets_what_it_would_get_alone(
@@ -137,20 +160,26 @@ def test_everybody_gets_what_it_would_get_alone(
     admission: Any,
     chunk: int,
     blocks: int,
+    guesses: int,
 ) -> None:
     rng = random.Random(blocks + chunk)
     engines = Engines(model, cuts)
     wanted = alone[:]
+    texts = [[*r.tokens, *a] for r, a in zip(requests, alone, strict=True)]
+    knowing = Knowing(texts, random.Random(chunk))
     policy = Continuous(
         ContinuousConfig(
             kv_tokens=blocks * 64,
-            max_in_flight=len(cuts) + 1,
-            max_running=16,
+            # All of those who run guess while there are no more than this.
+            max_in_flight=6 if guesses else len(cuts) + 1,
+            max_running=8 if guesses else 16,
             prefill_chunk=chunk,
             step_tokens=max(chunk, 16),
             admission=admission,
-        )
+        ),
+        lambda: knowing,
     )
+    policy.guesses = guesses
     scheduler = Scheduler(policy)
     arrivals = deque(requests)
     cancelled = set(rng.sample(range(REQUESTS), 8))
@@ -172,4 +201,5 @@ def test_everybody_gets_what_it_would_get_alone(
                     wanted[result.request] = answers[result.request][:]
     assert answers == dict(enumerate(wanted))
     assert used_again > 0
+    assert (0 < knowing.right < knowing.guessed) == bool(guesses)
     assert policy.pool.used == 0

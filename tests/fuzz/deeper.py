@@ -8,13 +8,15 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
+import mlx.core as mx
 import msgspec
 import trio
 from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectError
 
-from pxd import hardware, identity
+from pxd import hardware, identity, wire
 from pxd.api.door import KickBody, PardonBody, RotateBody, parse_body
 from pxd.api.errors import ApiError
 from pxd.cli.client import Client, StreamFailed, Unreachable
@@ -30,20 +32,25 @@ from pxd.cluster.signing import Signer, evidence, is_proven, seal, unseal
 from pxd.cluster.soundness import flaw
 from pxd.cluster.stamps import ceiling
 from pxd.doctor.findings import Report
+from pxd.executors.mlx.tensors import from_wire
+from pxd.executors.protocol import StepRejected
+from pxd.executors.rows import check_hidden
 from pxd.identity import IdentityError, Keyring, State
 from pxd.models.config import ModelConfig
 from pxd.models.errors import ModelError
 from pxd.p2p.admission import Admission
 from pxd.p2p.keyproof import Exchange, Hello, KeyProof, ProofFailed, Role
+from pxd.p2p.muxer import StreamClosed
 from pxd.p2p.secure import answer, select
 from pxd.p2p.tls import Certificate, owner
 from pxd.serving.door import DoorState, read_bans
 from pxd.serving.status import ClusterStatus
 from pxd.wire import DECODE_ERRORS
 from tests.fuzz.examples import encoded, example
-from tests.fuzz.target import KEY, PEER, Bytes, Target, in_file
+from tests.fuzz.target import KEY, PEER, Bytes, Target, drive, in_file
 
 _NOW = 1.8e9
+HIDDEN = 8
 
 
 class _Trusting:
@@ -137,6 +144,30 @@ def _decoded() -> Iterator[Target]:
     )
     yield Target("plans, judged", _judge, DECODE_ERRORS, encoded(Plan))
     yield Target("doors, taken in", _door, DECODE_ERRORS, encoded(DoorState))
+    yield Target(
+        "hidden states",
+        _hidden_states,
+        (wire.WireError, StreamClosed, StepRejected),
+        [_step(coding) for coding in (None, *get_args(wire.Coding))],
+    )
+
+
+def _step(coding: wire.Coding | None) -> bytes:
+    tensor = wire.Tensor("bf16", (3, HIDDEN), coding)
+    rows = (wire.Row(1, 0, 2, False), wire.Row(2, 5, 1, True))
+    step = wire.Step(pipeline="p", session=1, step=1, rows=rows, tensor=tensor)
+    return wire.encode(step, tensor.nbytes) + bytes(tensor.nbytes)
+
+
+def _hidden_states(data: bytes) -> None:
+    """What an executor does with a step of the stage before it."""
+    step, body = drive(wire.read_frame(Bytes(data).read_exactly, wire.frame_decoder))
+    if isinstance(step, wire.Step) and step.rows:
+        check_hidden(step, body, HIDDEN)
+        array = from_wire(step.tensor, body)
+        mx.eval(array)
+        if array.shape != (sum(row.count for row in step.rows), HIDDEN):
+            raise AssertionError("not one hidden state for each position")
 
 
 class _Gossip:

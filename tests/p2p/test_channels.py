@@ -5,6 +5,7 @@ import ssl
 
 import pytest
 import trio
+import trio.testing
 
 from pxd import wire
 from pxd.p2p import channels
@@ -112,6 +113,36 @@ async def test_frames_to_oneself_are_handled_in_order_even_when_the_handler_send
     await eventually(lambda: len(seen) == 200)
     assert [number for number in seen if number < 1000] == [*range(100)]
     assert [number for number in seen if number >= 1000] == [*range(1000, 1100)]
+
+
+async def test_small_frames_wait_for_a_slow_reader_and_none_is_lost(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    a = await nodes.start()
+    b = await nodes.start(a)
+    at_b = Collector(b)
+    await a.send(b.peer_id, step(0, 0))
+    await at_b.wait_for(1)
+    at_b.gate = trio.Event()
+    total, sent = 4000, 1
+    body = bytes(8000)
+
+    async def press() -> None:
+        nonlocal sent
+        while sent < total:
+            await a.send(b.peer_id, step(sent, 4000), body)
+            sent += 1
+
+    nursery.start_soon(press)
+    await eventually(lambda: sent > 1)
+    before = 0
+    while sent > before:
+        before = sent
+        await trio.testing.wait_all_tasks_blocked(0.1)
+    assert sent < total / 2
+    at_b.gate.set()
+    frames = await at_b.wait_for(total)
+    assert [frame.step for _, frame, _ in frames if isinstance(frame, wire.Step)] == [*range(total)]
 
 
 async def test_a_slow_reader_holds_back_its_sender_and_nobody_else(

@@ -15,8 +15,15 @@ import trio
 
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
 from pxd.cluster.records import NodeRecord, StageReport
-from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec, MemoryReport, StageInfo
-from pxd.serving.head import HeadHost
+from pxd.executors.protocol import (
+    ExecutorDied,
+    ExecutorError,
+    LoadSpec,
+    MemoryReport,
+    StageInfo,
+    StepResult,
+)
+from pxd.serving.heads import HeadHost
 from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
 from pxd.serving.signal import Signal
@@ -24,6 +31,7 @@ from pxd.serving.stage import StageHost
 from pxd.wire import (
     Buffer,
     Cancel,
+    Coding,
     Copied,
     Frame,
     Nack,
@@ -92,6 +100,9 @@ class FakeModels:
         return Path("/models") / name
 
 
+_Submitted = tuple[Step, Buffer, Callable[[StepResult], None]]
+
+
 class ArithmeticExecutor:
     """An executor whose process can be killed with `die`, and held back with `gate`."""
 
@@ -99,11 +110,16 @@ class ArithmeticExecutor:
         self.pid = 0
         self.node = node
         self.caches: dict[int, list[float]] = {}
+        self.guessed: dict[int, int] = {}
         self.send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
+        self._send_step, self._steps = trio.open_memory_channel[_Submitted](math.inf)
+        self.scope = trio.CancelScope()
         self._died = trio.Event()
         self._why = ""
         self._last = False
         self.steps = 0
+        self.coding: Coding | None = None
+        self.sent_as: list[Coding | None] = []
 
     def die(self, why: str) -> None:
         self._why = why
@@ -115,12 +131,35 @@ class ArithmeticExecutor:
             raise ExecutorError(self.node.refuse_load)
         self._last = spec.end == LAYERS
         return StageInfo(
-            layers=spec.end - spec.start, hidden_size=1, weight_bytes=1, kv_tokens=4096
+            layers=spec.end - spec.start,
+            hidden_size=1,
+            weight_bytes=1,
+            kv_tokens=4096,
+            trims=self.node.trims,
+            hidden_bytes=4,
         )
 
     async def wait_died(self) -> str:
         await self._died.wait()
         return self._why
+
+    def send_as(self, coding: Coding | None) -> None:
+        self.coding = coding
+
+    def submit(self, step: Step, body: Buffer, take: Callable[[StepResult], None]) -> None:
+        self._send_step.send_nowait((step, body, take))
+
+    async def run(self) -> None:
+        """Run what is submitted, one after the other, until the process dies."""
+        with self.scope:
+            async for step, body, take in self._steps:
+                try:
+                    result: StepResult = await self.step(step, body)
+                except (ExecutorDied, ExecutorError) as error:
+                    result = error
+                if self._died.is_set():
+                    return
+                take(result)
 
     async def release(self, requests: tuple[int, ...]) -> None:
         for request in requests:
@@ -132,6 +171,9 @@ class ArithmeticExecutor:
     def open(self, step: Step) -> None:
         for opening in step.openings:
             self.caches[opening.request] = []
+
+    def draw(self, values: list[float]) -> int:
+        return sum((i + 1) * int(value) for i, value in enumerate(values)) % VOCABULARY
 
     async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
         await self.node.gate.wait()
@@ -145,12 +187,13 @@ class ArithmeticExecutor:
         sampled, offset = [], 0
         for row in step.rows:
             cache = self.caches[row.request]
-            assert row.position == len(cache)
+            assert 0 <= len(cache) - row.position <= self.guessed.pop(row.request, 0)
+            del cache[row.position :]
             cache.extend(value + 1 for value in values[offset : offset + row.count])
             offset += row.count
-            if row.sample and self._last:
-                total = sum((i + 1) * int(value) for i, value in enumerate(cache))
-                sampled.append(SampledToken(row.request, len(cache), total % VOCABULARY))
+            self.guessed[row.request] = max(row.draws - 1, 0)
+            for place in range(len(cache) - row.draws + 1, len(cache) + 1) if self._last else ():
+                sampled.append(SampledToken(row.request, place, self.draw(cache[:place])))
         if self._last:
             return Sampled(
                 pipeline=step.pipeline,
@@ -158,6 +201,8 @@ class ArithmeticExecutor:
                 step=step.step,
                 tokens=tuple(sampled),
             )
+        if step.rows:
+            self.sent_as.append(self.coding)
         out = array("f", [value + 1 for value in values])
         tensor = Tensor("f32", (len(out), 1))
         return msgspec.structs.replace(step, tensor=tensor), out.tobytes()
@@ -169,7 +214,8 @@ class Member(msgspec.Struct):
 
 
 class ServingNode:
-    """Stage, head and ingress of one node. Its executor takes `pace` seconds per position."""
+    """Stage, head and ingress of one node. Its executor takes `pace` seconds per position, and
+    frames `delay` seconds to reach it."""
 
     def __init__(self, cluster: "ServingCluster", peer_id: str) -> None:
         self.cluster = cluster
@@ -180,7 +226,8 @@ class ServingNode:
         self.gate.set()
         self.refuse_load = ""
         self.executor_type: Callable[[ServingNode], ArithmeticExecutor] = ArithmeticExecutor
-        self.pace = 0.0
+        self.pace = self.delay = 0.0
+        self.trims = True
         self.changed = Signal()
         self.scope = trio.CancelScope()
         self.plan: Plan | None = None
@@ -202,13 +249,18 @@ class ServingNode:
     async def open_executor(self) -> AsyncIterator[ArithmeticExecutor]:
         executor = self.executor_type(self)
         self.executors.append(executor)
-        yield executor
+        self.nursery.start_soon(executor.run)
+        try:
+            yield executor
+        finally:
+            executor.scope.cancel()
 
     def report_stages(self, reports: tuple[StageReport, ...]) -> None:
         self.cluster.update(self.peer_id, stages=reports)
 
     async def on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
         self.cluster.frames.append((peer, self.peer_id, frame))
+        await trio.sleep(self.delay)
         match frame:
             case Step():
                 await self.stages.feed(peer, frame, body)
@@ -225,7 +277,8 @@ class ServingNode:
 
     async def run(self, *, task_status: "trio.TaskStatus[None]") -> None:
         with self.scope:
-            async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as self.nursery:
+                nursery = self.nursery
                 await nursery.start(self.network.run)
                 await nursery.start(self.heads.run)
                 await nursery.start(self.ingress.run)

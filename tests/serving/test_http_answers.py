@@ -1,145 +1,12 @@
-"""From HTTP request to tokens and back: real API, ingress, head and stage, the demo's tokenizer.
+"""What a client is told of its answer: characters, stop strings, log probabilities, parameters."""
 
-Only the model is none: it draws the tokens of a script.
-"""
-
-import contextlib
-import json
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from functools import cache, partial
-from importlib.resources import files
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
-import trio
 
-from pxd.api.app import create_app
-from pxd.api.server import serve
-from pxd.executors.protocol import ExecutorDied
-from pxd.models.chat import ChatTokenizer
-from pxd.wire import Buffer, Logprobs, Nack, Opening, Sampled, Step
-from tests.api.fakes import FakeDaemon
-
-from .harness import ArithmeticExecutor, FakeModels, ServingCluster, ServingNode
-
-BOTH = pytest.mark.parametrize("stream", [False, True])
-
-
-@cache
-def demo() -> ChatTokenizer:
-    return ChatTokenizer.load(Path(str(files("pxd.models") / "demo")))
-
-
-class DemoModels(FakeModels):
-    async def tokenizer(self, name: str) -> ChatTokenizer:  # type: ignore[override]
-        return demo()
-
-
-@dataclass
-class Script:
-    """What the model draws, and what it heard; its process dies once, before token `dies_at`."""
-
-    tokens: list[int]
-    dies_at: int = -1
-    prompt: int = 0
-    openings: list[Opening] = field(default_factory=list)
-
-
-class ScriptedExecutor(ArithmeticExecutor):
-    """Draws the tokens of a script, and then the end. Log probabilities tell the place."""
-
-    def __init__(self, script: Script, node: ServingNode) -> None:
-        super().__init__(node)
-        self.script = script
-
-    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
-        result = await super().step(step, body)
-        assert isinstance(result, Sampled)
-        script = self.script
-        script.openings += step.openings
-        tokens = []
-        for item in result.tokens:
-            script.prompt = script.prompt or item.position
-            place = item.position - script.prompt
-            if place == script.dies_at:
-                script.dies_at = -1
-                self.die("killed by signal 9")
-                raise ExecutorDied("killed by signal 9")
-            token = script.tokens[place] if place < len(script.tokens) else demo().eos[0]
-            scores = Logprobs(-place / 8, ((token, -place / 8), (demo().eos[0], -9.0)))
-            tokens.append(msgspec.structs.replace(item, token=token, logprobs=scores))
-        return msgspec.structs.replace(result, tokens=tuple(tokens))
-
-
-class Client:
-    """Asks one node over HTTP."""
-
-    def __init__(self, http: httpx.AsyncClient, script: Script) -> None:
-        self._http, self.script = http, script
-
-    async def ask(self, *, stream: bool = False, **fields: Any) -> httpx.Response:
-        body = {"messages": [{"role": "user", "content": "go"}], "stream": stream, **fields}
-        return await self._http.post("/v1/chat/completions", json=body)
-
-    async def answer(self, *, stream: bool, **fields: Any) -> "Answer":
-        response = await self.ask(stream=stream, **fields)
-        assert response.status_code == 200, response.text
-        if not stream:
-            choice = response.json()["choices"][0]
-            return Answer(
-                [choice["message"]["content"]], choice["logprobs"], choice["finish_reason"]
-            )
-        *events, done = response.text.removesuffix("\n\n").split("\n\n")
-        assert done == "data: [DONE]"
-        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
-        scores = [choice["logprobs"] for choice in choices if choice["logprobs"]]
-        return Answer(
-            [choice["delta"].get("content", "") for choice in choices],
-            {"content": [entry for item in scores for entry in item["content"]], "refusal": None}
-            if scores
-            else None,
-            choices[-1]["finish_reason"],
-        )
-
-
-class Answer(msgspec.Struct):
-    pieces: list[str]
-    logprobs: dict[str, Any] | None
-    finish: str
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-
-@contextlib.asynccontextmanager
-async def serving(text: str, *, dies_at: int = -1) -> AsyncIterator[Client]:
-    """A model that answers everything with this text."""
-    script = Script(encode(text), dies_at)
-    cluster = ServingCluster("a")
-    node = cluster.nodes["a"]
-    node.executor_type = partial(ScriptedExecutor, script)
-    node.ingress.models = DemoModels()  # type: ignore[assignment]
-    daemon = FakeDaemon()
-    daemon.ingress = node.ingress  # type: ignore[assignment]
-    async with cluster.running(), trio.open_nursery() as nursery:
-        await cluster.ready(cluster.publish("a"))
-        url = await nursery.start(
-            partial(serve, create_app(daemon), "127.0.0.1", 0, shutdown=daemon.shutdown, grace=0.0)
-        )
-        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
-            yield Client(http, script)
-        nursery.cancel_scope.cancel()
-
-
-def encode(text: str) -> list[int]:
-    tokens: list[int] = demo()._tokenizer.encode(text)
-    return tokens
+from .http_harness import BOTH, demo, encode, serving
 
 
 @BOTH
@@ -188,6 +55,47 @@ async def test_nothing_of_a_stop_string_is_sent(
     # Of the token in which the stop string begins, the beginning was sent.
     assert told.startswith(seen.encode())
     assert len(told) == len(seen.encode()) or text == "one two"
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("stops", "seen"),
+    [
+        # Where one begins with another, the shorter is met first.
+        (["THE_END", "THE"], "one two "),
+        (["THE", "THE_END"], "one two "),
+        # Of those that overlap, the one that begins first counts, though it ends last.
+        (["two THE_END", "HE"], "one "),
+        (["wo", "two T", "two X"], "one "),
+        (["E_ENX", "D three", "never"], "one two THE_EN"),
+        (["x", "y", "z", "THE_END three"], "one two "),
+    ],
+)
+async def test_of_several_stop_strings_the_first_to_begin_counts(
+    stops: list[str], seen: str, stream: bool
+) -> None:
+    async with serving("one two THE_END three") as client:
+        answer = await client.answer(stream=stream, stop=stops)
+    assert (answer.text, answer.finish) == (seen, "stop")
+
+
+async def test_text_that_cannot_become_a_stop_string_is_sent_at_once() -> None:
+    """And what might is held back until it is certain, and then sent once."""
+    async with serving("abTHE_EMU") as client:
+        answer = await client.answer(stream=True, stop="THE_END")
+    pieces = [piece for piece in answer.pieces if piece]
+    assert len(pieces) > 2
+    assert not any("THE_END".startswith(piece) for piece in pieces)
+    assert "".join(pieces) == "abTHE_EMU"
+
+
+async def test_a_stop_string_ends_the_answer_also_before_min_tokens() -> None:
+    """Which bars tokens only: text that one is told to end with can come of any of them."""
+    async with serving("one two three") as client:
+        answer = await client.answer(stream=False, stop="two", min_tokens=100)
+    assert (answer.text, answer.finish) == ("one ", "stop")
+    assert client.script.openings[0].sampling.min_length > 100
+    assert client.script.openings[0].sampling.barred == demo().eos
 
 
 @BOTH

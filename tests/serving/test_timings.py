@@ -23,15 +23,15 @@ from pxd.serving.timings import (
 )
 from pxd.wire import Row
 
-DECODE = (Row(1, 7, 1, True),)
+DECODE = (Row(1, 7, 1, 1),)
 
 
 def prefill(count: int, request: int = 1) -> Row:
-    return Row(request, 0, count, False)
+    return Row(request, 0, count, 0)
 
 
 def decode(request: int) -> Row:
-    return Row(request, 7, 1, True)
+    return Row(request, 7, 1, 1)
 
 
 def figure(
@@ -62,7 +62,7 @@ def test_a_figure_leaves_out_the_warm_up_and_waits_for_enough() -> None:
     ("rows", "decode_s", "prefill_s"),
     [
         (DECODE, 0.512, 0),
-        ((Row(1, 7, 1, False),), 0, 0),
+        ((Row(1, 7, 1, 0),), 0, 0),
         ((decode(1), decode(2)), 0, 0),
         ((prefill(63),), 0, 0),
         ((prefill(64),), 0, 0.008),

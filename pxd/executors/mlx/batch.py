@@ -7,24 +7,25 @@ leave are cut out and those who join are appended, by mlx-lm's own batch caches.
 from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from pxd.engine.sampling import Sampler
 from pxd.executors.mlx.stage import Caches
 
 
 class Request:
-    """One request on this stage: `length` positions are in its caches. Only the last stage draws.
+    """One request on this stage: `length` positions are in its caches, of which the last `guessed`
+    may be taken back. Only the last stage draws.
 
     The caches are its own, or while it is in a batch one row of the batch's.
     """
 
-    __slots__ = ("batch", "caches", "length", "number", "sampler")
+    __slots__ = ("batch", "caches", "guessed", "length", "number", "sampler")
 
     def __init__(self, number: int, sampler: Sampler | None, caches: Caches) -> None:
         self.number = number
         self.sampler = sampler
-        self.length = 0
+        self.length = self.guessed = 0
         self.caches: Caches | None = caches
         self.batch: Batch | None = None
 
@@ -79,6 +80,19 @@ def own_caches(request: Request) -> Caches:
     if request.caches is None:
         raise RuntimeError(f"request {request.number} has lost its caches")
     return request.caches
+
+
+def can_take_back(caches: Caches) -> bool:
+    """Whether `take_back` works at any length; a window has overwritten what was before it."""
+    return all(type(cache) is KVCache for cache in caches)
+
+
+def take_back(request: Request, length: int) -> None:
+    """Forget the positions from `length` on."""
+    if length < request.length:
+        for cache in own_caches(request):
+            cache.trim(request.length - length)
+        request.length = length
 
 
 def copy_of(request: Request) -> Caches:

@@ -2,7 +2,8 @@
 
 Rows of several positions, and those that sample nothing, run one by one on the request's own
 caches. Rows that decode one token run as a batch; a single one runs on its own caches and so
-computes exactly what `mlx_lm.generate_step` would.
+computes exactly what `mlx_lm.generate_step` would. Rows with guesses run alone, in one pass over
+all of their positions, which MLX adds up in another order than it does for one: see `_verify`.
 """
 
 import logging
@@ -15,7 +16,14 @@ import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from pxd.engine.sampling import Sampler
-from pxd.executors.mlx.batch import Request, batch_of, drop, own_caches
+from pxd.executors.mlx.batch import (
+    Request,
+    batch_of,
+    can_take_back,
+    drop,
+    own_caches,
+    take_back,
+)
 from pxd.executors.mlx.decode import draw_tokens
 from pxd.executors.mlx.loader import load_stage
 from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
@@ -45,7 +53,7 @@ from pxd.executors.rows import (
 from pxd.executors.slots import Report
 from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError
-from pxd.wire import Buffer, Row, Step, Tensor
+from pxd.wire import Buffer, Coding, Row, Step, Tensor
 
 log = logging.getLogger("pxd.executors.mlx")
 
@@ -73,8 +81,9 @@ class MlxEngine:
         self._prefixes: PrefixStore | None = None
         self._tier: Tier | None = None
         self._session = -1
-        self._batching = False
+        self._batching = self._trims = False
         self._kv_tokens: int | None = None
+        self._coding: Coding | None = None
         self._steps = 0
 
     def load(self, spec: LoadSpec, progress: Progress) -> StageInfo:
@@ -103,6 +112,7 @@ class MlxEngine:
         self._batching = supports_batches(loaded.stage, loaded.dtype)
         if can_share_prefixes(loaded.stage.make_caches()):
             self._prefixes = PrefixStore(self._requests)
+        self._trims = can_take_back(loaded.stage.make_caches())
         mx.clear_cache()
         caches = _used_caches(loaded.stage, loaded.dtype)
         # Counting windows in full promises less than there is, but holds for any mix of requests.
@@ -118,8 +128,10 @@ class MlxEngine:
             hidden_size=loaded.stage.hidden_size,
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
+            hidden_bytes=loaded.stage.hidden_size * loaded.dtype.size,
             prefix_cache=self._prefixes is not None,
             tier_slots=self._tier.slots if self._tier else 0,
+            trims=self._trims,
         )
 
     def step(self, step: Step, body: Buffer) -> StepOutput:
@@ -149,6 +161,9 @@ class MlxEngine:
             raise StepRejected(
                 "executor-failed", f"{type(error).__name__}: {error}", lost
             ) from error
+
+    def send_as(self, coding: Coding | None) -> None:
+        self._coding = coding
 
     def release(self, requests: tuple[int, ...]) -> None:
         """Free requests; unknown ones are ignored."""
@@ -194,7 +209,9 @@ class MlxEngine:
 
     def _check(self, stage: Stage, step: Step, body: Buffer) -> None:
         lengths = {number: request.length for number, request in self._requests.items()}
-        check_rows(step, lengths)
+        guessed = {number: request.guessed for number, request in self._requests.items()}
+        lengths = check_rows(step, lengths, guessed)
+        self._check_guesses(step)
         if self._prefixes is not None:
             self._prefixes.check(step)
         elif any(opening.cached for opening in step.openings):
@@ -207,7 +224,22 @@ class MlxEngine:
         if stage.first:
             check_tokens(step, body, stage.vocabulary)
         else:
-            check_hidden(step, stage.hidden_size)
+            check_hidden(step, body, stage.hidden_size)
+
+    def _check_guesses(self, step: Step) -> None:
+        rows = [row for row in step.rows if row.draws > 1]
+        if rows and not self._trims:
+            raise StepRejected(
+                "bad-step", "this model's caches cannot take guesses back", requests_of(tuple(rows))
+            )
+        histories = {opening.request for opening in step.openings if opening.history is not None}
+        for row in rows:
+            request = self._requests.get(row.request)
+            sampler = request.sampler if request is not None else None
+            if row.request in histories or (sampler is not None and sampler.counts is not None):
+                raise StepRejected(
+                    "bad-step", "penalties depend on what was only guessed", (row.request,)
+                )
 
     def _forget(self, rows: tuple[Row, ...]) -> tuple[int, ...]:
         """Drop the requests of `rows` and all that share a batch with them."""
@@ -225,42 +257,57 @@ class MlxEngine:
 
     def _run(self, stage: Stage, step: Step, body: Buffer) -> StepOutput:
         inputs = from_wire(step.tensor, body)
-        prefills, decodes = self._parts(step.rows)
+        for row in step.rows:
+            # What lies behind a request's own earlier row is not there yet.
+            take_back(self._requests[row.request], row.position)
+            self._requests[row.request].guessed = max(row.draws - 1, 0)
+        prefills, decodes, guesses = self._parts(step.rows)
         outputs: list[tuple[_Part, mx.array]] = []
         for part in prefills:
             outputs.append((part, self._prefill(stage, part, inputs)))
-        tokens: dict[int, Drawn] = {}
+        tokens: dict[int, list[Drawn]] = {}
+        for part in guesses:
+            verified = self._verify(stage, part, inputs)
+            if isinstance(verified, list):
+                tokens[part.begin] = verified
+            else:
+                outputs.append((part, verified))
         for group in self._groups(decodes):
             rows = mx.array([part.begin for part in group])
             decoded = self._decode(stage, group, inputs[rows][:, None])
             if isinstance(decoded, list):
-                tokens.update(zip((part.begin for part in group), decoded, strict=True))
+                tokens.update((p.begin, [t]) for p, t in zip(group, decoded, strict=True))
             else:
                 outputs.extend((part, decoded[i]) for i, part in enumerate(group))
         self._steps += 1
         if prefills or self._steps % CLEAR_CACHE_STEPS == 0:
             mx.clear_cache()
         if stage.last:
-            return tuple(tokens[part.begin] for part in decodes)
+            return tuple(token for begin in sorted(tokens) for token in tokens[begin])
         outputs.sort(key=lambda item: item[0].begin)
         hidden = [output for _, output in outputs]
-        return to_wire(hidden[0] if len(hidden) == 1 else mx.concatenate(hidden))
+        whole = hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
+        return to_wire(whole, self._coding)
 
-    def _parts(self, rows: Sequence[Row]) -> tuple[list[_Part], list[_Part]]:
-        """Split rows into what fills caches and what decodes one token, each in row order."""
-        prefills, decodes = [], []
+    def _parts(self, rows: Sequence[Row]) -> tuple[list[_Part], list[_Part], list[_Part]]:
+        """Split rows into what fills caches, what decodes one token, and what decodes several,
+        each in row order."""
+        prefills: list[_Part] = []
+        decodes: list[_Part] = []
+        guesses: list[_Part] = []
         begin = 0
         for row in rows:
             request, end = self._requests[row.request], begin + row.count
-            # The last position of a long row that samples is a decode like any other: the logits
+            # The last position of a long row that draws is a decode like any other: the logits
             # of the positions before it are never needed.
-            filled = end - 1 if row.sample else end
+            filled = end - row.draws
             if filled > begin:
                 prefills.append(_Part(request, row.position, begin, filled))
-            if row.sample:
-                decodes.append(_Part(request, row.position + row.count - 1, filled, end))
+            if row.draws:
+                part = _Part(request, row.position + row.count - row.draws, filled, end)
+                (decodes if row.draws == 1 else guesses).append(part)
             begin = end
-        return prefills, decodes
+        return prefills, decodes, guesses
 
     def _groups(self, decodes: list[_Part]) -> list[list[_Part]]:
         """Those that can run together. A request without history has nothing to merge yet."""
@@ -278,6 +325,18 @@ class MlxEngine:
         mx.eval(wanted, [cache.state for cache in caches])
         part.request.length += part.end - part.begin
         return output[0]
+
+    def _verify(self, stage: Stage, part: _Part, inputs: mx.array) -> mx.array | list[Drawn]:
+        """Hidden states ``(positions, hidden)``, or on the last stage a token for each position."""
+        request, caches = part.request, own_caches(part.request)
+        output = stage.forward(inputs[part.begin : part.end][None], caches)
+        count = part.end - part.begin
+        request.length += count
+        if not stage.last:
+            mx.eval(output, [cache.state for cache in caches])
+            return output[0]
+        positions = range(part.position + 1, part.position + 1 + count)
+        return draw_tokens(output[0], [request] * count, positions, caches)
 
     def _decode(self, stage: Stage, group: list[_Part], inputs: mx.array) -> mx.array | list[Drawn]:
         """Hidden states ``(rows, 1, hidden)``, or on the last stage tokens, in group order."""

@@ -1,0 +1,23 @@
+"""What a request was promised, and what it promises."""
+
+import trio
+
+from pxd.serving.requests import DeadlineExceeded, Generation
+
+
+class Terms:
+    """How urgent a request is, whose it is, and until when. `deadline` is on trio's clock."""
+
+    def __init__(self, generation: Generation, client: str, limit: float) -> None:
+        self.priority = generation.priority
+        self.client = client
+        self._seconds = limit if generation.timeout is None else min(generation.timeout, limit)
+        self.deadline = trio.current_time() + self._seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds; not above 0 once the time is over."""
+        return self.deadline - trio.current_time()
+
+    def over(self, reason: str) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the request was not done within {self._seconds:g} s: {reason}")

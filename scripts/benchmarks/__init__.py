@@ -1,0 +1,1 @@
+"""What `scripts/bench` measures: pxd beside its peers on this machine."""
