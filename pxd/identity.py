@@ -122,12 +122,21 @@ class Keyring(msgspec.Struct, frozen=True, kw_only=True):
         return other.order > self.order
 
 
+Models = tuple[Count, str, tuple[str, ...], tuple[str, ...]]
+"""Models chosen: stamp, by whom, their names, and those that they replace."""
+
+
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters that must never run backwards, and the model last chosen (stamp, by, name)."""
+    """Counters that must never run backwards, and what people decided while the node ran.
+
+    `choice` (stamp, by, name) is how releases with one model wrote what is in `models` now.
+    """
 
     incarnation: Count = 0
     term: Count = 0
     choice: tuple[Count, str, str] | None = None
+    models: Models | None = None
+    drained: bool = False
 
 
 def write_private(path: Path, data: bytes) -> None:

@@ -18,8 +18,7 @@ from pxd.api.app import create_app
 from pxd.api.server import serve as serve_http
 from pxd.cluster.members import Member
 from pxd.cluster.plans import Plan
-from pxd.cluster.records import Device, ModelChoice, NodeRecord, StageReport
-from pxd.cluster.stamps import ceiling
+from pxd.cluster.records import Device, NodeRecord, StageReport
 from pxd.doctor.doctor import Doctor
 from pxd.doctor.findings import Report
 from pxd.executors import describe_model, open_executor
@@ -34,8 +33,9 @@ from pxd.planning.model import NodeOffer
 from pxd.selfhood import Identity, identify, measured_device, memory_offer
 from pxd.selfhood import StartupError as StartupError
 from pxd.serving.audit import Audit
-from pxd.serving.choice import choose, latest_choice
+from pxd.serving.choice import Choices, from_state
 from pxd.serving.door import Door
+from pxd.serving.drain import Drains
 from pxd.serving.heads import HeadHost
 from pxd.serving.held import Held
 from pxd.serving.hints import hints
@@ -80,7 +80,6 @@ class Node:
         self._http_url = ""
         self._stop = trio.Event()
         self._http_done = trio.Event()
-        self._model_asked = settings.model
         self._expects_peers = bool(settings.join) or settings.files.peers.exists()
         self._lives: dict[str, float] = {}
         self._saving = trio.Lock()
@@ -105,6 +104,10 @@ class Node:
         )
         self.gossip.on_event(self._on_event)
         self.models = ModelSource(describe_model)
+        self.choices = Choices(
+            self.gossip, self._save, self.models.describe, settings.model, time.time
+        )
+        self.drains = Drains(self.network, self._members, self.gossip, self._save)
         self.door = Door(
             self.network, self._members, settings.files, who.ring, who.bans, self._on_door
         )
@@ -131,7 +134,7 @@ class Node:
             self.plans,
             self._office,
             self._members,
-            lambda: self._choice().name,
+            lambda: self.choices.current,
         )
         self._audit = Audit(self.network.peer_id, self._own_offer, self._on_audit)
         self._held = Held(
@@ -150,7 +153,11 @@ class Node:
             self.gossip, self.heads, self.stages, self._survey, self._partners
         )
         self._doctor = Doctor(
-            self.network, self._members, self.status, lambda: [self._choice().name], settings
+            self.network,
+            self._members,
+            self.status,
+            lambda: list(self.choices.current.names),
+            settings,
         )
         self.network.on_frame(self._on_frame, self.stages.expects)
         self.network.on_peer(self._on_peer)
@@ -167,7 +174,8 @@ class Node:
             max_layers=settings.max_layers,
             priority=settings.priority,
             term=state.term,
-            choice=ModelChoice(*state.choice) if state.choice else None,
+            choice=from_state(state),
+            drained=state.drained,
             relay=settings.relay,
             started=time.time(),
         )
@@ -198,7 +206,7 @@ class Node:
             nursery.start_soon(self._audit.run)
             nursery.start_soon(self._survey.run)
             nursery.start_soon(self._report.run)
-            nursery.start_soon(self._remember_choice)
+            nursery.start_soon(self.choices.run, self.changed)
             nursery.start_soon(self._held.run, self.changed)
             with self._announced():
                 started(
@@ -288,13 +296,9 @@ class Node:
     def _office(self) -> Office:
         return Office(held=self.gossip.leads > 0, term=self.gossip.leads)
 
-    def _choice(self) -> ModelChoice:
-        choices = (member.record.choice for member in self.gossip.members.values())
-        return latest_choice(choices, ceiling(time.time()))
-
     def _on_event(self, _event: GossipEvent) -> None:
         """The view of the cluster is another one: everybody who lives by it looks at it anew."""
-        self._follow_choice()
+        self.choices.follow()
         members = self.gossip.members
         lives = {
             peer: member.record.started
@@ -317,26 +321,6 @@ class Node:
             self._ingress.connection_lost(peer)
             self.heads.connection_lost(peer)
             self.heads.follow(self.gossip.members)
-
-    def _follow_choice(self) -> None:
-        own = self.gossip.record
-        choice = self._choice()
-        if self._model_asked is not None and own.seniority > 0:
-            choice = choose(choice, own.id, self._model_asked)
-            self._model_asked = None
-        if choice.stamp > 0 and choice != own.choice:
-            self.gossip.update(choice=choice)
-
-    async def _remember_choice(self) -> None:
-        while True:
-            changed = self.changed.event
-            choice = self.gossip.record.choice
-            if choice is not None:
-                try:
-                    await self._save(choice=(choice.stamp, choice.by, choice.name))
-                except OSError as error:
-                    log.error("cannot remember the chosen model: %s", error)
-            await changed.wait()
 
     async def _on_door(self, ring: identity.Keyring, banned: frozenset[str]) -> None:
         self.network.set_keys(ring)

@@ -10,11 +10,12 @@ from pxd.api.daemon import Daemon
 from pxd.api.door import DoorRoutes
 from pxd.api.errors import HANDLERS, Boundary
 from pxd.api.models import Models
+from pxd.api.operations import OperationRoutes
 
 
 def create_app(daemon: Daemon) -> Starlette:
     chat, models, cluster = ChatCompletions(daemon), Models(daemon), Cluster(daemon)
-    door = DoorRoutes(daemon)
+    door, operations = DoorRoutes(daemon), OperationRoutes(daemon)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
@@ -31,6 +32,10 @@ def create_app(daemon: Daemon) -> Starlette:
             Route("/cluster/kick", door.kick, methods=["POST"]),
             Route("/cluster/pardon", door.pardon, methods=["POST"]),
             Route("/cluster/bans", door.bans),
+            Route("/cluster/drain", operations.drain, methods=["POST"]),
+            Route("/cluster/resume", operations.resume, methods=["POST"]),
+            Route("/cluster/models/use", operations.use, methods=["POST"]),
+            Route("/cluster/models/stop", operations.stop, methods=["POST"]),
         ],
         middleware=[Middleware(Boundary)],
         exception_handlers=HANDLERS,

@@ -28,7 +28,9 @@ class Cluster:
             f"{model.name} is {model.state}" + (f": {model.reason}" if model.reason else "")
             for model in models
         ]
-        reason = "; ".join(reasons) or "the cluster has no plan yet"
+        planned = self._daemon.status().epoch is not None
+        nothing = "no model is chosen to be served" if planned else "the cluster has no plan yet"
+        reason = "; ".join(reasons) or nothing
         return json_response(
             {"status": "not ready", "reason": reason}, 503, {"retry-after": str(RETRY_AFTER_S)}
         )

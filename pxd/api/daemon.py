@@ -3,7 +3,9 @@
 from typing import Protocol
 
 from pxd.doctor.findings import Report
+from pxd.serving.choice import Choices
 from pxd.serving.door import Door
+from pxd.serving.drain import Drains
 from pxd.serving.requests import Ingress
 from pxd.serving.status import ClusterStatus
 from pxd.serving.view import Planning
@@ -16,6 +18,14 @@ class Daemon(Protocol):
     @property
     def door(self) -> Door:
         """The cluster's keys and bans."""
+
+    @property
+    def drains(self) -> Drains:
+        """Which nodes take part in plans."""
+
+    @property
+    def choices(self) -> Choices:
+        """Which models the cluster is to serve."""
 
     @property
     def control_token(self) -> str:

@@ -22,7 +22,8 @@ class Models:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "pxd"}
 
     def _names(self) -> list[str]:
-        return [model.name for model in self._daemon.status().models]
+        models = self._daemon.status().models
+        return [model.name for model in models if model.state != "stopping"]
 
     async def list(self, _: Request) -> Response:
         entries = [self._entry(name) for name in self._names()]

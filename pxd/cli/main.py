@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import pxd
-from pxd.cli import chat, doctor, key, kick, plan, start, status, stop, ticket
+from pxd.cli import chat, doctor, drain, key, kick, models, plan, start, status, stop, ticket
 from pxd.cli.options import with_examples
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
         ("pxd start --join TICKET", "start a node in that cluster"),
         ("pxd status", "see the cluster from any of its nodes"),
         ("pxd chat", "talk to the model"),
+        ("pxd models use NAME", "serve another model beside those served"),
         ("pxd doctor", "find out what is wrong, and what to do"),
         ("pxd plan", "see how fast the cluster should be, and which machine would help"),
     ),
@@ -55,6 +56,9 @@ app.command("plan", help=plan.HELP, short_help="Plan a model for machines.")(pla
 app.command("chat", help=chat.HELP, short_help="Talk to the model.")(chat.chat)
 app.command("doctor", help=doctor.HELP, short_help="Find out what is wrong.")(doctor.doctor)
 app.command("ticket", help=ticket.HELP, short_help="Print what others need to join.")(ticket.ticket)
+app.add_typer(models.app, name="models", help="The models that the cluster serves.")
+app.command("drain", help=drain.HELP, short_help="Take a node out of service.")(drain.drain)
+app.command("resume", help=drain.RESUME_HELP, short_help="Undo a drain.")(drain.resume)
 app.add_typer(key.app, name="key", help="The cluster's key.")
 app.command("kick", help=kick.HELP, short_help="Ban a node from the cluster.")(kick.kick)
 app.command("stop", help=stop.HELP, short_help="Stop the node on this machine.")(stop.stop)

@@ -37,7 +37,8 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """`roles` is empty, "leader", "this node" or both. `words` is the state, with age if bad."""
+    """`roles` is empty or says "leader", "this node", "drained". `words` is the state, with age if
+    bad."""
 
     name: str
     roles: str
@@ -61,7 +62,8 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """`figures` says for each of `pipelines` how fast it is; empty where that is not known."""
+    """`figures` says for each of `pipelines` how fast it is; empty where that is not known.
+    `retiring` go on until others stand in for them."""
 
     name: str
     state: str
@@ -70,6 +72,7 @@ class Model(msgspec.Struct, frozen=True):
     pipelines: list[list[Link]]
     figures: list[str]
     spares: str
+    retiring: list[list[Link]] = []
 
 
 class Overview(msgspec.Struct, frozen=True):
@@ -135,6 +138,7 @@ class _Reader:
             )
             if peer == node.id
         ]
+        roles += ["drained"] if node.drained else []
         bad = node.state != "alive"
         return Node(
             name=self.name(node.id),
@@ -179,6 +183,7 @@ class _Reader:
                 f"{self.name(spare.node)} {layers(spare.start, spare.end)}"
                 for spare in model.spares
             ),
+            retiring=[[self.link(model, stage) for stage in chain] for chain in model.retiring],
         )
 
     def figures(self, figures: PipelineFigures) -> str:

@@ -40,11 +40,19 @@ def _model(model: Model, arrow: str) -> list[list[str]]:
     detail = []
     for links, figures in zip(model.pipelines, model.figures, strict=True):
         detail += [pipeline(links, arrow), *([f"  {figures}"] if figures else [])]
+    detail += [f"retiring: {pipeline(links, arrow)}" for links in model.retiring]
     detail += [f"spare: {model.spares}"] if model.spares else []
     detail += [model.reason] if model.reason else []
     detail = detail or ["-"]
     first = [model.name, model.state, str(model.layers), detail[0]]
     return [first, *(["", "", "", line] for line in detail[1:])]
+
+
+def models(view: Overview, *, arrow: str = "→") -> list[str]:
+    """The models, one line for each of their pipelines."""
+    rows = [row for model in view.models for row in _model(model, arrow)]
+    header = ("MODEL", "STATE", "LAYERS", "PIPELINE")
+    return columns(header, rows or [["-", "waiting", "-", "no plan yet"]])
 
 
 def render(view: Overview, *, arrow: str = "→") -> str:
@@ -59,11 +67,7 @@ def render(view: Overview, *, arrow: str = "→") -> str:
             [_node(node) for node in view.nodes],
         ),
         "",
-        *columns(
-            ("MODEL", "STATE", "LAYERS", "PIPELINE"),
-            [row for model in view.models for row in _model(model, arrow)]
-            or [["-", "waiting", "-", "no plan yet"]],
-        ),
+        *models(view, arrow=arrow),
     ]
     if view.problems:
         lines += ["", *columns(("NODE", "PROBLEM"), view.problems)]

@@ -151,6 +151,9 @@ def _model(model: Model) -> RenderableType:
         lines.append(Padding(_pipeline(links), (0, 0, 0, 2)))
         if figures:
             lines.append(Padding(Text(figures, "bright_black"), (0, 0, 0, 4)))
+    for links in model.retiring:
+        retiring = Text("retiring: ", "bright_black").append_text(_pipeline(links))
+        lines.append(Padding(retiring, (0, 0, 0, 2)))
     if model.spares:
         lines.append(Padding(Text(f"spare: {model.spares}", "bright_black"), (0, 0, 0, 2)))
     if model.reason:

@@ -50,12 +50,12 @@ def fetch(node: str | None, data_dir: Path | None) -> Fetched:
         raise Failed(str(error)) from error
 
 
-def _has_unicode() -> bool:
+def has_unicode() -> bool:
     return sys.stdout.encoding.lower().startswith("utf")
 
 
 def _can_draw() -> bool:
-    return sys.stdout.isatty() and _has_unicode()
+    return sys.stdout.isatty() and has_unicode()
 
 
 def _json(fetched: Fetched, indent: int) -> str:
@@ -67,7 +67,7 @@ def _json(fetched: Fetched, indent: int) -> str:
 def _text(fetched: Fetched) -> str:
     from pxd.cli import overview, plain
 
-    return plain.render(overview.overview(fetched[1]), arrow="→" if _has_unicode() else "->")
+    return plain.render(overview.overview(fetched[1]), arrow="→" if has_unicode() else "->")
 
 
 def _screen(fetched: Fetched) -> "RenderableType":

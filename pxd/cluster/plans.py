@@ -57,8 +57,11 @@ class PipelinePlan(msgspec.Struct, frozen=True):
 class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of one model. `reason` says why it waits; with pipelines it is empty.
 
-    `spares` hold a range ready that no pipeline needs of them, for when a node is lost. `basis` is
-    what the plan follows from, so that every node can make sure that it does.
+    `spares` hold a range ready that no pipeline needs of them, for when a node is lost. `retiring`
+    are pipelines of plans before that go on until those that replace them are ready; nodes may be
+    in both. `outgoing` is a model that goes once others serve in its place, and one that is
+    `stopped` takes no new requests; both have nothing but retiring pipelines. `basis` is what the
+    plan follows from, so that every node can make sure that it does.
     """
 
     name: Name
@@ -67,9 +70,15 @@ class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
     context: Count = 0
     pipelines: Annotated[tuple[PipelinePlan, ...], msgspec.Meta(max_length=1024)] = ()
     spares: Annotated[tuple[StagePlan, ...], msgspec.Meta(max_length=1024)] = ()
-    state: Literal["planned", "waiting", "failed"] = "planned"
+    state: Literal["planned", "waiting", "failed", "outgoing", "stopped"] = "planned"
     reason: Reason = ""
     basis: Basis | None = None
+    retiring: Annotated[tuple[PipelinePlan, ...], msgspec.Meta(max_length=1024)] = ()
+
+    @property
+    def all_pipelines(self) -> tuple[PipelinePlan, ...]:
+        """Those that requests may ride, the retiring ones last."""
+        return self.pipelines + self.retiring
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -78,7 +87,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     def pipeline(self, pipeline_id: str) -> tuple[ModelPlan, PipelinePlan] | None:
         for model in self.models:
-            for pipeline in model.pipelines:
+            for pipeline in model.all_pipelines:
                 if pipeline.id == pipeline_id:
                     return model, pipeline
         return None

@@ -12,6 +12,7 @@ Address = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 
 MAX_LINKS = 16
 MAX_MODELS = 16
+MAX_CHOSEN = 8
 
 StageState = Literal["loading", "ready", "restarting", "failed"]
 
@@ -33,12 +34,13 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     `kv_tokens` is how many token positions of KV cache the stage can hold once ready,
     `prefix_cache` whether requests can begin with blocks that others have left, and `trims` whether
     positions can be taken back; `tier_slots` is how many blocks its second KV tier keeps. `coding`
-    is how it sends hidden states on, None for as they are. What follows is measured while the stage
-    serves, in seconds, 0 until then: `decode_s` is one decode step of one request and `prefill_s`
-    one prompt token within a long chunk, both from the step's arrival at the idle stage to its
-    result. Stage 0 alone, being at the head, tells of its whole pipeline: `token_s` per token and
-    `ttft_s` to the first token of a prompt of about
-    `ttft_tokens`, both for one request alone, and `tokens_per_s` while it works.
+    is how it sends hidden states on, None for as they are. While a pipeline retires, stage 0 tells
+    in `requests` how many its head holds. What follows is measured while the stage serves, in
+    seconds, 0 until then: `decode_s` is one decode step of one request and `prefill_s` one prompt
+    token within a long chunk, both from the step's arrival at the idle stage to its result. Stage 0
+    alone, being at the head, tells of its whole pipeline: `token_s` per token and `ttft_s` to the
+    first token of a prompt of about `ttft_tokens`, both for one request alone, and `tokens_per_s`
+    while it works.
     """
 
     model: Name
@@ -54,6 +56,7 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     tier_slots: Count = 0
     trims: bool = False
     coding: Coding | None = None
+    requests: Count | None = None
     decode_s: Measure = 0.0
     prefill_s: Measure = 0.0
     token_s: Measure = 0.0
@@ -78,15 +81,21 @@ class HeldModel(msgspec.Struct, frozen=True, array_like=True):
     fingerprint: Annotated[str, msgspec.Meta(max_length=128)] = ""
 
 
-class ModelChoice(msgspec.Struct, frozen=True, array_like=True, order=True):
-    """Which model the cluster is to serve: a last-writer-wins register that every node carries.
+Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_CHOSEN)]
 
-    The greatest (stamp, by, name) wins everywhere; a new choice takes the greatest stamp plus one.
+
+class ModelChoice(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Which models the cluster is to serve: a last-writer-wins register that every node carries.
+
+    The greatest of all wins everywhere; a new choice takes the greatest stamp plus one. `names` are
+    in the order in which they were chosen. `outgoing` are those before, which go on until the
+    others serve in their place.
     """
 
     stamp: Count
     by: Annotated[str, msgspec.Meta(max_length=128)]
-    name: Name
+    names: Names
+    outgoing: Names = ()
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,8 +106,9 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     place in join order, 0 until the node has settled; `leads` is the term it leads, 0 for none.
     `links` are those to the peers that matter most to this node. `relay` says that it passes
     traffic on for members that cannot reach each other. `leaving` says that it is about to go: it
-    is no candidate for leadership and takes no part in new plans. `door` is a digest of its keys
-    and bans: where two differ, one is behind. `keys` is the generation of its cluster key.
+    is no candidate for leadership and takes no part in new plans. One that is `drained` takes no
+    part in them either, but stays a member and goes on answering clients. `door` is a digest of its
+    keys and bans: where two differ, one is behind. `keys` is the generation of its cluster key.
     """
 
     id: Identifier
@@ -125,6 +135,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     models: Annotated[tuple[HeldModel, ...], msgspec.Meta(max_length=MAX_MODELS)] = ()
     relay: bool = False
     leaving: bool = False
+    drained: bool = False
     door: Annotated[str, msgspec.Meta(max_length=64)] = ""
     keys: Count = 0
 

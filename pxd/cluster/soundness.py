@@ -8,7 +8,8 @@ from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan, pipeline_id
 def flaw(plan: Plan) -> str:
     """What is wrong with `plan`, in words; empty if nothing is.
 
-    Each model appears once; its pipelines cover all layers in order and share no node.
+    Each model appears once; its pipelines cover all layers in order and, unless they retire, share
+    no node.
     """
     names = [model.name for model in plan.models]
     if len(set(names)) < len(names):
@@ -23,20 +24,27 @@ def _model_flaw(model: ModelPlan) -> str:
     nodes += [spare.node for spare in model.spares]
     if len(set(nodes)) < len(nodes):
         return "a node has two stages"
-    for pipeline in model.pipelines:
+    if model.state in ("outgoing", "stopped") and model.spares:
+        return f"it is {model.state} and has spares"
+    ids = [pipeline.id for pipeline in model.all_pipelines]
+    if len(set(ids)) < len(ids):
+        return "a pipeline is in it twice"
+    for pipeline in model.all_pipelines:
         if found := _pipeline_flaw(model, pipeline):
             return found
     for spare in model.spares:
         if not spare.start < spare.end <= model.layers:
             return f"a spare holds layers [{spare.start}, {spare.end}) of {model.layers}"
     basis = model.basis
-    if basis is not None and model.pipelines and basis.inputs.model.layers != model.layers:
+    if basis is not None and model.all_pipelines and basis.inputs.model.layers != model.layers:
         return f"it has {model.layers} layers and costs {basis.inputs.model.layers}"
     return ""
 
 
 def _pipeline_flaw(model: ModelPlan, pipeline: PipelinePlan) -> str:
     stages = pipeline.stages
+    if len({stage.node for stage in stages}) < len(stages):
+        return "a pipeline goes through a node twice"
     if pipeline.id != pipeline_id(model.name, model.fingerprint, stages):
         return f"{pipeline.id} is not the id of that pipeline"
     whole = stages[0].start == 0 and stages[-1].end == model.layers

@@ -78,10 +78,10 @@ def _model(view: ModelView) -> Finding:
         case "loading":
             return findings.note("model", f"{view.name} is being loaded{why}", "wait a little")
         case "waiting":
-            remedy = "add a node, or choose a smaller model with `pxd start --model M`"
+            remedy = "add a node, or choose a smaller model with `pxd models use --only M`"
             return findings.warning("model", f"{view.name} is waiting{why}", remedy)
         case "failed":
-            remedy = (
-                "the reason says what is wrong; choose another model with `pxd start --model M`"
-            )
+            remedy = "the reason says what is wrong; choose another with `pxd models use --only M`"
             return findings.problem("model", f"{view.name} cannot be served{why}", remedy)
+        case "stopping":
+            return findings.note("model", f"{view.name} is being stopped{why}", "wait a little")

@@ -17,12 +17,19 @@ class Budget(msgspec.Struct, frozen=True, order=True):
 
 
 def budget(offer: NodeOffer, model: ModelCost, settings: PlanSettings) -> Budget:
+    memory = left_over(offer, settings)
     limit = model.layers if offer.max_layers is None else min(offer.max_layers, model.layers)
     return Budget(
-        weights=math.floor(offer.memory * settings.weight_share),
-        kv=math.floor(offer.memory * settings.kv_share),
+        weights=math.floor(memory * settings.weight_share),
+        kv=math.floor(memory * settings.kv_share),
         layers=limit,
     )
+
+
+def left_over(offer: NodeOffer, settings: PlanSettings) -> int:
+    """The bytes of an offer that other models leave: as much as a node has that offers the rest."""
+    share = settings.weight_share + settings.kv_share
+    return max(0, offer.memory - math.ceil(offer.taken / share))
 
 
 def ends_bytes(model: ModelCost, *, embedding: bool, head: bool) -> int:

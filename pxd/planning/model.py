@@ -29,7 +29,8 @@ class NodeOffer(msgspec.Struct, frozen=True):
     """What a node offers to models: `memory` in bytes for weights and KV caches together.
 
     `tflops` (fp16) and `bandwidth` (GB/s of memory) are totals of the whole node, whatever number
-    of devices it has; 0 means not known.
+    of devices it has; 0 means not known. `taken` is how many bytes, of weights and KV caches, the
+    stages of other models have on it.
     """
 
     id: NodeId
@@ -38,6 +39,7 @@ class NodeOffer(msgspec.Struct, frozen=True):
     bandwidth: Speed = 0.0
     max_layers: Size | None = None
     measured: Measured | None = None
+    taken: Size = 0
 
 
 class Experts(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from pxd.planning.capacity import StageSizes
+from pxd.planning.capacity import StageSizes, left_over
 from pxd.planning.model import NodeOffer, PlanSettings, Shortage
 
 _GIB = 1 << 30
@@ -15,8 +15,8 @@ def explain_shortage(
     """Why the best chain of these offers ends at layer `reached` and not at the last."""
     layers = sizes.model.layers
     needed = _memory_for(sizes, settings, 0, layers)
-    offered = sum(offer.memory for offer in offers)
-    left_over = _memory_for(sizes, settings, reached, layers)
+    offered = sum(left_over(offer, settings) for offer in offers)
+    remaining = _memory_for(sizes, settings, reached, layers)
     left_layers = layers - reached
     allowed = sum(layers if o.max_layers is None else min(layers, o.max_layers) for o in offers)
     nodes = f"{len(offers)} nodes" if len(offers) > 1 else "node"
@@ -32,13 +32,13 @@ def explain_shortage(
             f"{lacks} GiB are missing"
         )
     elif allowed < layers:
-        missing = left_over
+        missing = remaining
         reason = (
             f"the model has {_count(layers)}, the layer limits of the {nodes} allow {allowed}: "
-            f"{_count(left_layers)} ({gib(left_over)}) are left over"
+            f"{_count(left_layers)} ({gib(remaining)}) are left over"
         )
     else:
-        missing = left_over
+        missing = remaining
         needs, offers_, lacks = _figures(needed, offered, missing)
         reason = (
             f"the model needs {needs} GiB of memory and the {nodes} {offer} {offers_} GiB, but its "

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import trio
 
+from pxd.cluster.claims import all_claims, room
 from pxd.cluster.plans import ModelPlan, Plan
 from pxd.planning.model import NodeOffer
 from pxd.planning.replan import decide, objective_of
@@ -22,7 +23,7 @@ def mismatch(plan: ModelPlan, own: NodeOffer) -> str:
     be decoded.
     """
     basis = plan.basis
-    if basis is None:
+    if basis is None or plan.state in ("outgoing", "stopped"):
         return ""
     for told in basis.inputs.offers:
         if told.id == own.id and (told.memory, told.max_layers) != (own.memory, own.max_layers):
@@ -43,6 +44,14 @@ def mismatch(plan: ModelPlan, own: NodeOffer) -> str:
         f"the leader's plan makes {value:.6g} of its objective, "
         f"this node's from the same basis {expected.objective:.6g}"
     )
+
+
+def overcommitted(plan: Plan, own: NodeOffer) -> str:
+    """Whether all that the plan puts on this node takes more than it offers, in words."""
+    basis = next((model.basis for model in plan.models if model.basis is not None), None)
+    if basis is None or all_claims(plan.models)[own.id] <= room(own.memory, basis.inputs.settings):
+        return ""
+    return "what the plan puts on this node takes more memory than it offers"
 
 
 class Audit:
@@ -70,7 +79,7 @@ class Audit:
             if plan is None or plan.epoch.leader == self._me:
                 self._report("")
                 continue
-            found = ""
+            found = overcommitted(plan, self._own())
             for model in plan.models:
                 found = found or await trio.to_thread.run_sync(
                     mismatch, model, self._own(), abandon_on_cancel=True

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
-from pxd.cluster.plans import ModelPlan
+import msgspec
+
+from pxd.cluster.claims import Claims
+from pxd.cluster.plans import ModelPlan, PipelinePlan
 from pxd.cluster.records import NodeRecord
 from pxd.planning.links import Link
 from pxd.planning.model import Measured, ModelCost, NodeOffer, PlanSettings
@@ -36,9 +39,29 @@ def basis_of(inputs: PlanInputs, current: ModelPlan | None, *, rebalance: bool) 
     """`current` is the plan in force of the same model, if there is one."""
     if current is None:
         return Basis(inputs=inputs, rebalance=rebalance)
-    chains = tuple(pipeline.chain for pipeline in current.pipelines)
+    # A model that was about to go, or a node that was drained, may be wanted again.
+    pipelines = current.pipelines or _apart(current.retiring)
+    chains = tuple(pipeline.chain for pipeline in pipelines)
     spares = tuple(Spare(stage.node, stage.start, stage.end) for stage in current.spares)
     return Basis(inputs=inputs, previous=chains, spares=spares, rebalance=rebalance)
+
+
+def _apart(pipelines: tuple[PipelinePlan, ...]) -> tuple[PipelinePlan, ...]:
+    """As many of them, the first ones first, as share no node."""
+    used: set[str] = set()
+    kept = []
+    for pipeline in pipelines:
+        nodes = {stage.node for stage in pipeline.stages}
+        if not nodes & used:
+            used |= nodes
+            kept.append(pipeline)
+    return tuple(kept)
+
+
+def beside(inputs: PlanInputs, claims: Claims) -> PlanInputs:
+    """The same inputs where other models' stages take `claims` of the nodes' memory."""
+    offers = (msgspec.structs.replace(offer, taken=claims[offer.id]) for offer in inputs.offers)
+    return msgspec.structs.replace(inputs, offers=tuple(offers))
 
 
 def offers_key(inputs: PlanInputs) -> Key:
@@ -50,7 +73,8 @@ def _present(members: Members) -> Iterator[NodeRecord]:
     for _, member in sorted(members.items()):
         record = member.record
         there = member.state in ("alive", "suspect")
-        if there and record.device is not None and not record.leaving:
+        away = record.leaving or record.drained
+        if there and record.device is not None and not away:
             yield record
 
 

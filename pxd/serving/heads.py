@@ -54,6 +54,10 @@ class HeadHost:
         """What has been measured of every headed pipeline, by its id."""
         return {key: head.figures for key, head in self._heads.items()}
 
+    def loads(self) -> dict[str, int]:
+        """How many requests every headed pipeline holds, by its id."""
+        return {key: head.running + head.waiting for key, head in self._heads.items()}
+
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -70,7 +74,7 @@ class HeadHost:
         wanted = {
             pipeline.id: pipeline
             for model in plan.models
-            for pipeline in model.pipelines
+            for pipeline in model.all_pipelines
             if pipeline.head == me
         }
         for key in self._heads.keys() - wanted.keys():

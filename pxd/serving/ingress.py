@@ -34,7 +34,7 @@ from pxd.serving.requests import (
     Overloaded,
     RequestError,
 )
-from pxd.serving.router import find_model, pick_pipeline
+from pxd.serving.router import find_model, pick_pipeline, refuse_stopped
 from pxd.serving.signal import Signal
 from pxd.serving.terms import Terms
 from pxd.settings import DEFAULT_REQUEST_TIMEOUT_S
@@ -147,6 +147,7 @@ class ChatIngress:
         terms: Terms,
     ) -> "ChatAnswer":
         planned = find_model(self.plan(), model)
+        refuse_stopped(planned)
         if not self._worth_waiting(planned):
             pick_pipeline(planned, self.members())
         try:
@@ -183,7 +184,7 @@ class ChatIngress:
         ready = {
             model.name
             for model in (plan.models if plan else ())
-            if any(readiness(pipeline, members).ready for pipeline in model.pipelines)
+            if any(readiness(pipeline, members).ready for pipeline in model.all_pipelines)
         }
         now = trio.current_time()
         self._ready_until.update(dict.fromkeys(self._ready - ready, now))
@@ -323,12 +324,12 @@ class ChatAnswer:
 
     def _choices(self) -> int:
         """How many pipelines may take the request."""
-        return len(find_model(self._ingress.plan(), self.model).pipelines)
+        return len(find_model(self._ingress.plan(), self.model).all_pipelines)
 
     def _hope(self, *, first: bool) -> float:
         """How many seconds of waiting make sense, as the plan is."""
         plan = self._ingress.plan()
-        planned = any(model.pipelines for model in (plan.models if plan else ()))
+        planned = any(model.all_pipelines for model in (plan.models if plan else ()))
         return HOPELESS_S if first and not planned else math.inf
 
     def _set_limit(self, pipeline: PipelinePlan) -> None:

@@ -2,18 +2,19 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import trio
 
-from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
+from pxd.cluster.claims import all_claims
+from pxd.cluster.plans import Epoch, ModelPlan, Plan
+from pxd.cluster.records import ModelChoice
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.models.errors import ModelError
-from pxd.planning.capacity import budget
-from pxd.planning.model import Allocation
-from pxd.planning.replan import decide
-from pxd.planning.result import Basis, ClusterPlan
-from pxd.serving.basis import Key, basis_of, inputs_of, offers_key
+from pxd.serving.basis import PLAN_SETTINGS, Key, basis_of, inputs_of, offers_key
+from pxd.serving.beside import Order, plan_beside
+from pxd.serving.handover import Handover, end_unwanted
 from pxd.serving.models import ModelSource
 from pxd.serving.plansync import PlanSync
 from pxd.serving.readiness import Members, readiness
@@ -32,6 +33,14 @@ class Office(msgspec.Struct, frozen=True):
     term: int
 
 
+class _Look(msgspec.Struct, frozen=True):
+    """When a model was last planned from scratch: the nodes there were, and the other models."""
+
+    term: int
+    key: Key
+    others: frozenset[str]
+
+
 class Planner:
     """Replans when the inputs of the plan in force have changed, and only then.
 
@@ -45,7 +54,7 @@ class Planner:
         sync: PlanSync,
         office: Callable[[], Office],
         members: Callable[[], Members],
-        chosen: Callable[[], str],
+        chosen: Callable[[], ModelChoice],
     ) -> None:
         self._me = me
         self._models = models
@@ -53,60 +62,72 @@ class Planner:
         self._office = office
         self._members = members
         self._chosen = chosen
+        self._handover = Handover(PLAN_SETTINGS)
         self._failures: dict[str, tuple[float, ModelPlan]] = {}
-        self._balanced: tuple[int, str, Key] | None = None
+        self._balanced: dict[str, _Look] = {}
 
     async def run(self, changed: Signal) -> None:
         while True:
             event = changed.event
-            retry = await self._replan() if self._office().held else False
-            with trio.move_on_after(RETRY_S if retry else float("inf")):
+            rest = await self._replan() if self._office().held else float("inf")
+            with trio.move_on_after(rest):
                 await event.wait()
             # Nodes start and records change in bursts; one plan for all of them is enough.
             await trio.sleep(BURST_S)
 
-    async def _replan(self) -> bool:
-        """Publish a plan if it differs from the one in force; say whether to try again later."""
-        model = await self._plan_model(self._chosen())
+    async def _replan(self) -> float:
+        """Publish a plan if it differs from the one in force; say in how many seconds to look again
+        even if nothing changes."""
+        before, choice = self._sync.plan, self._chosen()
+        orders, fixed = await self._orders(before, choice)
+        made = await self._side_by_side(orders, fixed, before, choice)
         office = self._office()
-        current = self._sync.plan
-        failed = model.state == "failed"
-        if not office.held or self._is_in_force(model):
-            return failed
-        if failed and self._still_serves(model.name):
-            log.warning(
-                "the plan in force stays, for %s cannot be planned here: %s",
-                model.name,
-                model.reason,
-            )
-            return True
+        if not office.held:
+            return float("inf")
+        if self._sync.plan is not before:
+            return 0.0
+        now = trio.current_time()
+        models, rest = self._handover.arrange(made, before, self._members(), now)
+        rest = min(rest, RETRY_S) if fixed else rest
+        if before is not None and _is_same(models, before.models):
+            return rest
         version = 1
-        if current is not None and current.epoch.term == office.term:
-            version = current.epoch.version + 1
-        log.info("planning %s: %s", model.name, model.reason or _describe_chain(model))
-        await self._sync.publish(Plan(Epoch(office.term, self._me, version), (model,)))
-        return failed
+        if before is not None and before.epoch.term == office.term:
+            version = before.epoch.version + 1
+        for model in models:
+            log.info("planning %s: %s", model.name, model.reason or _describe_chain(model))
+        await self._sync.publish(Plan(Epoch(office.term, self._me, version), tuple(models)))
+        return rest
 
-    def _is_in_force(self, model: ModelPlan) -> bool:
-        """Two failures of one model are the same plan, whatever words they come with."""
-        current = self._in_force(model.name)
-        if current is None:
-            return False
-        now, then = _without_basis(model), _without_basis(current)
-        return now == then or now.state == then.state == "failed"
+    async def _orders(
+        self, before: Plan | None, choice: ModelChoice
+    ) -> tuple[list[Order], list[ModelPlan]]:
+        """What is to be planned, and the plans of those models that cannot be looked at."""
+        orders, fixed = [], []
+        names = _in_order(before, choice)
+        self._failures = {name: self._failures[name] for name in names if name in self._failures}
+        for name in names:
+            current = _planned(before, name)
+            order = await self._order(name, current)
+            if isinstance(order, Order):
+                orders.append(order)
+            elif current is not None and self._still_serves(current):
+                reason = order.reason
+                log.warning(
+                    "the plan in force stays, for %s cannot be planned here: %s", name, reason
+                )
+                fixed.append(current)
+            else:
+                fixed.append(order)
+        return orders, fixed
 
-    def _still_serves(self, name: str) -> bool:
+    def _still_serves(self, current: ModelPlan) -> bool:
         """Whether the plan in force serves the model, by nodes that are all there."""
-        current, members = self._in_force(name), self._members()
-        return current is not None and any(
-            not readiness(pipeline, members).lost for pipeline in current.pipelines
-        )
+        members = self._members()
+        return any(not readiness(pipeline, members).lost for pipeline in current.all_pipelines)
 
-    def _in_force(self, name: str) -> ModelPlan | None:
-        plan = self._sync.plan
-        return next((model for model in plan.models if model.name == name), None) if plan else None
-
-    async def _plan_model(self, name: str) -> ModelPlan:
+    async def _order(self, name: str, current: ModelPlan | None) -> Order | ModelPlan:
+        """What there is to plan; a plan that says why, if the model cannot be looked at."""
         failure = self._failures.get(name)
         if failure is not None and trio.current_time() < failure[0] + RETRY_S:
             return failure[1]
@@ -115,77 +136,87 @@ class Planner:
             cost = await self._models.cost(name)
         except (ModelError, ExecutorError, ExecutorDied, OSError) as error:
             plan = ModelPlan(name=name, state="failed", reason=str(error)[:2000])
-            self._failures = {name: (trio.current_time(), plan)}
+            self._failures[name] = trio.current_time(), plan
             return plan
         inputs = inputs_of(name, cost, self._members())
-        current = self._in_force(name)
         if current is not None and current.fingerprint != description.fingerprint:
             current = None
-        key = offers_key(inputs)
-        basis = basis_of(inputs, current, rebalance=self._may_rebalance(name, key, current))
-        move = await trio.to_thread.run_sync(decide, basis)
-        if basis.rebalance:
-            self._balanced = (self._office().term, name, key)
-        plan = ModelPlan(
+        rebalance = self._may_rebalance(name, offers_key(inputs), current)
+        model = ModelPlan(
             name=name,
             fingerprint=description.fingerprint,
             layers=description.layers,
             context=description.context,
-            basis=basis,
         )
-        if move.plan.shortage is not None:
-            reasons = (move.plan.shortage.reason, description.unsupported)
-            reason = "; ".join(filter(None, reasons))
-            return msgspec.structs.replace(plan, state="waiting", reason=reason[:2000])
-        return with_pipelines(plan, move.plan)
+        basis = basis_of(inputs, current, rebalance=rebalance)
+        return Order(model, basis, before=current, hint=description.unsupported or "")
+
+    async def _side_by_side(
+        self,
+        orders: list[Order],
+        fixed: list[ModelPlan],
+        before: Plan | None,
+        choice: ModelChoice,
+    ) -> list[ModelPlan]:
+        """All models, those that are to end among them: they go on where there is room for all."""
+        served = before.models if before else ()
+        unwanted = [m for m in served if m.name not in choice.names and m.all_pipelines]
+        plan = partial(plan_beside, orders)
+        reserved = all_claims((*fixed, *unwanted))
+        made = alone = await trio.to_thread.run_sync(plan, reserved)
+        if unwanted and any(model.state == "waiting" for model in made):
+            alone = await trio.to_thread.run_sync(plan, all_claims(fixed))
+        for order in orders:
+            if order.basis.rebalance:
+                name, key = order.model.name, offers_key(order.basis.inputs)
+                self._balanced[name] = _Look(self._office().term, key, self._others(name))
+        models = [*end_unwanted(unwanted, choice, made, alone, self._members()), *fixed]
+        place = {name: number for number, name in enumerate(_in_order(before, choice))}
+        return sorted(models, key=lambda model: place.get(model.name, -1))
 
     def _may_rebalance(self, name: str, key: Key, current: ModelPlan | None) -> bool:
-        """A look from scratch once for every set of nodes, when all that serves goes on anyway.
+        """A look from scratch once for every set of nodes, and when another model has left them,
+        while all that serves goes on anyway.
 
         A new leader takes over what its predecessor has looked at.
         """
-        term = self._office().term
-        if self._balanced is None or self._balanced[:2] != (term, name):
+        term, others = self._office().term, self._others(name)
+        look = self._balanced.get(name)
+        if look is None or look.term != term:
             basis = current.basis if current is not None else None
             seen = offers_key(basis.inputs) if basis is not None else frozenset()
-            self._balanced = (term, name, seen)
+            look = _Look(term, seen, others)
+        look = msgspec.structs.replace(look, others=look.others | others)
+        self._balanced[name] = look
         there = {node for node, _, _ in key}
         stages = [stage for p in current.pipelines for stage in p.stages] if current else []
-        return key != self._balanced[2] and all(stage.node in there for stage in stages)
+        news = key != look.key or look.others != others
+        return news and all(stage.node in there for stage in stages)
+
+    def _others(self, name: str) -> frozenset[str]:
+        """The other models that have stages somewhere."""
+        models = self._sync.plan.models if self._sync.plan else ()
+        return frozenset(m.name for m in models if m.all_pipelines and m.name != name)
 
 
-def with_pipelines(plan: ModelPlan, made: ClusterPlan) -> ModelPlan:
-    """The cluster's plan as stages that nodes can follow."""
-    kv_bytes = _kv_rooms(plan.basis)
-    pipelines = []
-    for allocation in made.pipelines:
-        stages = _stages(allocation)
-        pipelines.append(PipelinePlan(pipeline_id(plan.name, plan.fingerprint, stages), stages))
-    spares = tuple(
-        StagePlan(spare.node, spare.start, spare.end, kv_bytes[spare.node])
-        for spare in made.spares
-        if spare.start < spare.end
-    )
-    return msgspec.structs.replace(plan, pipelines=tuple(pipelines), spares=spares)
+def _in_order(before: Plan | None, choice: ModelChoice) -> list[str]:
+    """The chosen models: in the order of the plan in force, and new ones after those."""
+    served = [m.name for m in before.models if m.all_pipelines] if before else []
+    return [name for name in dict.fromkeys((*served, *choice.names)) if name in choice.names]
 
 
-def _kv_rooms(basis: Basis | None) -> dict[str, int]:
-    """Bytes that each node may spend on KV caches."""
-    if basis is None:
-        return {}
-    model, settings = basis.inputs.model, basis.inputs.settings
-    return {offer.id: budget(offer, model, settings).kv for offer in basis.inputs.offers}
+def _planned(plan: Plan | None, name: str) -> ModelPlan | None:
+    return next((model for model in plan.models if model.name == name), None) if plan else None
 
 
-def _without_basis(model: ModelPlan) -> ModelPlan:
-    return msgspec.structs.replace(model, basis=None)
+def _is_same(models: list[ModelPlan], others: tuple[ModelPlan, ...]) -> bool:
+    """Two failures of one model are the same plan, whatever words they come with."""
 
+    def essence(model: ModelPlan) -> ModelPlan:
+        reason = "" if model.state == "failed" else model.reason
+        return msgspec.structs.replace(model, basis=None, reason=reason)
 
-def _stages(allocation: Allocation) -> tuple[StagePlan, ...]:
-    return tuple(
-        StagePlan(node=stage.node, start=stage.start, end=stage.end, kv_bytes=stage.kv_bytes)
-        for stage in allocation.stages
-    )
+    return [essence(model) for model in models] == [essence(model) for model in others]
 
 
 def _describe_chain(model: ModelPlan) -> str:

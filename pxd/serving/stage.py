@@ -150,6 +150,9 @@ class StageRunner:
             self._published_at = now
             self._set(**news)
 
+    def tell_requests(self, requests: int | None) -> None:
+        self._set(requests=requests)
+
     async def feed(self, step: Step, body: Buffer) -> None:
         """Have the executor run a step; waits while `MAX_UNDER_WAY` are under way already."""
         try:
@@ -379,6 +382,15 @@ class StageHost:
         for runner in self._runners.values():
             runner.publish_figures(heads.get(runner.pipeline.id, HeadFigures()))
 
+    def tell_requests(self, loads: Mapping[str, int]) -> None:
+        """Report how many requests the retiring pipelines that begin here have left; `loads` by
+        pipeline id. To be called about once a second."""
+        models = self._plan.models if self._plan else ()
+        retiring = {pipeline.id for model in models for pipeline in model.retiring}
+        for runner in self._runners.values():
+            at_head = runner.pipeline.id in retiring and runner.stage.start == 0
+            runner.tell_requests(loads.get(runner.pipeline.id, 0) if at_head else None)
+
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
@@ -391,7 +403,7 @@ class StageHost:
         wanted = {
             pipeline.id: (model, pipeline, stage)
             for model in plan.models
-            for pipeline in model.pipelines
+            for pipeline in model.all_pipelines
             for stage in pipeline.stages
             if stage.node == self.network.peer_id
         }

@@ -6,7 +6,7 @@ import msgspec
 
 NodeState = Literal["alive", "suspect", "dead", "left"]
 Path = Literal["", "direct", "punched", "relayed"]
-ModelState = Literal["waiting", "loading", "serving", "failed"]
+ModelState = Literal["waiting", "loading", "serving", "failed", "stopping"]
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +32,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
     `path` is how this node is connected with it, empty if it is not: "punched" went through the NAT
     of both, "relayed" goes through the node `through` (peer id). `relay`: it passes traffic on.
+    `drained`: it takes no part in plans.
     """
 
     id: str
@@ -53,6 +54,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     link_gbs: float | None = None
+    drained: bool = False
 
 
 class PipelineStageView(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +94,8 @@ class SpareView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """`figures` has one entry for each of `pipelines`."""
+    """`figures` has one entry for each of `pipelines`. Those of `retiring` go on until others stand
+    in for them. A model that is stopping takes no new requests."""
 
     name: str
     state: ModelState
@@ -101,6 +104,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     pipelines: list[list[PipelineStageView]]
     figures: list[PipelineFigures] = []
     spares: list[SpareView] = []
+    retiring: list[list[PipelineStageView]] = []
 
 
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):

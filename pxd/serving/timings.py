@@ -232,7 +232,7 @@ def partners(plan: Plan | None, node: str) -> frozenset[str]:
     chains = [
         {stage.node for stage in pipeline.stages}
         for model in (plan.models if plan else ())
-        for pipeline in model.pipelines
+        for pipeline in model.all_pipelines
     ]
     return frozenset().union(*(chain for chain in chains if node in chain)) - {node}
 

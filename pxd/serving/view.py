@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from pxd.cluster.members import Member
-from pxd.cluster.plans import ModelPlan, Plan
+from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan
 from pxd.cluster.records import NodeRecord
 from pxd.p2p.host import Route
 from pxd.p2p.refusals import Refusal
@@ -112,6 +112,7 @@ def _node_view(
         running=record.running,
         waiting=record.waiting,
         link_gbs=None if bandwidth is None else round(bandwidth, 6),
+        drained=record.drained,
     )
 
 
@@ -129,12 +130,14 @@ def turned_away(refusals: Iterable[Refusal], now: float) -> str:
 
 
 def _model_state(model: ModelPlan, members: Members) -> tuple[ModelState, str]:
+    if model.state == "stopped":
+        return "stopping", model.reason
+    states = [readiness(pipeline, members) for pipeline in model.all_pipelines]
+    if any(state.ready for state in states):
+        return "serving", model.reason
     if not model.pipelines:
         state: ModelState = "failed" if model.state == "failed" else "waiting"
         return state, model.reason
-    states = [readiness(pipeline, members) for pipeline in model.pipelines]
-    if any(state.ready for state in states):
-        return "serving", ""
     reason = " | ".join(state.reason for state in states)
     if all("failed" in state.states for state in states):
         return "failed", reason
@@ -145,30 +148,30 @@ def model_views(plan: Plan | None, members: Members) -> list[ModelView]:
     views = []
     for model in plan.models if plan else ():
         state, reason = _model_state(model, members)
-        pipelines = [
-            [
-                PipelineStageView(node=stage.node, start=stage.start, end=stage.end, state=word)
-                for stage, word in zip(
-                    pipeline.stages, readiness(pipeline, members).states, strict=True
-                )
-            ]
-            for pipeline in model.pipelines
-        ]
         views.append(
             ModelView(
                 name=model.name,
                 state=state,
                 reason=reason,
                 layers=model.layers,
-                pipelines=pipelines,
+                pipelines=[_stage_views(pipeline, members) for pipeline in model.pipelines],
                 figures=forecast(model, members),
                 spares=[
                     SpareView(node=spare.node, start=spare.start, end=spare.end)
                     for spare in model.spares
                 ],
+                retiring=[_stage_views(pipeline, members) for pipeline in model.retiring],
             )
         )
     return views
+
+
+def _stage_views(pipeline: PipelinePlan, members: Members) -> list[PipelineStageView]:
+    words = readiness(pipeline, members).states
+    return [
+        PipelineStageView(node=stage.node, start=stage.start, end=stage.end, state=word)
+        for stage, word in zip(pipeline.stages, words, strict=True)
+    ]
 
 
 class Planning(msgspec.Struct, frozen=True):

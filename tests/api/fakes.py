@@ -10,9 +10,12 @@ import trio
 from pxd.api.app import create_app
 from pxd.api.server import serve
 from pxd.cluster.bans import Ban
+from pxd.cluster.records import ModelChoice
 from pxd.doctor.findings import Finding, Report, note, ok
+from pxd.serving.choice import ChoiceError, Chosen, stop, use
 from pxd.serving.door import MAX_GRACE_S, DoorError
 from pxd.serving.doorview import Kick, NodeRef, Rotation, Told
+from pxd.serving.drain import Drained, DrainError
 from pxd.serving.requests import Delta, Generation, Message, UnknownModel
 from pxd.serving.status import (
     ClusterStatus,
@@ -208,6 +211,45 @@ class FakeDoor:
         return self.bans
 
 
+class FakeDrains:
+    """Knows ben, who does not answer while `unreachable` is set."""
+
+    def __init__(self) -> None:
+        self.drained = False
+        self.unreachable = False
+
+    async def set(self, wanted: str, *, drained: bool) -> Drained:
+        await trio.lowlevel.checkpoint()
+        if wanted != "ben":
+            raise DrainError("unknown_node", f"there is no such node: {wanted!r}")
+        if self.unreachable:
+            raise DrainError("unreachable", "ben (dead) was asked and did not do it: no answer")
+        before, self.drained = self.drained, drained
+        node = NodeRef(id=PEERS["ben"], name="ben")
+        return Drained(node=node, drained=drained, changed=before != drained)
+
+
+class FakeChoices:
+    """Serves what it is told, but for `nonsense`."""
+
+    def __init__(self) -> None:
+        self.choice = ModelChoice(1, "a", ("demo",))
+
+    async def use(self, name: str, *, only: bool = False) -> Chosen:
+        await trio.lowlevel.checkpoint()
+        if name == "nonsense":
+            raise ChoiceError("bad_model", "nonsense cannot be served: no such model")
+        return self._chosen(name, use(self.choice, "a", name, only=only))
+
+    async def stop(self, name: str) -> Chosen:
+        await trio.lowlevel.checkpoint()
+        return self._chosen(name, stop(self.choice, "a", name))
+
+    def _chosen(self, name: str, choice: ModelChoice) -> Chosen:
+        changed, self.choice = choice != self.choice, choice
+        return Chosen(name, list(choice.names), list(choice.outgoing), changed)
+
+
 def resolve_fake(wanted: str) -> NodeRef:
     if wanted != "ben":
         raise DoorError("unknown_node", f"there is no such node: {wanted!r}")
@@ -217,6 +259,8 @@ def resolve_fake(wanted: str) -> NodeRef:
 class FakeDaemon:
     def __init__(self) -> None:
         self.door = FakeDoor()
+        self.drains = FakeDrains()
+        self.choices = FakeChoices()
         self.control_token = TOKEN
         self.ingress = FakeIngress()
         self.cluster = serving_status()

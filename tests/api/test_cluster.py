@@ -43,17 +43,23 @@ def test_ready(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("models", "reason"),
+    ("epoch", "models", "reason"),
     [
-        ([], "the cluster has no plan yet"),
+        (None, [], "the cluster has no plan yet"),
+        ("1.1@a", [], "no model is chosen to be served"),
         (
+            "1.1@a",
             [ModelView(name="m", state="waiting", reason="2 GiB missing", layers=1, pipelines=[])],
             "m is waiting: 2 GiB missing",
         ),
     ],
 )
-def test_not_ready(server: LiveServer, models: list[ModelView], reason: str) -> None:
-    server.daemon.cluster = msgspec.structs.replace(server.daemon.cluster, models=models)
+def test_not_ready(
+    server: LiveServer, epoch: str | None, models: list[ModelView], reason: str
+) -> None:
+    server.daemon.cluster = msgspec.structs.replace(
+        server.daemon.cluster, epoch=epoch, models=models
+    )
     response = httpx.get(f"{server.url}/readyz")
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) > 0
@@ -117,6 +123,10 @@ CONTROL_ROUTES = [
     ("POST", "/cluster/kick"),
     ("POST", "/cluster/pardon"),
     ("GET", "/cluster/bans"),
+    ("POST", "/cluster/drain"),
+    ("POST", "/cluster/resume"),
+    ("POST", "/cluster/models/use"),
+    ("POST", "/cluster/models/stop"),
 ]
 
 
@@ -146,6 +156,8 @@ def test_control_is_refused(server: LiveServer, headers: dict[str, str | bytes])
         assert TICKET not in response.text
     assert not server.daemon.stopped.is_set()
     assert (server.daemon.door.grace, server.daemon.door.bans) == (None, [])
+    assert not server.daemon.drains.drained
+    assert server.daemon.choices.choice.names == ("demo",)
 
 
 def allowed(client: str, server: str, host: str | None, **headers: str) -> bool:

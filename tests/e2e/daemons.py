@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import httpx
 import psutil
 
+from pxd.identity import Ticket
 from tests.netns import Machine
 
 DEADLINE_S = 90.0
@@ -85,6 +87,11 @@ class Daemon:
             del self._command[self._command.index("--join") :]
         self._command += ["--join", ticket]
         self.start()
+
+    def keep_port(self) -> None:
+        """Listen where it listens now after the next start, too, as daemons with defaults do."""
+        [port] = re.findall(r"/tcp/(\d+)", Ticket.parse(self.ticket()).addresses[0])
+        self._command[self._command.index("--listen") + 1] = f"127.0.0.1:{port}"
 
     @property
     def log(self) -> str:

@@ -154,7 +154,7 @@ def _decoded() -> Iterator[Target]:
 
 def _step(coding: wire.Coding | None) -> bytes:
     tensor = wire.Tensor("bf16", (3, HIDDEN), coding)
-    rows = (wire.Row(1, 0, 2, False), wire.Row(2, 5, 1, True))
+    rows = (wire.Row(1, 0, 2, 0), wire.Row(2, 5, 1, 1))
     step = wire.Step(pipeline="p", session=1, step=1, rows=rows, tensor=tensor)
     return wire.encode(step, tensor.nbytes) + bytes(tensor.nbytes)
 

@@ -222,7 +222,7 @@ async def test_a_node_does_not_count_up_to_an_absurd_term(three: Trio) -> None:
         term=LAST_COUNT,
         leads=LAST_COUNT,
         plan=Epoch(LAST_COUNT, three.bad.peer_id, LAST_COUNT),
-        choice=ModelChoice(LAST_COUNT, "zzz", "bad"),
+        choice=ModelChoice(LAST_COUNT, "zzz", ("bad",)),
     )
     with trio.fail_after(10):
         await three.say(seal(record, signer(3)))

@@ -1,94 +1,20 @@
 """The leader's service: when it makes a plan, and when it leaves the plan in force alone."""
 
-from collections.abc import Callable
-
 import msgspec
 import trio
 from trio.testing import MockClock
 
 from pxd.cluster.messages import LAST_COUNT
 from pxd.cluster.plans import Epoch, PipelinePlan, Plan
-from pxd.cluster.records import Device, PeerLink, StageReport
+from pxd.cluster.records import PeerLink, StageReport
 from pxd.executors.protocol import ExecutorDied, ModelDescription
 from pxd.models.errors import ModelError
-from pxd.planning.model import ModelCost, NodeOffer
+from pxd.planning.model import NodeOffer
 from pxd.serving.audit import Audit, mismatch
-from pxd.serving.models import merged_cost
-from pxd.serving.planner import Office, Planner
 from pxd.serving.plansync import PUSH, PlanSync
-from pxd.serving.signal import Signal
-from tests.memory_network import MemoryHub
 
 from .harness import ServingCluster
-
-GIB = 1 << 30
-
-
-def description(layers: int = 6, layer_bytes: int = GIB) -> ModelDescription:
-    return ModelDescription(
-        architecture="sums",
-        layers=layers,
-        hidden_size=1,
-        vocabulary=97,
-        context=512,
-        layer_bytes=(layer_bytes,) * layers,
-        embedding_bytes=1000,
-        head_bytes=1000,
-        tied=False,
-        kv_bytes_per_token=(4,) * layers,
-        splits=tuple(range(1, layers)),
-        eos=(96,),
-        fingerprint="f",
-    )
-
-
-class Models:
-    def __init__(self, answer: Callable[[], ModelDescription]) -> None:
-        self.answer = answer
-        self.calls = 0
-
-    async def describe(self, name: str) -> ModelDescription:
-        self.calls += 1
-        return self.answer()
-
-    async def cost(self, name: str) -> ModelCost:
-        return merged_cost(self.answer(), None)
-
-
-class Leader:
-    """Node a of a cluster whose members are described by hand."""
-
-    def __init__(self, models: Models, **memory_gib: float) -> None:
-        self.cluster = ServingCluster(*memory_gib)
-        for name, gib in memory_gib.items():
-            member = self.cluster.members[name]
-            member.record = msgspec.structs.replace(
-                member.record, memory=int(gib * GIB), device=Device(tflops=1.0)
-            )
-        self.changed = Signal()
-        self.plans: list[Plan] = []
-        self.sync = PlanSync(
-            MemoryHub().network("a"),
-            lambda: {"a": self.cluster.members["a"]},
-            self.taken,
-            lambda: 3,
-        )
-        self.planner = Planner(
-            "a",
-            models,  # type: ignore[arg-type]
-            self.sync,
-            lambda: Office(True, 3),
-            lambda: self.cluster.members,
-            lambda: "sums",
-        )
-
-    def taken(self, plan: Plan) -> None:
-        self.plans.append(plan)
-        self.changed.notify()
-
-    async def run_for(self, seconds: float) -> None:
-        with trio.move_on_after(seconds):
-            await self.planner.run(self.changed)
+from .leader import GIB, Leader, Models, description
 
 
 def chains(plan: Plan) -> list[set[str]]:

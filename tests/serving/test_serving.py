@@ -2,6 +2,7 @@
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from pxd.p2p.network import CallFailed
@@ -273,3 +274,73 @@ async def test_answers_that_nobody_asked_for_cost_little(clock: MockClock) -> No
             cluster.nodes["a"].ingress.output("x", Output(request=f"r{number}", index=0))
         assert trio.lowlevel.current_statistics().tasks_living < before + 100
         assert (await ask(cluster.nodes["b"], "fine"))[0] == expected("fine", 20, 3)
+
+
+async def test_requests_ride_a_retiring_pipeline_until_another_one_is_ready(
+    autojump_clock: MockClock,
+) -> None:
+    async with ServingCluster(*NAMES).running() as cluster:
+        first = cluster.publish("a", "b")
+        await cluster.ready(first)
+        old = first.models[0].pipelines
+        cluster.nodes["c"].refuse_load = "not yet"
+        plan = cluster.make_plan("c")
+        [model] = plan.models
+        plan = replace(plan, models=(replace(model, retiring=old),))
+        generation = Generation(max_tokens=300, temperature=0)
+        async with await cluster.nodes["b"].ingress.chat(None, prompt("x"), generation) as answer:
+            tokens = 0
+            async for delta in answer:
+                if not tokens:
+                    for node in cluster.nodes.values():
+                        node.take(plan)
+                tokens += delta.tokens
+                if tokens == 100:
+                    # A new request still finds the old pipeline, for the new one is not ready.
+                    assert (await ask(cluster.nodes["c"], "y"))[0] == expected("y", 20, 2)
+            assert answer.recoveries == 0
+        cluster.nodes["c"].refuse_load = ""
+        await cluster.until(lambda: cluster.members["c"].record.stages[0].state == "ready")
+        assert (await ask(cluster.nodes["a"], "z"))[0] == expected("z", 20, 1)
+        # Nothing of the old one is left when the next plan drops it.
+        last = replace(plan, epoch=replace(plan.epoch, version=99), models=(model,))
+        for node in cluster.nodes.values():
+            node.take(last)
+        await cluster.until(lambda: not cluster.members["a"].record.stages)
+        assert (await ask(cluster.nodes["a"], "z"))[0] == expected("z", 20, 1)
+
+
+async def test_a_retiring_head_tells_how_many_requests_it_has(autojump_clock: MockClock) -> None:
+    async with ServingCluster("a", "b").running() as cluster:
+        first = cluster.publish("a")
+        await cluster.ready(first)
+        node = cluster.nodes["a"]
+        node.stages.tell_requests(node.heads.loads())
+        assert cluster.members["a"].record.stages[0].requests is None
+        plan = cluster.make_plan("b")
+        [model] = plan.models
+        retiring = first.models[0].pipelines
+        node.take(replace(plan, models=(replace(model, retiring=retiring),)))
+        generation = Generation(max_tokens=300, temperature=0)
+        async with await node.ingress.chat(None, prompt("x"), generation):
+            node.stages.tell_requests(node.heads.loads())
+            assert cluster.members["a"].record.stages[0].requests == 1
+        await cluster.until(lambda: node.heads.running == 0)
+        node.stages.tell_requests(node.heads.loads())
+        assert cluster.members["a"].record.stages[0].requests == 0
+
+
+async def test_a_stopped_model_takes_no_new_requests(autojump_clock: MockClock) -> None:
+    async with ServingCluster("a").running() as cluster:
+        first = cluster.publish("a")
+        await cluster.ready(first)
+        node = cluster.nodes["a"]
+        [model] = first.models
+        generation = Generation(max_tokens=200, temperature=0)
+        async with await node.ingress.chat(None, prompt("x"), generation) as answer:
+            stopped = replace(model, state="stopped", pipelines=(), retiring=model.pipelines)
+            node.take(replace(first, epoch=replace(first.epoch, version=9), models=(stopped,)))
+            with pytest.raises(UnknownModel, match="was stopped"):
+                await ask(node, "y")
+            assert sum([delta.tokens async for delta in answer]) > 0
+            assert answer.recoveries == 0

@@ -1,0 +1,92 @@
+"""Waiting until the cluster has done what it was told, and saying how far it is."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pxd.cli.options import fail
+from pxd.cli.words import clean
+
+if TYPE_CHECKING:
+    from pxd.serving.status import ClusterStatus
+
+EVERY_S = 0.5
+STUCK_S = 5.0
+"""The plan needs a moment to follow what was told, so it is not stuck before that."""
+
+NoWait = Annotated[
+    bool, typer.Option("--no-wait", help="Return at once; `pxd status` shows how far it is.")
+]
+
+Show = Callable[[str], None]
+
+
+class Stuck(Exception):
+    """It will not come about by itself; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def shown(*, quiet: bool) -> Iterator[Show]:
+    """Shows where things stand on stderr: in one line on a terminal, else line by line."""
+    terminal = sys.stderr.isatty()
+    last = ""
+
+    def show(words: str) -> None:
+        nonlocal last
+        if words != last and not quiet:
+            line = f"\r\x1b[K  {words}" if terminal else f"  {words}\n"
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        last = words
+
+    try:
+        yield show
+    finally:
+        if terminal and last and not quiet:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def wait(
+    node: str | None, data_dir: Path | None, left: Callable[["ClusterStatus"], str], show: Show
+) -> None:
+    """Returns when `left` has nothing to say of the status. Ends the command if it stays stuck, if
+    the daemon goes away, and at Ctrl-C."""
+    from pxd.cli.status import Failed, fetch
+
+    stuck_since = None
+    try:
+        while True:
+            try:
+                words, stuck_since = left(fetch(node, data_dir)[1]), None
+            except Stuck as error:
+                stuck_since = stuck_since or time.monotonic()
+                if time.monotonic() - stuck_since > STUCK_S:
+                    fail(str(error))
+                words = "planning"
+            if not words:
+                return
+            show(words)
+            time.sleep(EVERY_S)
+    except Failed as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("pxd: it goes on without being watched", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def loading(status: "ClusterStatus") -> str:
+    """Which stages are on their way."""
+    parts = [
+        f"{clean(node.name)} loads {clean(stage.model)} [{stage.start},{stage.end}), "
+        f"{stage.progress:.0%} done"
+        for node in status.nodes
+        for stage in node.stages
+        if stage.state == "loading"
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,116 @@
+"""`pxd drain`, `pxd resume` and `pxd models`, against a served fake daemon."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pxd.cli import progress
+from pxd.serving.status import ModelView
+from tests.api.fakes import PEERS, LiveServer, node, pipeline, serving_status, stage
+
+from .tools import pxd, write_daemon_file
+
+
+@pytest.fixture(autouse=True)
+def instance(server: LiveServer, default_instance: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "STUCK_S", 0.0)
+    write_daemon_file(default_instance, server.url)
+
+
+def show(server: LiveServer, *nodes: object, models: list[ModelView] | None = None) -> None:
+    status = serving_status()
+    server.daemon.cluster = msgspec.structs.replace(
+        status,
+        nodes=list(nodes) or status.nodes,
+        models=status.models if models is None else models,
+    )
+
+
+def model(name: str, state: str, reason: str = "", **more: object) -> ModelView:
+    fields: dict[str, object] = {"layers": 8, "pipelines": []}
+    return ModelView(name=name, state=state, reason=reason, **(fields | more))  # type: ignore[arg-type]
+
+
+def test_a_drain_waits_until_nothing_is_held(server: LiveServer) -> None:
+    show(server, node("anna", stage(0, 8)), node("ben", drained=True))
+    done = pxd("drain", "ben")
+    assert done.exit_code == 0, done.stderr
+    assert "`pxd resume ben` undoes that" in done.stdout
+    assert "safe to stop it" in done.stdout
+    assert server.daemon.drains.drained
+    assert "takes part again" in pxd("resume", "ben").stdout
+    assert "was not drained" in pxd("resume", "ben").stdout
+
+
+def test_a_drain_of_what_nobody_can_replace_says_so(server: LiveServer) -> None:
+    chain = pipeline(("anna", 0, 4), ("ben", 4, 8))
+    needed = model("demo", "serving", "1.2 GiB are missing", retiring=[chain])
+    show(server, node("ben", stage(4, 8), drained=True), models=[needed])
+    done = pxd("drain", "ben")
+    assert done.exit_code == 1
+    for words in ("1.2 GiB are missing", "pxd resume ben", "Start more nodes"):
+        assert words in done.stderr
+    assert pxd("drain", "--no-wait", "ben").exit_code == 0
+
+
+def test_a_drain_refused() -> None:
+    done = pxd("drain", "nobody")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "no such node" in done.stderr
+
+
+def test_for_programs(server: LiveServer) -> None:
+    drained = json.loads(pxd("drain", "--no-wait", "--json", "ben").stdout)
+    assert drained == {
+        "node": {"id": PEERS["ben"], "name": "ben"},
+        "drained": True,
+        "changed": True,
+    }
+    used = json.loads(pxd("models", "use", "--no-wait", "--json", "other").stdout)
+    assert used["names"] == ["demo", "other"]
+    listed = json.loads(pxd("models", "list", "--json").stdout)
+    assert [each["name"] for each in listed["models"]] == ["demo"]
+
+
+def test_use_waits_until_the_model_is_served(server: LiveServer) -> None:
+    served = model("other", "serving", pipelines=[pipeline(("anna", 0, 8))])
+    show(server, models=[*serving_status().models, served])
+    done = pxd("models", "use", "other")
+    assert done.exit_code == 0, done.stderr
+    assert "is to serve demo, other" in done.stdout
+    assert "other is served" in done.stdout
+
+
+def test_use_says_why_a_model_is_not_served(server: LiveServer) -> None:
+    crowded = model("other", "waiting", "there is no room for it beside demo")
+    show(server, models=[*serving_status().models, crowded])
+    done = pxd("models", "use", "other")
+    assert done.exit_code == 1
+    assert "no room for it beside demo" in done.stderr
+    assert "no such model" in pxd("models", "use", "nonsense").stderr
+    assert pxd("models", "use", "./nowhere").exit_code == 2
+
+
+def test_stop_waits_until_it_is_gone(server: LiveServer) -> None:
+    show(server, models=[])
+    done = pxd("models", "stop", "demo")
+    assert done.exit_code == 0, done.stderr
+    assert "is to serve no model" in done.stdout
+    assert "`pxd models use demo` serves it again" in done.stdout
+
+
+def test_the_list_says_who_holds_what_and_what_retires(server: LiveServer) -> None:
+    going = model("other", "stopping", retiring=[pipeline(("carl", 0, 8))])
+    show(server, models=[*serving_status().models, going])
+    lines = pxd("models", "list").stdout
+    assert "anna [0,3)" in lines
+    assert "retiring: carl [0,8)" in lines
+    assert "stopping" in lines
+
+
+def test_the_status_shows_who_is_drained(server: LiveServer) -> None:
+    show(server, node("anna", stage(0, 8)), node("ben", drained=True))
+    assert "drained" in pxd("status").stdout
+    assert json.loads(pxd("status", "--json").stdout)["nodes"][1]["drained"] is True
