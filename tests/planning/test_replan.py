@@ -80,14 +80,20 @@ def test_a_death_leaves_pipelines_without_that_node_as_they_are(
 
 @settings(max_examples=150, deadline=None)
 @given(random_inputs())
-def test_join_and_then_leave_restores_the_plan(inputs: PlanInputs) -> None:
+def test_join_and_then_leave_restores_the_plan_unless_the_join_changed_it(
+    inputs: PlanInputs,
+) -> None:
     joining = inputs.offers[-1].id
     before = plan_cluster(without(inputs, joining))
     grown = replan(chains_of(before), inputs, spares=before.spares).move.plan
     check_plan(inputs, grown)
     assert grown.objective * ROUNDING >= before.objective
-    after = replan(chains_of(grown), without(inputs, joining), spares=grown.spares).move.plan
-    assert set(chains_of(after)) == set(chains_of(before))
+    left = replan(chains_of(grown), without(inputs, joining), spares=grown.spares)
+    if set(chains_of(before)) <= set(chains_of(grown)):
+        assert set(chains_of(left.move.plan)) == set(chains_of(before))
+    else:
+        after = left.rebalance.plan if left.rebalance is not None else left.move.plan
+        assert after.objective * (1 + REBALANCE_GAIN) >= before.objective
 
 
 @settings(max_examples=150, deadline=None)
