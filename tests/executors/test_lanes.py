@@ -1,76 +1,88 @@
-"""How requests are spread over what can compute side by side."""
+"""Products on several cores give the very numbers that one core gives."""
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pxd.executors.mlx.batch import Batch, Request
-from pxd.executors.mlx.lanes import Pace, spread
+from pxd.executors.mlx.lanes import ALIGNED, LEAST_PART, make_lanes, widen
 
-
-def requests(batches: list[int]) -> list[Request]:
-    """One for each number; those of the same number, unless it is 0, share a batch."""
-    made: dict[int, Batch] = {}
-    found = []
-    for number, place in enumerate(batches):
-        request = Request(number, None, [])
-        if place:
-            request.batch = made.setdefault(place, Batch([]))
-            request.batch.members.append(request)
-        found.append(request)
-    return found
+LANES = (make_lanes()[0], mx.new_stream(mx.cpu), mx.new_stream(mx.cpu))
+ROWS = (1, 2, 3, 8, 17, 64)
+SHAPES = ((256, 512), (320, 1000), (768, 2048), (1024, 96))
 
 
-def numbers(groups: list[list[Request]]) -> list[list[int]]:
-    return [sorted(request.number for request in group) for group in groups]
+class Both(nn.Module):
+    """A matrix twice, of which only one is divided."""
+
+    def __init__(self, plain: nn.Module, wide: nn.Module) -> None:
+        super().__init__()
+        self.plain, self.wide = plain, wide
+        wide.update(plain.parameters())
+        widen(wide, LANES)
+        assert type(wide) is not type(plain)
 
 
-@given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 8))
-def test_everybody_is_in_one_group_and_the_groups_are_even(batches: list[int], lanes: int) -> None:
-    groups = spread(requests(batches), lanes)
-    assert sorted(n for group in numbers(groups) for n in group) == list(range(len(batches)))
-    assert len(groups) == min(lanes, len(batches))
-    sizes = [len(group) for group in groups]
-    assert not sizes or max(sizes) - min(sizes) <= 1
+def same(one: mx.array, other: mx.array) -> bool:
+    return one.dtype == other.dtype and bool(mx.array_equal(one, other).item())
 
 
-@given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 8))
-def test_what_was_spread_stays_where_it_is(batches: list[int], lanes: int) -> None:
-    found = requests(batches)
-    groups = spread(found, lanes)
-    for group in groups:
-        for request in group:
-            request.batch = None
-        if len(group) > 1:
-            batch = Batch([])
-            batch.members = list(group)
-            for request in group:
-                request.batch = batch
-    again = spread(found[::-1], lanes)
-    assert sorted(numbers(again)) == sorted(numbers(groups))
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(dtype: mx.Dtype, inputs: int, outputs: int, bias: bool) -> None:
+    plain, wide = nn.Linear(inputs, outputs, bias), nn.Linear(inputs, outputs, bias)
+    plain.set_dtype(dtype)
+    both = Both(plain, wide)
+    for rows in ROWS:
+        x = mx.random.normal((1, rows, inputs)).astype(dtype)
+        assert same(both.wide(x), both.plain(x)), rows
 
 
-def test_a_newcomer_moves_nobody() -> None:
-    found = requests([1, 1, 2, 0])
-    assert numbers(spread(found, 2)) == [[0, 1], [2, 3]]
+@pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_quantised_linear(bits: int, mode: str, bias: bool) -> None:
+    group = 32 if mode == "mxfp4" else 64
+
+    def make() -> nn.Module:
+        return nn.QuantizedLinear(768, 1000, bias, group, bits, mode=mode)
+
+    both = Both(make(), make())
+    for rows in ROWS:
+        x = mx.random.normal((rows, 768))
+        assert same(both.wide(x), both.plain(x)), rows
 
 
-def test_who_leaves_moves_as_few_as_needed() -> None:
-    assert numbers(spread(requests([1, 1, 1, 1, 2, 2]), 2)) == [[0, 1, 2], [3, 4, 5]]
+def test_embeddings_as_the_head() -> None:
+    plain, quantised = nn.Embedding(3000, 256), nn.QuantizedEmbedding(3000, 256)
+    both = Both(plain, nn.Embedding(3000, 256))
+    packed = Both(quantised, nn.QuantizedEmbedding(3000, 256))
+    for rows in ROWS:
+        x = mx.random.normal((rows, 256))
+        assert same(both.wide.as_linear(x), both.plain.as_linear(x))
+        assert same(packed.wide.as_linear(x), packed.plain.as_linear(x))
+    tokens = mx.array([[5, 2999, 0]])
+    assert same(both.wide(tokens), both.plain(tokens))
 
 
-@pytest.mark.parametrize(
-    ("pace", "rows", "lanes"),
-    [
-        (Pace(begin=0.008, row=0.0005), 8, 1),
-        (Pace(begin=0.013, row=0.038), 1, 1),
-        (Pace(begin=0.013, row=0.038), 2, 2),
-        (Pace(begin=0.013, row=0.115), 8, 8),
-        (Pace(begin=0.013, row=0.115), 40, 16),
-        (Pace(begin=0.013, row=0.0), 8, 1),
-        (Pace(begin=0.0, row=0.1), 8, 8),
-    ],
-)
-def test_passes_are_divided_as_far_as_it_pays(pace: Pace, rows: int, lanes: int) -> None:
-    assert pace.lanes_for(rows, 16) == lanes
-    assert pace.lanes_for(rows, 1) == 1
+def test_small_products_stay_whole() -> None:
+    module = nn.Linear(64, 2 * ALIGNED - 1)
+    widen(module, LANES[:2])
+    assert type(module) is nn.Linear
+    module = nn.Linear(64, 128)
+    widen(module, LANES[:2])
+    least = 2 * LEAST_PART // (64 * 128)
+    assert not module._parts.pay(mx.zeros((1, least - 1, 64)))
+    assert module._parts.pay(mx.zeros((1, least, 64)))
+
+
+def test_nothing_is_copied_and_no_parameter_added() -> None:
+    module = nn.Linear(1024, 4096)
+    names = set(module.parameters())
+    mx.eval(module.parameters())
+    x = mx.random.normal((1, 1024))
+    mx.eval(x)
+    before = mx.get_active_memory()
+    widen(module, LANES[:2])
+    mx.eval(module(x))
+    assert mx.get_active_memory() - before < 1 << 20
+    assert set(module.parameters()) == names

@@ -1,7 +1,6 @@
 """The MLX engine: one stage, the caches of its requests, and the running of steps."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +14,6 @@ from pxd.executors.mlx.batch import (
     drop,
     take_back,
 )
-from pxd.executors.mlx.lanes import make_lanes, measure_pace
 from pxd.executors.mlx.loader import load_stage
 from pxd.executors.mlx.passes import Passes, parts_of
 from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
@@ -54,14 +52,9 @@ CLEAR_CACHE_STEPS = 256
 class MlxEngine:
     """See `pxd.executors.protocol.Engine`. Everything must be called in one thread."""
 
-    def __init__(
-        self, report: Report = lambda _: None, lanes: Sequence[mx.Stream] | None = None
-    ) -> None:
-        """`report` is called from another thread for every copy of the second tier. `lanes` are
-        streams in which parts of a step may be computed side by side; by default those that fit the
-        device."""
+    def __init__(self, report: Report = lambda _: None) -> None:
+        """`report` is called from another thread for every copy of the second tier."""
         self._report = report
-        self._lanes = lanes or make_lanes()
         self._requests: dict[int, Request] = {}
         self._prefixes: PrefixStore | None = None
         self._tier: Tier | None = None
@@ -95,9 +88,7 @@ class MlxEngine:
                 f"{type(error).__name__}: {error}{_hint(error)}"
             ) from error
         batching = supports_batches(loaded.stage, loaded.dtype)
-        spreads = batching and len(self._lanes) > 1
-        pace = measure_pace(loaded.stage, loaded.dtype) if spreads else None
-        self._passes = Passes(loaded.stage, batching=batching, lanes=self._lanes, pace=pace)
+        self._passes = Passes(loaded.stage, batching=batching)
         if can_share_prefixes(loaded.stage.make_caches()):
             self._prefixes = PrefixStore(self._requests)
         self._trims = can_take_back(loaded.stage.make_caches())

@@ -1,35 +1,36 @@
-"""What MLX can compute side by side.
+"""Large matrix products on several cores of a CPU.
 
-MLX runs each stream of a CPU in one thread, and of most of its operations on a CPU the cost grows
-with the rows. So a CPU gets a stream for each core, and requests are spread over them as far as
-that pays: every further pass has to be built and handed out, by one thread for all of them. A GPU
-is better filled by one large batch in its one stream.
+MLX runs each stream of a CPU in one thread, and its matrix products on a CPU, too. So their weights
+are divided by rows of the result, a part for each of several streams: every number comes from the
+same operations as before, in the same order, only sooner. Other operations are left alone, and so
+is a GPU.
 """
 
-import math
+import functools
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
-
-from pxd.executors.mlx.batch import Batch, Request
-from pxd.executors.mlx.stage import Caches, Stage
-from pxd.executors.mlx.trial import dummy_inputs, merged
+import mlx.nn as nn
 
 MOST = 16
-"""Every group reads all weights, which the memory can do for so many cores and not for more."""
+ALIGNED = 32
+"""Parts begin at multiples of it, so that no kernel meets another remainder than it would."""
 
-TRIAL_ROWS = 3
-TRIAL_S = 0.5
+LEAST_PART = 1 << 16
+"""Multiplications per part, or handing it to another thread takes longer than it saves."""
+
 WIDTH = "256"
 """MLX hands out operations breadth first as long as no more than so many are ready, 20 by default;
-beyond that it goes depth first, which is one lane after the other."""
+beyond that it goes depth first, which is one stream after the other."""
+
+Product = Callable[[mx.array, mx.Stream], mx.array]
 
 
+@functools.cache
 def make_lanes() -> tuple[mx.Stream, ...]:
-    """The default device's streams, at least one."""
+    """The streams of the default device that compute side by side, at least one."""
     device = mx.default_device()
     first = mx.default_stream(device)
     if device.type != mx.DeviceType.cpu:
@@ -45,72 +46,95 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Seconds: `begin` to build and hand out a pass, and `row` for each further row of one."""
+class _Parts:
+    """A matrix of `size` weights as products with parts of it, each for one lane."""
 
-    begin: float
-    row: float
+    def __init__(self, products: Sequence[Product], lanes: Sequence[mx.Stream], size: int) -> None:
+        self._products = list(zip(products, lanes, strict=False))
+        self._least_rows = -(-len(products) * LEAST_PART // size)
 
-    def lanes_for(self, rows: int, most: int) -> int:
-        """Over how many of `most` lanes to spread so many rows.
+    def pay(self, x: mx.array) -> bool:
+        """Whether ``(..., inputs)`` has rows enough to be worth dividing the work."""
+        return x.size >= self._least_rows * x.shape[-1]
 
-        The time of n passes is about n * `begin` + rows * `row` / n.
-        """
-        best = math.isqrt(int(rows * self.row / self.begin)) if self.begin > 0 else most
-        return max(1, min(best, rows, most))
-
-
-def measure_pace(stage: Stage, dtype: mx.Dtype) -> Pace:
-    """Of decode steps; takes about `TRIAL_S`, or two steps where that is longer."""
-    alone = [stage.make_caches() for _ in range(TRIAL_ROWS)]
-    for caches in alone:
-        stage.forward(dummy_inputs(stage, 1, 2, dtype), caches)
-    together, single = merged(alone), alone[0]
-    begin, one, several = math.inf, math.inf, math.inf
-    until = time.perf_counter() + TRIAL_S
-    while True:
-        thread, one_s = _time(stage, dummy_inputs(stage, 1, 1, dtype), single)
-        _, several_s = _time(stage, dummy_inputs(stage, TRIAL_ROWS, 1, dtype), together)
-        begin, one, several = min(begin, thread), min(one, one_s), min(several, several_s)
-        if time.perf_counter() >= until:
-            return Pace(begin, max(0.0, several - one) / (TRIAL_ROWS - 1))
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([product(x, lane) for product, lane in self._products], axis=-1)
 
 
-def _time(stage: Stage, inputs: mx.array, caches: Caches) -> tuple[float, float]:
-    """Seconds that this thread was busy with one pass, and that it took in all."""
-    mx.eval(inputs, [cache.state for cache in caches])
-    busy, began = time.thread_time(), time.perf_counter()
-    output = stage.forward(inputs, caches)
-    mx.eval(output, [cache.state for cache in caches])
-    return time.thread_time() - busy, time.perf_counter() - began
+class _WideLinear(nn.Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._parts(x) if self._parts.pay(x) else super().__call__(x)
 
 
-def spread(requests: Sequence[Request], lanes: int) -> list[list[Request]]:
-    """At most `lanes` groups whose sizes differ by one at most, of those who shared a batch before
-    as far as that goes: to leave one and join another copies a request's caches."""
-    if not requests:
-        return []
-    count = min(lanes, len(requests))
-    least, larger = divmod(len(requests), count)
-    sizes = [least + (place < larger) for place in range(count)]
-    shared: dict[int, list[Request]] = {}
-    loose: list[Request] = []
-    for request in requests:
-        batch: Batch | None = request.batch
-        if batch is None:
-            loose.append(request)
-        else:
-            shared.setdefault(id(batch), []).append(request)
-    groups: list[list[Request]] = []
-    for members in sorted(shared.values(), key=len, reverse=True):
-        kept = sizes[len(groups)] if len(groups) < count else 0
-        if kept:
-            groups.append(members[:kept])
-        loose += members[kept:]
-    groups += [[] for _ in range(count - len(groups))]
-    for group, size in zip(groups, sizes, strict=True):
-        missing = size - len(group)
-        group += loose[:missing]
-        del loose[:missing]
-    return groups
+class _WideQuantizedLinear(nn.QuantizedLinear):
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._parts(x) if self._parts.pay(x) else super().__call__(x)
+
+
+class _WideEmbedding(nn.Embedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._parts(x) if self._parts.pay(x) else super().as_linear(x)
+
+
+class _WideQuantizedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._parts(x) if self._parts.pay(x) else super().as_linear(x)
+
+
+_WIDE: dict[type, type] = {
+    nn.Linear: _WideLinear,
+    nn.QuantizedLinear: _WideQuantizedLinear,
+    nn.Embedding: _WideEmbedding,
+    nn.QuantizedEmbedding: _WideQuantizedEmbedding,
+}
+
+
+def widen(model: nn.Module, lanes: Sequence[mx.Stream]) -> None:
+    """Have the model's matrices multiply in several lanes. No weight is copied."""
+    for module in model.modules():
+        wide = _WIDE.get(type(module))
+        if wide is None:
+            continue
+        outputs, size = module.weight.shape[0], _size(module)
+        count = min(len(lanes), outputs // ALIGNED, max(2, size // LEAST_PART))
+        if count < 2:
+            continue
+        step = -(-outputs // (count * ALIGNED)) * ALIGNED
+        products = [_product(module, begin, begin + step) for begin in range(0, outputs, step)]
+        module._parts = _Parts(products, lanes, size)
+        module.__class__ = wide
+
+
+def _size(module: Any) -> int:
+    """Weights of a matrix, packed or not."""
+    packed = getattr(module, "bits", 0)
+    return int(module.weight.size * 32 // packed if packed else module.weight.size)
+
+
+def _product(module: Any, begin: int, end: int) -> Product:
+    """What the module's own code computes, for the results [begin, end) of each row.
+
+    Nothing is evaluated, for a stage does not need all that its model has.
+    """
+    weight = module.weight[begin:end]
+    bias = module.get("bias")
+    bias = bias[begin:end] if bias is not None else None
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        scales = module.scales[begin:end]
+        offsets = module.get("biases")
+        offsets = offsets[begin:end] if offsets is not None else None
+        packing = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+
+        def quantized(x: mx.array, lane: mx.Stream) -> mx.array:
+            y = mx.quantized_matmul(x, weight, scales, offsets, True, **packing, stream=lane)
+            return y if bias is None else mx.add(y, bias, stream=lane)
+
+        return quantized
+    weight = weight.T
+
+    def plain(x: mx.array, lane: mx.Stream) -> mx.array:
+        if bias is None:
+            return mx.matmul(x, weight, stream=lane)
+        return mx.addmm(bias, x, weight, stream=lane)
+
+    return plain

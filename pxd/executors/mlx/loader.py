@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from pxd.executors.mlx.lanes import make_lanes, widen
 from pxd.executors.mlx.layers import CannotSplit
 from pxd.executors.mlx.skeleton import model_classes
 from pxd.executors.mlx.split import SplitPlan, plan_split
@@ -51,6 +52,7 @@ def load_stage(
     model, _ = load_model(
         directory, lazy=True, strict=False, get_model_classes=loading.model_classes
     )
+    widen(model, make_lanes())
     stage = loading.stage
     if isinstance(stage, PartialModel):
         stage.tap()

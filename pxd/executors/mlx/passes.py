@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from pxd.executors.mlx.batch import Request, batch_of, own_caches
 from pxd.executors.mlx.decode import Draws
-from pxd.executors.mlx.lanes import Pace, spread
 from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.protocol import Drawn
 from pxd.wire import Row
@@ -69,22 +68,16 @@ class Pass:
 
 
 class Passes:
-    """Runs the passes of a step, each in the lane that has the least to do."""
+    """Runs the passes of a step, one after the other."""
 
-    def __init__(
-        self, stage: Stage, *, batching: bool, lanes: Sequence[mx.Stream], pace: Pace | None = None
-    ) -> None:
-        """`batching`: whether requests can decode in batches. `pace` says what spreading them over
-        `lanes` is good for; without it they are not spread."""
+    def __init__(self, stage: Stage, *, batching: bool) -> None:
+        """`batching`: whether requests can decode in batches."""
         self.stage = stage
         self._batching = batching
-        self._lanes = lanes
-        self._pace = pace
 
     def run(self, inputs: mx.array, parts: Parts) -> list[Pass]:
         """`inputs` are token ids ``(positions,)`` or hidden states ``(positions, hidden)``."""
-        passes: list[Pass] = []
-        loads = [0] * len(self._lanes)
+        passes = []
         for build, groups in (
             (self._fill, [[part] for part in parts.fills]),
             (self._verify, [[part] for part in parts.guesses]),
@@ -92,15 +85,8 @@ class Passes:
             (self._decode, self._groups(parts.decodes)),
         ):
             for group in groups:
-                lane = loads.index(min(loads))
-                loads[lane] += sum(part.end - part.begin for part in group)
-                with mx.stream(self._lanes[lane]):
-                    passes.append(build(inputs, group))
-                if len(self._lanes) == 1:
-                    # One after the other, so that no two need their memory at the same time.
-                    mx.eval(passes[-1].arrays)
-        # All of them in one call, or MLX waits for most of one before it begins with the next.
-        mx.eval([each.arrays for each in passes])
+                passes.append(build(inputs, group))
+                mx.eval(passes[-1].arrays)
         return passes
 
     def _groups(self, decodes: list[Part]) -> list[list[Part]]:
@@ -108,10 +94,8 @@ class Passes:
         if not self._batching:
             return [[part] for part in decodes]
         alone = [[part] for part in decodes if part.position == 0]
-        together = {id(part.request): part for part in decodes if part.position > 0}
-        lanes = self._pace.lanes_for(len(together), len(self._lanes)) if self._pace else 1
-        groups = spread([part.request for part in together.values()], lanes)
-        return [*alone, *([together[id(request)] for request in group] for group in groups)]
+        together = [part for part in decodes if part.position > 0]
+        return [*alone, together] if together else alone
 
     def _fill(self, inputs: mx.array, group: list[Part]) -> Pass:
         [part] = group

@@ -44,8 +44,7 @@ def dummy_inputs(stage: Stage, batch: int, length: int, dtype: mx.Dtype) -> mx.a
     return mx.random.normal((batch, length, stage.hidden_size), key=key).astype(dtype)
 
 
-def merged(alone: Sequence[Caches]) -> Caches:
-    """Batch caches with what the caches of each request have."""
+def _merge(alone: Sequence[Caches]) -> Caches:
     return [rows[0].merge(list(rows)) for rows in zip(*alone, strict=True)]
 
 
@@ -61,7 +60,7 @@ def _try_shapes(stage: Stage, dtype: mx.Dtype) -> None:
     alone = [_filled(stage, 2 + number % 2, dtype) for number in range(max(TRIAL_SIZES))]
     single = stage.forward(dummy_inputs(stage, 1, 1, dtype), stage.make_caches())
     for size in TRIAL_SIZES:
-        together = merged(alone[:size])
+        together = _merge(alone[:size])
         output = stage.forward(dummy_inputs(stage, size, 1, dtype), together)
         if tuple(output.shape) != (size, *single.shape[1:]):
             raise ValueError(f"{size} requests give an output of shape {output.shape}")
@@ -74,7 +73,7 @@ def _try_numbers(stage: Stage, dtype: mx.Dtype) -> tuple[float, float]:
     """Return (error of a batch that needs padding, error of one that needs none)."""
     short, long = _filled(stage, SHORT, dtype), _filled(stage, LONG, dtype)
     # Merging copies, so those alone can go on from the same state.
-    padded, even = merged([short, long]), merged([short, short])
+    padded, even = _merge([short, long]), _merge([short, short])
     one = dummy_inputs(stage, 1, 1, dtype)
     two = mx.concatenate([one, one])
     alone = [stage.forward(one, caches)[0] for caches in (short, long)]
