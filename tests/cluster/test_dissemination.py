@@ -10,7 +10,7 @@ from tests.signers import signed
 
 def record(node: str, version: int = 0, padding: int = 0) -> SignedRecord:
     stages = tuple(
-        StageReport(model="m", pipeline="p", start=0, end=1, state="failed", reason="x" * 1900)
+        StageReport(model="m", pipeline="p", start=0, end=1, state="failed", reason="x" * 1800)
         for _ in range(padding // 2000)
     )
     return signed(NodeRecord(id=node, name=node, incarnation=1, version=version, stages=stages))

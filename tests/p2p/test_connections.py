@@ -146,6 +146,6 @@ async def test_a_second_connection_makes_a_dead_first_one_be_found_out(nodes: No
             nursery.start_soon(b._host.dial, address)
     await eventually(first.muxer.closed.is_set, within=sessions.CHECK_TIMEOUT + 2)
     assert not first.muxer.orderly
-    assert shaken.is_set()
+    await eventually(shaken.is_set, within=2)
     assert a._sessions.get(b.peer_id) is session
     assert await a.call(b.peer_id, ECHO, Text("still here"), timeout=5) == Text("still here")

@@ -52,7 +52,7 @@ async def two_nodes() -> AsyncIterator[tuple[Node, Node]]:
         nursery.cancel_scope.cancel()
 
 
-async def test_another_node_and_oneself(autojump_clock: MockClock) -> None:
+async def test_another_node_and_oneself(clock: MockClock) -> None:
     async with two_nodes() as (a, b):
         done = await a.drains.set("b-name", drained=True)
         assert (done.node.id, done.drained, done.changed) == ("b", True, True)
@@ -62,7 +62,7 @@ async def test_another_node_and_oneself(autojump_clock: MockClock) -> None:
         assert (b.record.drained, b.saved[-1], a.record.drained) == (False, False, False)
 
 
-async def test_what_is_not_written_down_is_not_so(autojump_clock: MockClock) -> None:
+async def test_what_is_not_written_down_is_not_so(clock: MockClock) -> None:
     async with two_nodes() as (a, b):
         a.full = b.full = True
         with pytest.raises(DrainError, match="cannot write") as own:
@@ -73,7 +73,7 @@ async def test_what_is_not_written_down_is_not_so(autojump_clock: MockClock) -> 
         assert (a.record.drained, b.record.drained) == (False, False)
 
 
-async def test_unknown_and_unreachable_nodes(autojump_clock: MockClock) -> None:
+async def test_unknown_and_unreachable_nodes(clock: MockClock) -> None:
     async with two_nodes() as (a, b):
         with pytest.raises(DrainError, match="no such node"):
             await a.drains.set("c", drained=True)
@@ -82,7 +82,7 @@ async def test_unknown_and_unreachable_nodes(autojump_clock: MockClock) -> None:
             await a.drains.set("gone", drained=True)
 
 
-async def test_a_member_cannot_keep_a_disk_busy(autojump_clock: MockClock) -> None:
+async def test_a_member_cannot_keep_a_disk_busy(clock: MockClock) -> None:
     async with two_nodes() as (a, b):
         for number in range(int(CHANGES_AT_ONCE)):
             await a.network.call("b", DRAIN, Drain(number % 2 == 0), timeout=5)
