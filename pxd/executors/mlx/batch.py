@@ -2,6 +2,11 @@
 
 A batch is kept from step to step as long as its members stay the same. When they change, those who
 leave are cut out and those who join are appended, by mlx-lm's own batch caches.
+
+Measured on two cores of a CPU with MLX 0.32.4 in bfloat16: one step of 8 requests takes 7.7 ms as a
+batch and 31 ms one by one (demo model), or 188 and 464 ms (100M weights). To batch the projections
+alone and attend row by row, which would need no padding, was 1.1 to 1.7 times slower than batch
+caches are.
 """
 
 from collections.abc import Iterable, Sequence
