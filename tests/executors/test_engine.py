@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pxd.engine.history import history_of
+from pxd.executors.mlx import passes
 from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import ExecutorError, LoadSpec, Scored, StepRejected
@@ -205,6 +206,26 @@ def test_one_step_may_fill_and_decode_and_mix_requests(model: Path) -> None:
         ]
     )
     assert list(got) == wanted[3] + wanted[2] + wanted[1]
+
+
+@pytest.mark.parametrize("cuts", [(), (2, 4)])
+def test_a_long_prompt_is_taken_in_pieces(
+    model: Path, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Pipeline.load(model, LAYERS, cuts).generate(PROMPT, 8)
+    hidden = describe(model).hidden_size
+    # The last piece of all but one of the prompt's tokens sees 19 positions: 5 at a time.
+    monkeypatch.setattr(passes, "MOST_SCORES", 5 * 19 * hidden)
+    pieces: list[int] = []
+
+    class Counted(passes.Pass):
+        def __init__(self, parts: list[passes.Part], *more: Any) -> None:
+            super().__init__(parts, *more)
+            pieces.extend(part.end - part.begin for part in parts)
+
+    monkeypatch.setattr(passes, "Pass", Counted)
+    assert Pipeline.load(model, LAYERS, cuts).generate(PROMPT, 8) == whole
+    assert pieces[:5] == ([5, 5, 5, 4, 1] if not cuts else [5, 5, 5, 4, 5])
 
 
 def test_sampling_is_the_same_alone_in_a_batch_and_in_any_split(model: Path) -> None:

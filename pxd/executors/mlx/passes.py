@@ -16,6 +16,10 @@ from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.protocol import Drawn
 from pxd.wire import Row
 
+MOST_SCORES = 1 << 32
+"""Positions times positions before them times hidden size, of a pass on a CPU. Attention is not
+fused there: for heads of 64 numbers this keeps its scores to 256 MiB, however long a prompt is."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -79,7 +83,7 @@ class Passes:
         """`inputs` are token ids ``(positions,)`` or hidden states ``(positions, hidden)``."""
         passes = []
         for build, groups in (
-            (self._fill, [[part] for part in parts.fills]),
+            (self._fill, [[piece] for part in parts.fills for piece in self._pieces(part)]),
             (self._verify, [[part] for part in parts.guesses]),
             # Last, for it may go on where a prompt ends.
             (self._decode, self._groups(parts.decodes)),
@@ -88,6 +92,19 @@ class Passes:
                 passes.append(build(inputs, group))
                 mx.eval(passes[-1].arrays)
         return passes
+
+    def _pieces(self, part: Part) -> list[Part]:
+        """The part, or where its attention would take too much memory, several in its place."""
+        if mx.default_device().type != mx.DeviceType.cpu:
+            return [part]
+        seen = part.position + part.end - part.begin
+        most = max(1, MOST_SCORES // (seen * max(1, self.stage.hidden_size)))
+        return [
+            Part(
+                part.request, part.position + begin - part.begin, begin, min(begin + most, part.end)
+            )
+            for begin in range(part.begin, part.end, most)
+        ]
 
     def _groups(self, decodes: list[Part]) -> list[list[Part]]:
         """Those that run together. A request without history has nothing to merge yet."""
