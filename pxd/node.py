@@ -118,7 +118,11 @@ class Node:
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.stages.send_as(settings.wire_dtype)
         self.heads = HeadHost(
-            self.network, self.stages.feed, settings.admission, settings.speculate
+            self.network,
+            self.stages.feed,
+            settings.admission,
+            settings.speculate,
+            self.stages.feed_now,
         )
         self._ingress = ChatIngress(
             self.network,

@@ -62,6 +62,7 @@ MAX_TOKENS = 1 << 23
 """Of all requests as they were submitted. A token takes some 36 bytes."""
 
 Feed = Callable[[str, Step, Buffer], Awaitable[None]]
+FeedNow = Callable[[Step, Buffer], bool]
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,11 +115,15 @@ class Head:
         self_id: str,
         admission: Admission,
         speculate: Speculate,
+        feed_now: FeedNow = lambda *_: False,
     ) -> None:
+        """`feed_now` takes a step if that needs no waiting, else it is given to `feed`."""
         self.pipeline = pipeline
         self.cancel_scope = trio.CancelScope()
         self.reason = "the pipeline is being set up"
         self._feed = feed
+        self._feed_now = feed_now
+        self._held: tuple[Step, Buffer] | None = None
         self._emit = emit
         self._self_id = self_id
         self._admission: Admission = admission
@@ -184,6 +189,7 @@ class Head:
     def close_session(self, reason: str) -> None:
         """Give every request back to its ingress, which may submit it again elsewhere."""
         self._scheduler = None
+        self._held = None
         self._sent_at.clear()
         self._oldest_copy = None, 0.0
         if self._clients:
@@ -285,6 +291,8 @@ class Head:
         if sent is not None:
             lone = self._timings.returned(trio.current_time(), frame.step, sent, results)
             self._keep_pace(lone)
+        # The stages are not to wait until clients have been told.
+        self._send_what_can_be()
         for result in results:
             self._deliver(result)
         self._wake.set()
@@ -359,17 +367,29 @@ class Head:
 
     async def _send_steps(self) -> None:
         while True:
+            self._send_what_can_be()
+            if self._held is not None:
+                await self._feed(self._self_id, *self._held)
+                self._held = None
+                continue
+            self._wake = trio.Event()
+            with trio.move_on_after(STEP_DEADLINE_S / 4):
+                await self._wake.wait()
+            self._check_progress()
+
+    def _send_what_can_be(self) -> None:
+        """All steps that there are, up to one that would have to wait, which is held."""
+        while self._held is None:
             step = self._next_step()
             if step is None:
-                self._wake = trio.Event()
-                with trio.move_on_after(STEP_DEADLINE_S / 4):
-                    await self._wake.wait()
-                self._check_progress()
-            else:
-                self._sent_at[step.number] = trio.current_time()
-                alone = len(self._sent_at) == 1
-                self._timings.sent(step.number, step.rows, alone=alone)
-                await self._feed(self._self_id, self._frame(step), self._body(step))
+                return
+            self._sent_at[step.number] = trio.current_time()
+            alone = len(self._sent_at) == 1
+            self._timings.sent(step.number, step.rows, alone=alone)
+            frame, body = self._frame(step), self._body(step)
+            if not self._feed_now(frame, body):
+                self._held = frame, body
+                self._wake.set()
 
     async def _watch_deadlines(self) -> None:
         """A task of its own, since sending may take as long as a step does."""

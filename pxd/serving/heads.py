@@ -7,7 +7,7 @@ import trio
 from pxd.cluster.plans import Plan
 from pxd.engine.continuous import Admission
 from pxd.p2p.network import CallFailed, Network, NetworkError
-from pxd.serving.head import MAX_REQUESTS, SUBMIT, Accepted, Feed, Head, Submission
+from pxd.serving.head import MAX_REQUESTS, SUBMIT, Accepted, Feed, FeedNow, Head, Submission
 from pxd.serving.outbox import Outbox
 from pxd.serving.readiness import Members
 from pxd.serving.speculation import Speculate
@@ -32,9 +32,11 @@ class HeadHost:
         feed: Feed,
         admission: Admission = "preempt",
         speculate: Speculate = "auto",
+        feed_now: FeedNow = lambda *_: False,
     ) -> None:
         self._network = network
         self._feed = feed
+        self._feed_now = feed_now
         self._admission: Admission = admission
         self.speculate: Speculate = speculate
         self._heads: dict[str, Head] = {}
@@ -80,7 +82,15 @@ class HeadHost:
         for key in self._heads.keys() - wanted.keys():
             self._heads.pop(key).cancel_scope.cancel()
         for key in wanted.keys() - self._heads.keys():
-            head = Head(wanted[key], self._feed, self._emit, me, self._admission, self.speculate)
+            head = Head(
+                wanted[key],
+                self._feed,
+                self._emit,
+                me,
+                self._admission,
+                self.speculate,
+                self._feed_now,
+            )
             self._heads[key] = head
             self._nursery.start_soon(head.run)
 

@@ -155,14 +155,27 @@ class StageRunner:
 
     async def feed(self, step: Step, body: Buffer) -> None:
         """Have the executor run a step; waits while `MAX_UNDER_WAY` are under way already."""
-        try:
-            self._room.acquire_nowait()
-        except trio.WouldBlock:
-            await self._room.acquire()
+        if self.feed_now(step, body):
+            return
+        await self._room.acquire()
         if self.report.state != "ready":
             self._room.release()
             await self._nack(step, "not-ready", self.report.reason or self.report.state)
             return
+        self._submit(step, body)
+
+    def feed_now(self, step: Step, body: Buffer) -> bool:
+        """Have the executor run a step, unless `feed` would have to wait."""
+        if self.report.state != "ready":
+            return False
+        try:
+            self._room.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        self._submit(step, body)
+        return True
+
+    def _submit(self, step: Step, body: Buffer) -> None:
         self._running.append((step, trio.current_time()))
         # Where the executor has died, all of its steps are answered for together.
         with contextlib.suppress(ExecutorDied):
@@ -458,6 +471,12 @@ class StageHost:
         else:
             # Or only just: then it has come without its body.
             await self.nack(head, step, "not-ready", "the stage has not been set up yet")
+
+    def feed_now(self, step: Step, body: Buffer) -> bool:
+        """Take a step of a pipeline that begins at this node, unless `feed` would have to wait."""
+        runner = self._runners.get(step.pipeline)
+        own = runner is not None and runner.sender == self.network.peer_id
+        return runner is not None and own and runner.feed_now(step, body)
 
     def _head_of(self, pipeline_id: str) -> str | None:
         found = self._plan.pipeline(pipeline_id) if self._plan else None

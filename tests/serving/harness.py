@@ -237,7 +237,7 @@ class ServingNode:
         self.stages = StageHost(
             self.network, self.open_executor, models.directory, self.report_stages
         )
-        self.heads = HeadHost(self.network, self.stages.feed)
+        self.heads = HeadHost(self.network, self.stages.feed, feed_now=self.stages.feed_now)
         self.ingress = ChatIngress(
             self.network,
             models,  # type: ignore[arg-type]
