@@ -21,7 +21,7 @@ from pxd.identity import Ticket
 
 from .daemons import Daemon, all_hold, cluster, own_stages, pipelines, serving_on, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.clusters]
 
 NAMES = ("anna", "ben", "carl")
 # The model has 8 layers and would fit on one node, which leaves nothing to split.

@@ -10,7 +10,7 @@ from pxd.identity import Ticket
 
 from .daemons import Daemon, Status, cluster, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.clusters]
 
 
 def control(daemon: Daemon, *arguments: str) -> Any:

@@ -19,7 +19,7 @@ from pxd.identity import Ticket
 
 from .daemons import Daemon, all_hold, cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.clusters]
 
 MIB = 1 << 20
 GROWTH_LIMIT = 64 * MIB

@@ -14,7 +14,7 @@ from tests.tiny_models import make_tiny_model
 
 from .daemons import Daemon, Status, all_hold, cluster, pipelines, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.clusters]
 
 NAMES = ("anna", "ben", "carl")
 QUESTIONS = ("Count from 1 to 20.", "Say the alphabet.", "What is 17 + 25?")

@@ -14,7 +14,7 @@ from tests.tiny_models import make_tiny_model
 
 from .daemons import cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.clusters]
 
 DEMO = Path(pxd.models.__file__).parent / "demo"
 QUESTIONS = ("Count from 1 to 20.", "Say the alphabet.", "tell me something " * 12)
