@@ -128,6 +128,7 @@ class Head:
         self._next_request = 0
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
+        self._names: dict[str, str] = {}
         self._requests, self._tokens = Quota(MAX_REQUESTS), Quota(MAX_TOKENS)
         self._sent_at: dict[int, float] = {}
         self._oldest_copy: tuple[int | None, float] = None, 0.0
@@ -152,6 +153,8 @@ class Head:
         """Open or close the session as the stages' reports demand."""
         state = readiness(self.pipeline, members)
         self.reason = state.reason
+        stages = (stage.node for stage in self.pipeline.stages)
+        self._names = {node: members[node].record.name for node in stages if node in members}
         self._speculation.stages_are(decode_s=state.decode_s, possible=state.trims)
         if state.ready and self._scheduler is None:
             self._open(state)
@@ -304,15 +307,21 @@ class Head:
             most = self._policy.config.step_tokens
             self._policy.mixed_tokens = min(max(positions, LEAST_PREFILL), most)
 
-    def nack(self, frame: Nack) -> None:
+    def nack(self, frame: Nack, peer: str = "") -> None:
+        """A step failed at the stage of `peer`."""
         if self._scheduler is None or frame.session != self._session:
             return
-        reason = f"{frame.code}: {frame.reason}"
+        name = self._names.get(peer, "")
+        reason = f"{frame.code}: {name}{': ' if name else ''}{frame.reason}"
         if frame.code == "executor-died":
             self.close_session(reason)
             return
         self._sent_at.pop(frame.step, None)
-        for number in self._scheduler.step_failed(frame.step, frame.requests):
+        starved = frame.code == "out-of-memory"
+        failed = self._scheduler.step_failed(frame.step, frame.requests, starved=starved)
+        if starved and not failed:
+            log.warning("pipeline %s goes on with smaller steps: %s", self.pipeline.id, reason)
+        for number in failed:
             self._fail(number, reason)
         self._wake.set()
 
