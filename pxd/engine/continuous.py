@@ -208,6 +208,10 @@ class Continuous:
     def starved(self, positions: int, running: int) -> bool:
         return self._pressure.shrink(positions, running)
 
+    def be_careful(self) -> None:
+        """Begin with smaller steps."""
+        self._pressure.shrink(self._pressure.positions, 1)
+
     def eased(self) -> None:
         self._pressure.ease()
 

@@ -9,6 +9,7 @@ import logging
 import math
 import secrets
 from array import array
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
@@ -55,6 +56,11 @@ log = logging.getLogger("pxd.serving.head")
 STEP_DEADLINE_S = 300.0
 PACE_S = 0.25
 """How long a step's share of prompts may hold up those who wait for their next token."""
+
+CAUTION_S, MOST_CAUTION = 600.0, 3
+"""Executors that die in a step have often been out of memory, and systems seldom say so. For so
+long, sessions begin with smaller steps after a death, and with smaller ones still after the next.
+"""
 
 LEAST_PREFILL = 64
 MAX_REQUESTS = 8192
@@ -132,6 +138,7 @@ class Head:
         self._requests, self._tokens = Quota(MAX_REQUESTS), Quota(MAX_TOKENS)
         self._sent_at: dict[int, float] = {}
         self._oldest_copy: tuple[int | None, float] = None, 0.0
+        self._deaths: deque[float] = deque(maxlen=MOST_CAUTION)
         self._timings = PipelineTimings()
         self._speculation = Speculation(speculate)
         self._wake = trio.Event()
@@ -173,6 +180,9 @@ class Head:
             root=self.pipeline.id.encode(),
         )
         self._policy = Continuous(config)
+        now = trio.current_time()
+        for _ in range(sum(now - death < CAUTION_S for death in self._deaths)):
+            self._policy.be_careful()
         self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
@@ -186,6 +196,8 @@ class Head:
 
     def close_session(self, reason: str) -> None:
         """Give every request back to its ingress, which may submit it again elsewhere."""
+        if reason.startswith("executor-died") and self._sent_at:
+            self._deaths.append(trio.current_time())
         self._scheduler = None
         self._sent_at.clear()
         self._oldest_copy = None, 0.0

@@ -9,10 +9,12 @@ from pxd.cluster.members import Member
 from pxd.cluster.records import NodeRecord, StageReport, Unfit
 from pxd.executors.protocol import ExecutorDied
 from pxd.serving.fitness import DEATHS, FAILED_LOADS, PAUSES_S
+from pxd.serving.head import CAUTION_S
 from pxd.serving.requests import Generation, GenerationFailed
 from pxd.serving.view import node_views
 from pxd.wire import Buffer, Nack, NackCode, Output, Sampled, Step
 
+from . import harness
 from .harness import ArithmeticExecutor, ServingCluster, ServingNode
 from .test_serving import NAMES, ask, expected, prompt
 
@@ -96,6 +98,34 @@ async def test_steps_without_memory_cost_no_request_and_no_token(clock: MockCloc
         # Steps in flight may fail together, but nobody tries for long what cannot be.
         assert executor.failed < 15
         await cluster.until(lambda: executor.caches == {})
+
+
+class Killed(ArithmeticExecutor):
+    """The system kills it for a step of more than 600 positions."""
+
+    async def step(self, step: Step, body: Buffer) -> Sampled | Nack | tuple[Step, Buffer]:
+        if sum(row.count for row in step.rows) > 600:
+            self.die("killed by SIGKILL (out of memory?)")
+        return await super().step(step, body)
+
+
+async def test_after_a_death_in_a_step_smaller_ones_are_tried(
+    clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "CONTEXT", 4000)
+    async with ServingCluster("a").running() as cluster:
+        node = cluster.nodes["a"]
+        node.executor_type = Killed
+        await cluster.ready(cluster.publish("a"))
+        text = "x" * 3000
+        assert (await ask(node, text, 10))[0] == expected(text, 10, 1)
+        assert len(node.executors) == 3, "4096 positions, then 1024, then 256"
+        await trio.sleep(CAUTION_S)
+        node.executors[-1].die("killed by signal 9")
+        await cluster.until(lambda: len(node.executors) == 4)
+        await cluster.ready(node.plan)
+        assert (await ask(node, "y" * 500, 10))[0] == expected("y" * 500, 10, 1)
+        assert node.executors[-1].steps < 14, "a prompt of 500 in one step again"
 
 
 async def test_who_has_no_memory_for_the_smallest_step_fails_and_says_why(
