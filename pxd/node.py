@@ -107,7 +107,6 @@ class Node:
         self.choices = Choices(
             self.gossip, self._save, self.models.describe, settings.model, time.time
         )
-        self.drains = Drains(self.network, self._members, self.gossip, self._save)
         self.door = Door(
             self.network, self._members, settings.files, who.ring, who.bans, self._on_door
         )
@@ -117,6 +116,9 @@ class Node:
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.stages.send_as(settings.wire_dtype)
+        self.drains = Drains(
+            self.network, self._members, self.gossip, self._save, self.stages.forgive
+        )
         self.heads = HeadHost(
             self.network,
             self.stages.feed,

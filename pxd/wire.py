@@ -268,6 +268,8 @@ NackCode = Literal[
     "unknown-request",
     "bad-step",
     "executor-failed",
+    "out-of-memory",
+    "not-finite",
     "executor-died",
     "unreachable",
 ]
@@ -277,7 +279,8 @@ class Nack(msgspec.Struct, frozen=True, tag="nack", kw_only=True):
     """A stage could not run a step, or could not pass it on. Sent to the head.
 
     The requests of the step are lost in any case. `requests` names further ones that lost their
-    state on that stage; with code executor-died it is every request of the pipeline.
+    state on that stage; with code executor-died it is every request of the pipeline. With
+    out-of-memory a smaller step may do; not-finite says that NaN or infinity was computed.
     """
 
     pipeline: Identifier

@@ -208,16 +208,34 @@ class _Reader:
                 found.append((name, way))
             if node.problem:
                 found.append((name, clean(node.problem)))
-            for stage in node.stages:
-                where = f"{clean(stage.model)} {layers(stage.start, stage.end)}"
-                if stage.restarts:
-                    times = "once" if stage.restarts == 1 else f"{stage.restarts} times"
-                    where += f", restarted {times},"
-                if stage.reason:
-                    found.append((name, f"{where} {clean(stage.state)}: {clean(stage.reason)}"))
-                elif stage.restarts:
-                    found.append((name, f"{where} {clean(stage.state)} again"))
+            found += [(name, words) for stage in node.stages for words in _troubles(stage)]
         return found
+
+
+def _troubles(stage: StageView) -> list[str]:
+    where = f"{clean(stage.model)} {layers(stage.start, stage.end)}"
+    found = []
+    if stage.slow:
+        words = f"takes {stage.slow:g} times longer than usual; is it hot, or busy with other work?"
+        found.append(f"{where} {words}")
+    if stage.out_of_memory:
+        words = "had no memory for a step, which was tried again in smaller ones"
+        remedy = "`pxd start --memory GIB` with less leaves more room"
+        found.append(f"{where} {_times(stage.out_of_memory)} {words}: {remedy}")
+    if stage.not_finite:
+        found.append(f"{where} {_times(stage.not_finite)} computed NaN or infinity")
+    if stage.restarts:
+        hung = f" ({_times(stage.hangs)} because it gave no answer)" if stage.hangs else ""
+        where += f", restarted {_times(stage.restarts)}{hung},"
+    if stage.reason:
+        found.append(f"{where} {clean(stage.state)}: {clean(stage.reason)}")
+    elif stage.restarts:
+        found.append(f"{where} {clean(stage.state)} again")
+    return found
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 _ORDER = {"alive": 0, "suspect": 1, "dead": 2, "left": 3}

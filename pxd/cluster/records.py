@@ -13,6 +13,7 @@ Address = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 MAX_LINKS = 16
 MAX_MODELS = 16
 MAX_CHOSEN = 8
+MAX_UNFIT = 8
 
 StageState = Literal["loading", "ready", "restarting", "failed"]
 
@@ -40,7 +41,11 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     token within a long chunk, both from the step's arrival at the idle stage to its result. Stage 0
     alone, being at the head, tells of its whole pipeline: `token_s` per token and `ttft_s` to the
     first token of a prompt of about `ttft_tokens`, both for one request alone, and `tokens_per_s`
-    while it works.
+    while it works. These figures are from when it works as usual: while it is `slow`, its steps
+    take so many times longer; 0 means that it is not.
+
+    `restarts` counts its executor's deaths, of which in `hangs` it gave no answer and was killed;
+    `out_of_memory` and `not_finite` the steps that failed so.
     """
 
     model: Name
@@ -51,6 +56,9 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     kv_tokens: Count = 0
     restarts: Count = 0
+    hangs: Count = 0
+    out_of_memory: Count = 0
+    not_finite: Count = 0
     reason: Reason = ""
     prefix_cache: bool = False
     tier_slots: Count = 0
@@ -63,6 +71,7 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: Measure = 0.0
     ttft_tokens: Count = 0
     tokens_per_s: Measure = 0.0
+    slow: Measure = 0.0
 
 
 class PeerLink(msgspec.Struct, frozen=True, array_like=True):
@@ -79,6 +88,13 @@ class HeldModel(msgspec.Struct, frozen=True, array_like=True):
 
     name: Name
     fingerprint: Annotated[str, msgspec.Meta(max_length=128)] = ""
+
+
+class Unfit(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """A model at which a node keeps failing, so that others have to serve it for now; and why."""
+
+    model: Name
+    reason: Annotated[str, msgspec.Meta(max_length=300)]
 
 
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_CHOSEN)]
@@ -107,7 +123,9 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     `links` are those to the peers that matter most to this node. `relay` says that it passes
     traffic on for members that cannot reach each other. `leaving` says that it is about to go: it
     is no candidate for leadership and takes no part in new plans. One that is `drained` takes no
-    part in them either, but stays a member and goes on answering clients. `door` is a digest of its
+    part in them either, but stays a member and goes on answering clients. `unfit` are the models
+    in whose plans it takes no part. `slow` is how many times slower than usual it works, 0 for
+    none; it stays for a while after the stage that showed it has gone. `door` is a digest of its
     keys and bans: where two differ, one is behind. `keys` is the generation of its cluster key.
     """
 
@@ -136,6 +154,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     relay: bool = False
     leaving: bool = False
     drained: bool = False
+    unfit: Annotated[tuple[Unfit, ...], msgspec.Meta(max_length=MAX_UNFIT)] = ()
+    slow: Measure = 0.0
     door: Annotated[str, msgspec.Meta(max_length=64)] = ""
     keys: Count = 0
 

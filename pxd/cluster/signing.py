@@ -97,7 +97,12 @@ def _fitted(record: NodeRecord) -> bytes:
     stages = tuple(
         msgspec.structs.replace(stage, reason=stage.reason[:_SHORT]) for stage in record.stages
     )
-    record = msgspec.structs.replace(record, stages=stages, problem=record.problem[:_SHORT])
+    unfit = tuple(
+        msgspec.structs.replace(each, reason=each.reason[:_SHORT]) for each in record.unfit
+    )
+    record = msgspec.structs.replace(
+        record, stages=stages, unfit=unfit, problem=record.problem[:_SHORT]
+    )
     while len(content := _encoder.encode(record)) > MAX_RECORD:
         if not record.stages:
             raise ValueError(f"a record of {len(content)} bytes, {MAX_RECORD} allowed")

@@ -14,6 +14,7 @@ import msgspec
 from pxd.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from pxd.engine.hashing import BlockHash, BlockHashes
 from pxd.engine.history import has_penalties
+from pxd.engine.pressure import Pressure
 from pxd.engine.requests import Sequence
 from pxd.engine.scheduler import Batch, PlannedStep
 from pxd.engine.speculation import Guesser, PromptLookup
@@ -91,6 +92,7 @@ class Continuous:
         self._loading: dict[int, Sequence] = {}
         self._store: Copy | None = None
         self._short = False
+        self._pressure = Pressure(config.step_tokens, config.max_running)
         self.max_in_flight = config.max_in_flight
         self.mixed_tokens = config.step_tokens
 
@@ -113,7 +115,7 @@ class Continuous:
         return ""
 
     def admit(self, sequence: Sequence, running: Mapping[int, Sequence]) -> bool:
-        if len(running) >= self.config.max_running:
+        if len(running) >= self._pressure.running:
             return False
         hits = self._find(sequence)
         pool, own = self.pool, self.config.storage == "own"
@@ -147,8 +149,9 @@ class Continuous:
         preempted: list[Sequence] = []
         self._load(batch)
         decoding = sum(s.awaiting or s.can_decode for s in running.values())
-        budget = self.mixed_tokens if decoding else self.config.step_tokens
-        share = min(-(-decoding // self.max_in_flight), self.config.step_tokens)
+        most = self._pressure.positions
+        budget = min(self.mixed_tokens, most) if decoding else most
+        share = min(-(-decoding // self.max_in_flight), most)
         for sequence in list(running.values()):
             if len(batch.rows) >= share:
                 break
@@ -202,6 +205,16 @@ class Continuous:
                 broken.append(sequence)
         return broken
 
+    def starved(self, positions: int, running: int) -> bool:
+        return self._pressure.shrink(positions, running)
+
+    def be_careful(self) -> None:
+        """Begin with smaller steps."""
+        self._pressure.shrink(self._pressure.positions, 1)
+
+    def eased(self) -> None:
+        self._pressure.ease()
+
     def oldest_copy(self) -> int | None:
         return self.tier.oldest
 
@@ -254,7 +267,7 @@ class Continuous:
             self.guesses,
             sequence.limit - known - 1,
             len(sequence.blocks) * BLOCK_TOKENS - known,
-            self.config.step_tokens - len(batch.tokens) - 1,
+            self._pressure.positions - len(batch.tokens) - 1,
         )
         if most <= 0:
             return []

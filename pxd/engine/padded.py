@@ -126,6 +126,12 @@ class Padded:
     def copied(self, event: int, stage: int, failed: Iterable[int]) -> list[Sequence]:  # noqa: ARG002
         return []
 
+    def starved(self, positions: int, running: int) -> bool:  # noqa: ARG002
+        return False
+
+    def eased(self) -> None:
+        pass
+
     def oldest_copy(self) -> int | None:
         return None
 

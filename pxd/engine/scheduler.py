@@ -149,6 +149,13 @@ class Policy(Protocol):
         Returns those for whom a load has failed: they have lost all they had.
         """
 
+    def starved(self, positions: int, running: int) -> bool:
+        """A stage had no memory for a step of so many positions, while so many requests ran: make
+        smaller ones. False if there are none."""
+
+    def eased(self) -> None:
+        """A step is done, and all are done who had to begin again for want of memory."""
+
     def oldest_copy(self) -> int | None:
         """The number of the copy that has been under way for longest; numbers only grow."""
 
@@ -169,6 +176,11 @@ class Scheduler:
         self._releases: list[int] = []
         self._lost_releases: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}
+        # Those who began again for want of memory; steps in flight that they are part of, which
+        # must fail; and whether to wait until nothing is in flight.
+        self._starved: set[int] = set()
+        self._doomed: set[int] = set()
+        self._settling = False
         self._next_step = 0
         self._admitted = 0
         self._refused: list[tuple[int, str]] = []
@@ -249,6 +261,9 @@ class Scheduler:
         """
         if len(self._in_flight) >= self.policy.max_in_flight:
             return None
+        if self._settling and self._in_flight:
+            return None
+        self._settling = False
         self.policy.begin()
         self._admit()
         batch = Batch()
@@ -283,10 +298,20 @@ class Scheduler:
                 results.append(result)
                 if result.finish is not None:
                     self._end(sequence)
+        self._doomed.discard(number)
+        self._starved = {n for n in self._starved if n in self._running or n in self._queue}
+        if not self._starved:
+            self.policy.eased()
         return results
 
-    def step_failed(self, number: int, also: Iterable[int] = ()) -> list[int]:
-        """A stage did not run step `number`: end its requests, and those named in `also`."""
+    def step_failed(
+        self, number: int, also: Iterable[int] = (), *, starved: bool = False
+    ) -> list[int]:
+        """A stage did not run step `number`: end its requests, and those named in `also`.
+
+        Where the stage was `starved` of memory, they go back to the queue and begin again in
+        smaller steps, as long as there are smaller ones. Returns those that have ended.
+        """
         lost = list(also)
         step = self._in_flight.pop(number, None)
         if step is not None:
@@ -294,13 +319,16 @@ class Scheduler:
             lost += self.policy.lost(step)
             # Stages behind the failed one have not seen them; releasing twice is harmless.
             self._lost_releases += step.releases
-        ended = []
-        for request in dict.fromkeys(lost):
-            sequence = self._running.get(request)
-            if sequence is not None:
-                self._end(sequence, intact=False)
-                ended.append(request)
-        return ended
+        there = [self._running[n] for n in dict.fromkeys(lost) if n in self._running]
+        positions = sum(row.count for row in step.rows) if step is not None else 0
+        if number in self._doomed or (
+            starved and positions and self.policy.starved(positions, len(self._running))
+        ):
+            self._begin_again(number, there)
+            return []
+        for sequence in there:
+            self._end(sequence, intact=False)
+        return [sequence.number for sequence in there]
 
     def copied(self, event: int, stage: int, failed: Iterable[int] = ()) -> None:
         """A stage is done with a copy, except for the slots `failed`; unknown ones are ignored.
@@ -394,6 +422,20 @@ class Scheduler:
         sequence.preemptions += 1
         sequence.reset()
         self._queue.put_back(sequence)
+
+    def _begin_again(self, failed: int, sequences: Items[Sequence]) -> None:
+        """Nothing new is sent until all steps behind the one that `failed` have come back: a
+        stage knows these requests no more, and it must not meet them anew before that."""
+        self._doomed.discard(failed)
+        self._settling = True
+        numbers = {sequence.number for sequence in sequences}
+        for sequence in sequences:
+            self.policy.ended(sequence, intact=False)
+            self._preempt(sequence)
+        self._starved |= numbers
+        for step in self._in_flight.values():
+            if step.number > failed and any(row.request in numbers for row in step.rows):
+                self._doomed.add(step.number)
 
     def _end(self, sequence: Sequence, *, intact: bool = True) -> None:
         """Steps in flight still run for it; the release is behind them on every stage."""

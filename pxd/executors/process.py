@@ -43,6 +43,7 @@ from pxd.executors.messages import (
     SendAs,
     reply_decoder,
 )
+from pxd.executors.patience import Patience
 from pxd.executors.protocol import (
     ExecutorDied,
     ExecutorError,
@@ -69,6 +70,7 @@ from pxd.wire import (
 log = logging.getLogger("pxd.executors")
 
 REPLY_TIMEOUT_S = 600.0
+LOOK_EVERY_S = 1.0
 EXIT_GRACE_S = 2.0
 REAP_TIMEOUT_S = 10.0
 READ_AHEAD = 64 << 10
@@ -97,13 +99,14 @@ class _Call:
 
 
 class _StepCall:
-    """A step whose result somebody waits for."""
+    """A step of so many `positions` whose result somebody waits for."""
 
-    __slots__ = ("_take",)
+    __slots__ = ("_take", "positions")
 
     progress = None
 
-    def __init__(self, take: Callable[[StepResult], None]) -> None:
+    def __init__(self, positions: int, take: Callable[[StepResult], None]) -> None:
+        self.positions = positions
         self._take = take
 
     def answer(self, reply: Reply, body: Buffer) -> None:
@@ -159,21 +162,26 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         label: str = "executor",
         environment: Mapping[str, str] | None = None,
         reply_timeout: float = REPLY_TIMEOUT_S,
+        patience: Patience | None = None,
     ) -> None:
         """`command` is run with the number of its end of the socket as a last argument.
 
-        A worker that owes a reply and gives no sign of life for `reply_timeout` seconds is killed.
+        A worker that owes a reply and gives no sign of life for `reply_timeout` seconds is killed;
+        over a step, for as long as `patience` says.
         """
         self._command = list(command)
         self._label = label
         self._environment = environment
         self._reply_timeout = reply_timeout
         self._pending: deque[_Call | _StepCall] = deque()
-        self._last_sign = 0.0
+        self._patience = patience or Patience()
+        # When the worker began with the oldest of them, and how long it has been silent since.
+        self._began, self._silence = 0.0, 0.0
         self._death: str | None = None
         self._died = trio.Event()
         self._closing = False
-        self._hung = False
+        self.hung = False
+        self._limit = reply_timeout
         self._send_copied, self.copied = trio.open_memory_channel[Copied](math.inf)
         self._send_rest, self._rest = trio.open_memory_channel[Sequence[Buffer]](math.inf)
         self._behind = 0
@@ -252,7 +260,7 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         `take` is called once, with the result, and before `wait_died` returns. Raises
         `ExecutorDied`.
         """
-        self._enqueue(step, body, _StepCall(take))
+        self._enqueue(step, body, _StepCall(sum(row.count for row in step.rows), take))
 
     def send_as(self, coding: Coding | None) -> None:
         """Takes effect before every step that is submitted later. Raises `ExecutorDied`."""
@@ -277,7 +285,7 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         self._send([encode(command, len(body)), body])
         if call is not None:
             if not self._pending:
-                self._last_sign = trio.current_time()
+                self._began, self._silence = trio.current_time(), 0.0
             self._pending.append(call)
 
     def _send(self, parts: Sequence[Buffer]) -> None:
@@ -311,22 +319,28 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         try:
             while True:
                 reply, body = await read_frame(self._read_exactly, reply_decoder)
-                self._last_sign = trio.current_time()
                 if isinstance(reply, Copied):
                     # Unbounded: there is at most one for each copy that was asked for.
                     self._send_copied.send_nowait(reply)
                     continue
                 if not self._pending:
                     return "it sent a reply that nobody asked for"
+                self._silence = 0.0
                 if isinstance(reply, LoadProgress):
                     if self._pending[0].progress is not None:
                         self._pending[0].progress(reply.done)
                     continue
-                self._pending.popleft().answer(reply, body)
+                self._answer(self._pending.popleft(), reply, body)
         except (EOFError, OSError):
             return ""
         except WireError as error:
             return f"it sent a frame that cannot be read: {error}"
+
+    def _answer(self, call: _Call | _StepCall, reply: Reply, body: Buffer) -> None:
+        began, self._began = self._began, trio.current_time()
+        if isinstance(call, _StepCall) and isinstance(reply, (Step, Sampled)):
+            self._patience.took(call.positions, self._began - began)
+        call.answer(reply, body)
 
     async def _read_exactly(self, size: int) -> bytearray:
         """Reads ahead, so that a small frame takes one call to the system."""
@@ -364,14 +378,25 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
                 self._output.add(data)
 
     async def _watch(self) -> None:
-        """Kill a worker that owes a reply and has been silent for too long."""
+        """Kill a worker that owes a reply and has been silent for too long.
+
+        Silence is counted in looks, not by the clock: time in which this process did not run
+        either, such as a laptop's sleep, is not the worker's.
+        """
+        pause = min(LOOK_EVERY_S, self._reply_timeout / 4)
         while True:
-            silence = trio.current_time() - self._last_sign if self._pending else 0.0
-            if silence >= self._reply_timeout:
-                self._hung = True
+            await trio.sleep(pause)
+            if not self._pending:
+                continue
+            oldest = self._pending[0]
+            self._limit = self._reply_timeout
+            if isinstance(oldest, _StepCall):
+                self._limit = min(self._limit, self._patience.limit(oldest.positions))
+            self._silence += pause
+            if self._silence >= self._limit:
+                self.hung = True
                 self._kill()
                 return
-            await trio.sleep(self._reply_timeout - silence)
 
     def _kill(self) -> None:
         if self._process.returncode is None:
@@ -399,8 +424,8 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
     def _explain(self, reason: str) -> str:
         if self._closing:
             return "it was stopped"
-        if self._hung:
-            return f"no answer for {self._reply_timeout:g} s, so it was killed"
+        if self.hung:
+            return f"no answer for {self._limit:.3g} s, so it was killed"
         if not reason:
             reason = _exit_reason(self._process.returncode)
         lines = self._output.finish()
@@ -430,7 +455,7 @@ def worker_environment() -> dict[str, str]:
     }
 
 
-def open_executor(kind: str, *, reply_timeout: float = REPLY_TIMEOUT_S) -> WorkerExecutor:
+def open_executor(kind: str, *, patience: Patience | None = None) -> WorkerExecutor:
     """An executor of `kind` in a fresh process, to be entered with ``async with``.
 
     Raises `ExecutorError` for an unknown kind at once. One that is not installed shows with the
@@ -444,5 +469,5 @@ def open_executor(kind: str, *, reply_timeout: float = REPLY_TIMEOUT_S) -> Worke
         command,
         label=f"{kind} executor",
         environment=worker_environment(),
-        reply_timeout=reply_timeout,
+        patience=patience,
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pxd.wire import Buffer, Coding, Logprobs, Nack, Reason, Sampled, Step, Tensor
+from pxd.wire import Buffer, Coding, Logprobs, Nack, NackCode, Reason, Sampled, Step, Tensor
 
 
 class ExecutorError(Exception):
@@ -109,7 +109,7 @@ StepOutput = tuple[Tensor, Buffer] | tuple[Drawn, ...]
 class StepRejected(Exception):
     """A step that this engine cannot run; `requests` are those whose state is lost or unknown."""
 
-    def __init__(self, code: str, reason: str, requests: tuple[int, ...] = ()) -> None:
+    def __init__(self, code: NackCode, reason: str, requests: tuple[int, ...] = ()) -> None:
         super().__init__(reason)
         self.code, self.reason, self.requests = code, reason, requests
 
@@ -136,10 +136,12 @@ class Executor(Protocol):
     """The daemon's handle on one worker process. Every method raises `ExecutorDied`.
 
     Steps may be submitted while earlier ones run: they run one after the other without a pause, and
-    return in order.
+    return in order. A worker that gives no answer for far longer than it should take is killed:
+    `hung` says that this was its end.
     """
 
     pid: int
+    hung: bool
 
     async def load(self, spec: LoadSpec, progress: Progress) -> StageInfo: ...
 

@@ -45,7 +45,6 @@ from pxd.wire import (
     Limits,
     Logprobs,
     Nack,
-    NackCode,
     Sampled,
     SampledToken,
     Step,
@@ -104,7 +103,7 @@ def run_step(engine: Engine, step: Step, body: Buffer) -> tuple[Sampled | Nack |
             pipeline=step.pipeline,
             session=step.session,
             step=step.step,
-            code=cast(NackCode, error.code),
+            code=error.code,
             reason=error.reason[:REASON_CHARACTERS],
             requests=error.requests,
         )

@@ -29,8 +29,9 @@ class NodeOffer(msgspec.Struct, frozen=True):
     """What a node offers to models: `memory` in bytes for weights and KV caches together.
 
     `tflops` (fp16) and `bandwidth` (GB/s of memory) are totals of the whole node, whatever number
-    of devices it has; 0 means not known. `taken` is how many bytes, of weights and KV caches, the
-    stages of other models have on it.
+    of devices it has; 0 means not known. One that is `slow` is slower than usual just now, and all
+    figures are of now. `taken` is how many bytes, of weights and KV caches, the stages of other
+    models have on it.
     """
 
     id: NodeId
@@ -40,6 +41,7 @@ class NodeOffer(msgspec.Struct, frozen=True):
     max_layers: Size | None = None
     measured: Measured | None = None
     taken: Size = 0
+    slow: bool = False
 
 
 class Experts(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ import msgspec
 
 from pxd.cluster.claims import Claims
 from pxd.cluster.plans import ModelPlan, PipelinePlan
-from pxd.cluster.records import NodeRecord
+from pxd.cluster.records import NodeRecord, StageReport
 from pxd.planning.links import Link
 from pxd.planning.model import Measured, ModelCost, NodeOffer, PlanSettings
 from pxd.planning.result import Basis, PlanInputs, Spare
@@ -19,12 +19,12 @@ PROBE_S = 0.0013
 """What a membership probe takes on top of the network: both daemons have to wake up."""
 LEAST_RTT_S = 1e-5
 
-Key = frozenset[tuple[str, int, int | None]]
+Key = frozenset[tuple[str, int, int | None, bool]]
 
 
 def inputs_of(name: str, cost: ModelCost, members: Members) -> PlanInputs:
     """A plan's inputs as the records are now, figures that nodes measured included."""
-    present = list(_present(members))
+    present = [record for record in _present(members) if name not in unfit_for(record)]
     there = {record.id for record in present}
     links = (link for record in present for link in _links(record) if link.b in there)
     return PlanInputs(
@@ -65,8 +65,24 @@ def beside(inputs: PlanInputs, claims: Claims) -> PlanInputs:
 
 
 def offers_key(inputs: PlanInputs) -> Key:
-    """Who is there with what: while that stays, a plan needs no second look from scratch."""
-    return frozenset((offer.id, offer.memory, offer.max_layers) for offer in inputs.offers)
+    """Who is there with what, and who is slow: while that stays, a plan needs no second look from
+    scratch."""
+    return frozenset((o.id, o.memory, o.max_layers, o.slow) for o in inputs.offers)
+
+
+def unfit_for(record: NodeRecord) -> dict[str, str]:
+    """The models that the node leaves to others, and why."""
+    return {unfit.model: unfit.reason for unfit in record.unfit}
+
+
+def left_out(name: str, members: Members) -> str:
+    """Which nodes take no part in a model's plan because they keep failing at it, in words."""
+    found = [
+        f"{record.name} is left out: {unfit_for(record)[name]}"
+        for record in _present(members)
+        if name in unfit_for(record)
+    ]
+    return "; ".join(found)
 
 
 def _present(members: Members) -> Iterator[NodeRecord]:
@@ -81,21 +97,22 @@ def _present(members: Members) -> Iterator[NodeRecord]:
 def _offer(record: NodeRecord, model: str) -> NodeOffer:
     device = record.device
     assert device is not None, "_present leaves out nodes that have not measured themselves"
+    report = next((r for r in record.stages if r.model == model and r.decode_s > 0), None)
+    # What a stage has measured since the node became slow says so already.
+    slow = max(1.0, record.slow if report is None else report.slow)
     return NodeOffer(
         id=record.id,
         memory=record.memory,
-        tflops=device.tflops,
-        bandwidth=device.bandwidth,
+        tflops=device.tflops / slow,
+        bandwidth=device.bandwidth / slow,
         max_layers=record.max_layers,
-        measured=_measured(record, model),
+        measured=_measured(report, slow) if report is not None else None,
+        slow=record.slow > 0,
     )
 
 
-def _measured(record: NodeRecord, model: str) -> Measured | None:
-    for report in record.stages:
-        if report.model == model and report.decode_s > 0:
-            return Measured(report.start, report.end, report.decode_s, report.prefill_s)
-    return None
+def _measured(report: StageReport, slow: float) -> Measured:
+    return Measured(report.start, report.end, report.decode_s * slow, report.prefill_s * slow)
 
 
 def _links(record: NodeRecord) -> Iterator[Link]:

@@ -21,8 +21,8 @@ from pxd.serving.basis import beside
 class Order(msgspec.Struct, frozen=True):
     """A model to plan: what is known of it, and its basis as if it had the nodes for itself.
 
-    `before` is what the plan in force says of it, and `hint` why its layers cannot be spread at
-    will, for the reason of a shortage.
+    `before` is what the plan in force says of it, and `hint` what else a person should know where
+    there is a shortage: why its layers cannot be spread at will, which nodes are left out.
     """
 
     model: ModelPlan

@@ -54,7 +54,8 @@ class Records(Protocol):
 
 
 class Drains:
-    """This node's part in it. `save` writes fields of `identity.State`."""
+    """This node's part in it. `save` writes fields of `identity.State`; `forgive` has it take part
+    again in plans of models at which it kept failing."""
 
     def __init__(
         self,
@@ -62,11 +63,13 @@ class Drains:
         members: Callable[[], Members],
         records: Records,
         save: Callable[..., Awaitable[None]],
+        forgive: Callable[[], None] = lambda: None,
     ) -> None:
         self._network = network
         self._members = members
         self._records = records
         self._save = save
+        self._forgive = forgive
         self._allowance = Allowance(CHANGES_PER_S, CHANGES_AT_ONCE)
         network.serve(DRAIN, self._serve)
 
@@ -98,7 +101,7 @@ class Drains:
 
     async def _serve(self, peer: str, request: Drain) -> Drain:
         now = trio.current_time()
-        if request.drained != self._records.record.drained:
+        if request != self._before(request):
             if not self._allowance.take(now):
                 raise CallFailed("too-often", "it was drained and resumed too often just now")
             log.warning("this node is %s, on the word of %s", _word(request), peer)
@@ -109,10 +112,17 @@ class Drains:
             raise CallFailed("storage", "it cannot write that to its disk") from error
 
     async def _take(self, request: Drain) -> Drain:
-        before = Drain(self._records.record.drained)
+        before = self._before(request)
         await self._save(drained=request.drained)
         self._records.update(drained=request.drained)
+        if not request.drained:
+            self._forgive()
         return before
+
+    def _before(self, request: Drain) -> Drain:
+        """A node that left a model to others by itself is resumed like one that was drained."""
+        record = self._records.record
+        return Drain(record.drained or (not request.drained and record.unfit != ()))
 
 
 def _word(request: Drain) -> str:

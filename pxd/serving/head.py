@@ -9,6 +9,7 @@ import logging
 import math
 import secrets
 from array import array
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
@@ -55,6 +56,11 @@ log = logging.getLogger("pxd.serving.head")
 STEP_DEADLINE_S = 300.0
 PACE_S = 0.25
 """How long a step's share of prompts may hold up those who wait for their next token."""
+
+CAUTION_S, MOST_CAUTION = 600.0, 3
+"""Executors that die in a step have often been out of memory, and systems seldom say so. For so
+long, sessions begin with smaller steps after a death, and with smaller ones still after the next.
+"""
 
 LEAST_PREFILL = 64
 MAX_REQUESTS = 8192
@@ -133,9 +139,11 @@ class Head:
         self._next_request = 0
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
+        self._names: dict[str, str] = {}
         self._requests, self._tokens = Quota(MAX_REQUESTS), Quota(MAX_TOKENS)
         self._sent_at: dict[int, float] = {}
         self._oldest_copy: tuple[int | None, float] = None, 0.0
+        self._deaths: deque[float] = deque(maxlen=MOST_CAUTION)
         self._timings = PipelineTimings()
         self._speculation = Speculation(speculate)
         self._wake = trio.Event()
@@ -157,6 +165,8 @@ class Head:
         """Open or close the session as the stages' reports demand."""
         state = readiness(self.pipeline, members)
         self.reason = state.reason
+        stages = (stage.node for stage in self.pipeline.stages)
+        self._names = {node: members[node].record.name for node in stages if node in members}
         self._speculation.stages_are(decode_s=state.decode_s, possible=state.trims)
         if state.ready and self._scheduler is None:
             self._open(state)
@@ -175,6 +185,9 @@ class Head:
             root=self.pipeline.id.encode(),
         )
         self._policy = Continuous(config)
+        now = trio.current_time()
+        for _ in range(sum(now - death < CAUTION_S for death in self._deaths)):
+            self._policy.be_careful()
         self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)
         self._timings = PipelineTimings()
@@ -188,6 +201,8 @@ class Head:
 
     def close_session(self, reason: str) -> None:
         """Give every request back to its ingress, which may submit it again elsewhere."""
+        if reason.startswith("executor-died") and self._sent_at:
+            self._deaths.append(trio.current_time())
         self._scheduler = None
         self._held = None
         self._sent_at.clear()
@@ -312,15 +327,21 @@ class Head:
             most = self._policy.config.step_tokens
             self._policy.mixed_tokens = min(max(positions, LEAST_PREFILL), most)
 
-    def nack(self, frame: Nack) -> None:
+    def nack(self, frame: Nack, peer: str = "") -> None:
+        """A step failed at the stage of `peer`."""
         if self._scheduler is None or frame.session != self._session:
             return
-        reason = f"{frame.code}: {frame.reason}"
+        name = self._names.get(peer, "")
+        reason = f"{frame.code}: {name}{': ' if name else ''}{frame.reason}"
         if frame.code == "executor-died":
             self.close_session(reason)
             return
         self._sent_at.pop(frame.step, None)
-        for number in self._scheduler.step_failed(frame.step, frame.requests):
+        starved = frame.code == "out-of-memory"
+        failed = self._scheduler.step_failed(frame.step, frame.requests, starved=starved)
+        if starved and not failed:
+            log.warning("pipeline %s goes on with smaller steps: %s", self.pipeline.id, reason)
+        for number in failed:
             self._fail(number, reason)
         self._wake.set()
 

@@ -136,7 +136,7 @@ class HeadHost:
     def nack(self, peer: str, frame: Nack) -> None:
         head = self._heads.get(frame.pipeline)
         if head is not None and any(stage.node == peer for stage in head.pipeline.stages):
-            head.nack(frame)
+            head.nack(frame, peer)
 
     def _emit(self, peer: str, output: Output) -> None:
         """Hand tokens to the ingress' own sender, so that a slow ingress holds back nobody else."""

@@ -12,7 +12,7 @@ from pxd.cluster.plans import Epoch, ModelPlan, Plan
 from pxd.cluster.records import ModelChoice
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.models.errors import ModelError
-from pxd.serving.basis import PLAN_SETTINGS, Key, basis_of, inputs_of, offers_key
+from pxd.serving.basis import PLAN_SETTINGS, Key, basis_of, inputs_of, left_out, offers_key
 from pxd.serving.beside import Order, plan_beside
 from pxd.serving.handover import Handover, end_unwanted
 from pxd.serving.models import ModelSource
@@ -149,7 +149,8 @@ class Planner:
             context=description.context,
         )
         basis = basis_of(inputs, current, rebalance=rebalance)
-        return Order(model, basis, before=current, hint=description.unsupported or "")
+        hints = (description.unsupported, left_out(name, self._members()))
+        return Order(model, basis, before=current, hint="; ".join(filter(None, hints)))
 
     async def _side_by_side(
         self,
@@ -175,8 +176,8 @@ class Planner:
         return sorted(models, key=lambda model: place.get(model.name, -1))
 
     def _may_rebalance(self, name: str, key: Key, current: ModelPlan | None) -> bool:
-        """A look from scratch once for every set of nodes, and when another model has left them,
-        while all that serves goes on anyway.
+        """A look from scratch once for every set of nodes, of which those that are slow are other
+        nodes, and when another model has left them, while all that serves goes on anyway.
 
         A new leader takes over what its predecessor has looked at.
         """
@@ -188,7 +189,7 @@ class Planner:
             look = _Look(term, seen, others)
         look = msgspec.structs.replace(look, others=look.others | others)
         self._balanced[name] = look
-        there = {node for node, _, _ in key}
+        there = {node for node, *_ in key}
         stages = [stage for p in current.pipelines for stage in p.stages] if current else []
         news = key != look.key or look.others != others
         return news and all(stage.node in there for stage in stages)

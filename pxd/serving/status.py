@@ -13,6 +13,9 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     """One stage as its node reports it. `progress` 0..1, meaningful while `state` is loading.
 
     `wire_dtype` is how it sends hidden states to the next stage: "native", "fp8" or "int8".
+    `restarts` counts deaths of its executor, of which in `hangs` it gave no answer and was killed;
+    `out_of_memory` and `not_finite` count steps that had no memory, or gave NaN or infinity. `slow`
+    is how many times longer than usual its steps take, 0 while that is not far.
     """
 
     model: str
@@ -24,6 +27,10 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     reason: str = ""
     wire_dtype: str = "native"
+    hangs: int = 0
+    out_of_memory: int = 0
+    not_finite: int = 0
+    slow: float = 0.0
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +39,9 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
     `path` is how this node is connected with it, empty if it is not: "punched" went through the NAT
     of both, "relayed" goes through the node `through` (peer id). `relay`: it passes traffic on.
-    `drained`: it takes no part in plans.
+    `drained`: it takes no part in plans. `unfit` are the models that it leaves to others because it
+    keeps failing at them. `slow` is how many times slower than usual plans take it to be, 0 for as
+    usual.
     """
 
     id: str
@@ -55,6 +64,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     link_gbs: float | None = None
     drained: bool = False
+    unfit: list[str] = []
+    slow: float = 0.0
 
 
 class PipelineStageView(msgspec.Struct, frozen=True, kw_only=True):

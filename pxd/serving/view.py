@@ -40,6 +40,10 @@ def _stages(record: NodeRecord) -> list[StageView]:
             restarts=report.restarts,
             reason=report.reason,
             wire_dtype=report.coding or "native",
+            hangs=report.hangs,
+            out_of_memory=report.out_of_memory,
+            not_finite=report.not_finite,
+            slow=report.slow,
         )
         for report in record.stages
     ]
@@ -99,7 +103,7 @@ def _node_view(
         device=_device(record),
         memory_gib=round(record.memory / GIB, 6),
         stages=[] if gone else _stages(record),
-        problem=record.problem or refused,
+        problem="; ".join(filter(None, (*_troubles(record), record.problem or refused))),
         since=round(since, 3),
         rtt_ms=None if rtt is None else round(rtt * 1000, 3),
         connected=connected,
@@ -113,7 +117,23 @@ def _node_view(
         waiting=record.waiting,
         link_gbs=None if bandwidth is None else round(bandwidth, 6),
         drained=record.drained,
+        unfit=[unfit.model for unfit in record.unfit],
+        slow=record.slow,
     )
+
+
+def _troubles(record: NodeRecord) -> list[str]:
+    """What keeps a node from doing its part, and what to do about it."""
+    found = [
+        f"it leaves {each.model} to others, as far as they can serve it: {each.reason}, or at once "
+        f"with `pxd resume {record.name}`; its log says more"
+        for each in record.unfit
+    ]
+    if record.slow and not any(report.slow for report in record.stages):
+        found.append(
+            f"it was {record.slow:g} times slower than usual, and for a while plans count on that"
+        )
+    return found
 
 
 def turned_away(refusals: Iterable[Refusal], now: float) -> str:

@@ -121,6 +121,16 @@ def test_trouble_in_a_pipe() -> None:
     assert "anna~xxxxx" in text, "two nodes of one name must be told apart"
 
 
+def test_what_an_executor_went_through() -> None:
+    troubled = stage(0, 3, slow=4.2, out_of_memory=3, not_finite=1, restarts=2, hangs=1)
+    status = msgspec.structs.replace(serving_status(), nodes=[node("anna", troubled)])
+    text = render(overview(status), arrow="->")
+    assert "anna  demo [0,3) takes 4.2 times longer than usual" in text
+    assert "anna  demo [0,3) 3 times had no memory for a step" in text
+    assert "anna  demo [0,3) once computed NaN or infinity" in text
+    assert "restarted 2 times (once because it gave no answer), ready again" in text
+
+
 def test_a_node_behind_a_relay() -> None:
     nodes = [node("anna", relay=True), node("ben", path="relayed", through=PEERS["anna"])]
     view = overview(msgspec.structs.replace(serving_status(), nodes=nodes))

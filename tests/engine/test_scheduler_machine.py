@@ -45,6 +45,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.policy, max_waiting=MAX_WAITING)
         self.pipeline = pipeline
         self.flying: deque[tuple[int, list[SampledToken]]] = deque()
+        self.members: dict[int, set[int]] = {}
+        self.doomed: set[int] = set()
         self.prompts: dict[int, tuple[list[int], int, int | None]] = {}
         self.answers: dict[int, list[int]] = {}
         self.ended: dict[int, str] = {}
@@ -100,7 +102,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 3))
     def results_return(self, count: int) -> None:
         for _ in range(min(count, len(self.flying))):
-            for result in self.scheduler.step_done(*self.flying.popleft()):
+            number, sampled = self.flying.popleft()
+            if number in self.doomed:
+                assert self.scheduler.step_failed(number) == []
+                continue
+            for result in self.scheduler.step_done(number, sampled):
                 assert result.request not in self.ended
                 self.answers[result.request] += result.tokens
                 if result.finish:
@@ -113,6 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if step is None:
                 return
             assert len(step.tokens) <= self.policy.config.step_tokens
+            self.members[step.number] = {row.request for row in step.rows}
             self.flying.append((step.number, self.pipeline.run(step)))
             assert len(self.flying) <= self.policy.max_in_flight
 
@@ -132,6 +139,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         for number in self.scheduler.expire(self.now):
             assert number not in self.ended
             self.ended[number] = "deadline"
+
+    @precondition(lambda self: self.flying)
+    @rule(which=st.integers(0, 3))
+    def a_stage_has_no_memory(self, which: int) -> None:
+        """It forgets the step's requests, and so it refuses later steps with them, whose others
+        have gaps then. All of them begin again, unless there was next to nothing to do."""
+        place = which % len(self.flying)
+        number, _ = self.flying[place]
+        if number in self.doomed:
+            return
+        del self.flying[place]
+        ended = self.scheduler.step_failed(number, starved=True)
+        for lost in ended:
+            assert lost not in self.ended
+            self.ended[lost] = "failed"
+        unknown = self.members[number] - set(ended)
+        for later in [later for later, _ in self.flying if later > number]:
+            if self.members[later] & unknown:
+                self.doomed.add(later)
+                unknown |= self.members[later]
 
     @precondition(lambda self: self.flying)
     @rule()

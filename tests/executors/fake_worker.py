@@ -1,7 +1,8 @@
 """A worker without a model, for tests of the process around it: `python fake_worker.py FD`.
 
 Its engine does what the pipeline name of a step says: ``echo``, ``sleep:SECONDS``, ``exit:CODE``,
-``reject``, ``forward``; ``copy`` reports a copy, ``coding`` forwards in the coding said last.
+``reject``, ``starve``, ``forward``; ``copy`` reports a copy, ``coding`` forwards in the coding said
+last.
 """
 
 import os
@@ -55,6 +56,8 @@ class FakeEngine:
             os._exit(int(argument))
         elif action == "reject":
             raise StepRejected("unknown-request", "never heard of it", (7,))
+        elif action == "starve":
+            raise StepRejected("out-of-memory", "no room", tuple(row.request for row in step.rows))
         elif action == "forward":
             return step.tensor, bytes(body)
         elif action == "coding":

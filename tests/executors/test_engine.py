@@ -18,6 +18,7 @@ from pxd.engine.history import history_of
 from pxd.executors.mlx import passes
 from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.engine import MlxEngine
+from pxd.executors.mlx.passes import Passes
 from pxd.executors.protocol import ExecutorError, LoadSpec, Scored, StepRejected
 from pxd.models.describe import describe_checkpoint
 from pxd.wire import Coding, History, Opening, Row, Sampling, Step, Tensor
@@ -353,10 +354,59 @@ def test_logits_that_are_not_finite_end_the_step_but_not_the_engine(
     pipeline.prefill(2, [7, 8, 9])
     with pytest.raises(StepRejected) as caught:
         pipeline.step([(2, 2, [9], True)])
-    assert caught.value.code == "executor-failed"
+    assert caught.value.code == "not-finite"
     assert caught.value.requests == (2,)
-    assert "not finite" in caught.value.reason
+    assert "the logits of requests (2,) are not finite" in caught.value.reason
     assert list(pipeline.step([(1, len(PROMPT) - 1, PROMPT[-1:], True)])) == wanted[:1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_hidden_states_that_are_not_finite_are_named_where_they_arise(
+    model: Path, tmp_path: Path, bad: float
+) -> None:
+    def poison(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        weights["model.layers.3.mlp.down_proj.weight"][5, 7] = bad
+        return weights
+
+    path = edited_copy(model, tmp_path / "poisoned", poison)
+    pipeline = Pipeline.load(path, LAYERS, cuts=[2, 4])
+    for rows in ([(1, 0, PROMPT, 0)], [(2, 0, [9], 1)], [(3, 0, [4, 5], 2)]):
+        with pytest.raises(StepRejected) as caught:
+            pipeline.step(rows)
+        assert caught.value.code == "not-finite"
+        assert caught.value.requests == (rows[0][0],)
+        assert "layers [2, 4): NotFinite: the hidden states" in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), "out-of-memory"),
+        (RuntimeError("[malloc] Unable to allocate 17179869184 bytes."), "out-of-memory"),
+        (RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"), "out-of-memory"),
+        (RuntimeError("cudaMallocAsync failed: out of memory"), "out-of-memory"),
+        (RuntimeError("[matmul] shapes do not match"), "executor-failed"),
+        (ValueError("out of memory"), "executor-failed"),
+    ],
+)
+def test_a_step_without_memory_says_so_and_frees_what_it_had(
+    model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    pipeline = Pipeline.load(model, LAYERS)
+    wanted = pipeline.generate(PROMPT, 3)
+    pipeline.prefill(7, PROMPT)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Passes, "run", fail)
+        with pytest.raises(StepRejected) as caught:
+            pipeline.step([(7, len(PROMPT) - 1, PROMPT[-1:], True)])
+    assert (caught.value.code, caught.value.requests) == (code, (7,))
+    [engine] = pipeline.engines
+    assert engine.memory().requests == 0
+    assert pipeline.generate(PROMPT, 3) == wanted
 
 
 def test_only_own_layers_take_memory(model: Path) -> None:

@@ -14,6 +14,7 @@ import trio
 
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.executors import describe_model, measure_device, open_executor
+from pxd.executors.patience import Patience
 from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
 from pxd.models.catalog import DEMO_DIRECTORY
 from pxd.models.chat import ChatTokenizer
@@ -100,6 +101,19 @@ async def test_the_demo_model_answers_a_batch_through_two_processes() -> None:
     assert report.requests == len(QUESTIONS)
     assert report.active > 0
     assert report.resident > 0
+
+
+async def test_a_worker_that_stands_still_in_a_step_is_killed() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with open_executor("mlx", patience=Patience(least=2.0)) as executor:
+            spec = LoadSpec(path=str(DEMO_DIRECTORY), start=0, end=8, kv_bytes=1 << 26)
+            await executor.load(spec, lambda _: None)
+            chain = Chain([executor])
+            await chain.step([Row(1, 0, 3, 1)], [5, 6, 7], opened=True)
+            os.kill(executor.pid, signal.SIGSTOP)
+            with pytest.raises(ExecutorDied, match="no answer for"):
+                await chain.step([Row(1, 3, 1, 1)], [8])
+            assert executor.hung
 
 
 @pytest.mark.parametrize("coding", ["fp8", "int8"])

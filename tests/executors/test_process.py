@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -12,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from pxd.executors.patience import Patience
 from pxd.executors.process import WorkerExecutor, open_executor, worker_environment
 from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
 from pxd.wire import Copy, Nack, Row, Sampled, SampledToken, Step, Tensor
@@ -21,7 +23,7 @@ WORKER = Path(__file__).with_name("fake_worker.py")
 DEADLINE_S = 60
 
 
-def fake_executor(**options: float) -> WorkerExecutor:
+def fake_executor(**options: Any) -> WorkerExecutor:
     return WorkerExecutor(
         [sys.executable, str(WORKER)], environment=worker_environment(), **options
     )
@@ -216,6 +218,43 @@ async def test_a_worker_that_hangs_is_killed() -> None:
         async with fake_executor(reply_timeout=1.0) as executor:
             with pytest.raises(ExecutorDied, match="no answer for 1 s"):
                 await executor.load(LoadSpec(path="/slow", start=0, end=1), lambda _: None)
+
+
+async def test_a_step_that_takes_far_longer_than_others_is_a_hang() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor(patience=Patience(least=0.5)) as executor:
+            await executor.load(SPEC, lambda _: None)
+            await run_step(executor, make_step("echo"), BODY)
+            with pytest.raises(ExecutorDied, match=r"no answer for 0\.5 s"):
+                await run_step(executor, make_step("sleep:600"), BODY)
+            assert executor.hung
+
+
+async def test_a_step_that_takes_long_for_the_first_time_is_none() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor(patience=Patience(least=0.1)) as executor:
+            await executor.load(SPEC, lambda _: None)
+            assert isinstance(await run_step(executor, make_step("sleep:2"), BODY), Sampled)
+            assert isinstance(await run_step(executor, make_step("sleep:2"), BODY), Sampled)
+            assert not executor.hung
+
+
+async def test_a_refused_step_says_nothing_of_how_long_steps_take() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor(patience=Patience(least=0.1)) as executor:
+            await executor.load(SPEC, lambda _: None)
+            assert isinstance(await run_step(executor, make_step("starve"), BODY), Nack)
+            assert isinstance(await run_step(executor, make_step("sleep:2"), BODY), Sampled)
+
+
+async def test_a_step_without_memory_leaves_the_worker_usable() -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with fake_executor() as executor:
+            await executor.load(SPEC, lambda _: None)
+            starved = await run_step(executor, make_step("starve"), BODY)
+            assert isinstance(starved, Nack)
+            assert (starved.code, starved.requests) == ("out-of-memory", (1,))
+            assert isinstance(await run_step(executor, make_step("echo"), BODY), Sampled)
 
 
 async def test_leaving_the_context_ends_the_process_even_in_a_long_step() -> None:

@@ -108,6 +108,7 @@ class ArithmeticExecutor:
 
     def __init__(self, node: "ServingNode") -> None:
         self.pid = 0
+        self.hung = False
         self.node = node
         self.caches: dict[int, list[float]] = {}
         self.guessed: dict[int, int] = {}

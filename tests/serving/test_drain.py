@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from pxd.cluster.records import NodeRecord
+from pxd.cluster.records import NodeRecord, Unfit
 from pxd.p2p.network import CallFailed
 from pxd.serving.drain import CHANGES_AT_ONCE, DRAIN, Drain, DrainError, Drains
 from tests.memory_network import MemoryHub
@@ -25,7 +25,11 @@ class Node:
         self.saved: list[bool] = []
         self.full = False
         members[name] = Member(NodeRecord(id=name, name=f"{name}-name"))
-        self.drains = Drains(self.network, lambda: members, self, self.save)
+        self.forgiven = 0
+        self.drains = Drains(self.network, lambda: members, self, self.save, self.forgive)
+
+    def forgive(self) -> None:
+        self.forgiven += 1
 
     async def save(self, *, drained: bool) -> None:
         await trio.lowlevel.checkpoint()
@@ -60,6 +64,19 @@ async def test_another_node_and_oneself(clock: MockClock) -> None:
         assert (await a.drains.set("b", drained=True)).changed is False
         assert (await b.drains.set("b", drained=False)).changed is True
         assert (b.record.drained, b.saved[-1], a.record.drained) == (False, False, False)
+
+
+async def test_a_node_that_left_a_model_by_itself_is_resumed_the_same_way(
+    clock: MockClock,
+) -> None:
+    async with two_nodes() as (a, b):
+        b.update(unfit=(Unfit("m", "it keeps dying"),))
+        done = await a.drains.set("b", drained=True)
+        assert (done.changed, b.forgiven) == (True, 0)
+        assert (await a.drains.set("b", drained=False)).changed
+        assert (b.forgiven, b.saved) == (1, [True, False])
+        b.update(unfit=())
+        assert not (await a.drains.set("b", drained=False)).changed
 
 
 async def test_what_is_not_written_down_is_not_so(clock: MockClock) -> None:

@@ -3,7 +3,7 @@
 import trio
 import trio.testing
 
-from pxd.serving.stage import MAX_UNDER_WAY
+from pxd.serving.runner import MAX_UNDER_WAY
 from pxd.wire import Nack, Sampled, Step, Tensor
 from tests.serving.harness import ServingCluster
 

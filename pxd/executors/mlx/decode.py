@@ -7,14 +7,8 @@ import numpy as np
 
 from pxd.engine.sampling import logprobs, sample
 from pxd.executors.mlx.batch import Request
+from pxd.executors.mlx.trouble import NotFinite
 from pxd.executors.protocol import Drawn, Scored
-
-
-class NotFinite(Exception):
-    """The model computed NaN or infinity for these requests."""
-
-    def __init__(self, requests: tuple[int, ...]) -> None:
-        super().__init__(f"the logits of requests {requests} are not finite")
 
 
 class Draws:
@@ -53,7 +47,8 @@ class Draws:
         requests, samplers = self._requests, self._samplers
         finite = np.isfinite(np.array(self._normaliser)).reshape(len(requests))
         if not finite.all():
-            raise NotFinite(tuple(requests[row].number for row in np.flatnonzero(~finite).tolist()))
+            rows = np.flatnonzero(~finite).tolist()
+            raise NotFinite("the logits", tuple(requests[row].number for row in rows))
         tokens: list[int] = np.array(self._greedy).tolist()
         if not self._wanted:
             return list(tokens)

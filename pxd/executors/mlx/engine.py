@@ -22,6 +22,7 @@ from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.mlx.tensors import from_wire, to_wire
 from pxd.executors.mlx.tier import Tier, open_tier
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches
+from pxd.executors.mlx.trouble import code_of
 from pxd.executors.protocol import (
     ExecutorError,
     LoadSpec,
@@ -62,6 +63,7 @@ class MlxEngine:
         self._passes: Passes | None = None
         self._trims = False
         self._kv_tokens: int | None = None
+        self._layers = 0, 0
         self._coding: Coding | None = None
         self._steps = 0
 
@@ -88,6 +90,7 @@ class MlxEngine:
                 f"{type(error).__name__}: {error}{_hint(error)}"
             ) from error
         batching = supports_batches(loaded.stage, loaded.dtype)
+        self._layers = spec.start, spec.end
         self._passes = Passes(loaded.stage, batching=batching)
         if can_share_prefixes(loaded.stage.make_caches()):
             self._prefixes = PrefixStore(self._requests)
@@ -137,10 +140,11 @@ class MlxEngine:
         except Exception as error:
             # Whatever went wrong, the caches of all that took part are of unknown length now.
             lost = self._forget(step.rows)
+            mx.clear_cache()
             log.exception("step %d failed", step.step)
-            raise StepRejected(
-                "executor-failed", f"{type(error).__name__}: {error}", lost
-            ) from error
+            start, end = self._layers
+            reason = f"layers [{start}, {end}): {type(error).__name__}: {error}"
+            raise StepRejected(code_of(error), reason, lost) from error
 
     def send_as(self, coding: Coding | None) -> None:
         self._coding = coding

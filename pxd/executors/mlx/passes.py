@@ -13,6 +13,7 @@ import mlx.core as mx
 from pxd.executors.mlx.batch import Request, batch_of, own_caches
 from pxd.executors.mlx.decode import Draws
 from pxd.executors.mlx.stage import Caches, Stage
+from pxd.executors.mlx.trouble import NotFinite, is_finite, mark_of, not_finite_among
 from pxd.executors.protocol import Drawn
 from pxd.wire import Row
 
@@ -45,19 +46,27 @@ class Pass:
     """What a pass gives, once `arrays` are evaluated.
 
     `hidden` is one array ``(positions, hidden)`` for each part; on a last stage there are `draws`
-    instead, one for each position, or none for what only fills.
+    instead, one for each position, or none for what only fills. `mark` tells whether what is sent
+    on is finite.
     """
 
     parts: list[Part]
     hidden: list[mx.array]
     draws: Draws | None
     caches: Caches
+    mark: mx.array | None = None
 
     @property
     def arrays(self) -> list[object]:
         """What is to be evaluated."""
         drawn = self.draws.arrays if self.draws is not None else []
-        return [self.hidden, drawn, [cache.state for cache in self.caches]]
+        return [self.hidden, self.mark, drawn, [cache.state for cache in self.caches]]
+
+    def check(self) -> None:
+        """Raises `NotFinite` for the requests whose hidden states are not."""
+        if self.mark is not None and not is_finite(self.mark):
+            numbers = [self.parts[i].request.number for i in not_finite_among(self.hidden)]
+            raise NotFinite("the hidden states", tuple(numbers))
 
     def tokens(self) -> list[tuple[int, list[Drawn]]]:
         """The place in the step's tensor, and what was drawn from there on."""
@@ -80,7 +89,10 @@ class Passes:
         self._batching = batching
 
     def run(self, inputs: mx.array, parts: Parts) -> list[Pass]:
-        """`inputs` are token ids ``(positions,)`` or hidden states ``(positions, hidden)``."""
+        """`inputs` are token ids ``(positions,)`` or hidden states ``(positions, hidden)``.
+
+        Raises `NotFinite` where what is to be sent on is not; `Pass.tokens` does for tokens.
+        """
         passes = []
         for build, groups in (
             (self._fill, [[piece] for part in parts.fills for piece in self._pieces(part)]),
@@ -91,6 +103,7 @@ class Passes:
             for group in groups:
                 passes.append(build(inputs, group))
                 mx.eval(passes[-1].arrays)
+                passes[-1].check()
         return passes
 
     def _pieces(self, part: Part) -> list[Part]:
@@ -120,7 +133,9 @@ class Passes:
         output = self.stage.forward(inputs[part.begin : part.end][None], caches)
         part.request.length += part.end - part.begin
         # On the last stage nobody needs the output, and so it is not computed.
-        return Pass(group, [] if self.stage.last else [output[0]], None, caches)
+        if self.stage.last:
+            return Pass(group, [], None, caches)
+        return Pass(group, [output[0]], None, caches, mark_of(output))
 
     def _verify(self, inputs: mx.array, group: list[Part]) -> Pass:
         """On a CPU, MLX 0.32.4 was seen to give the very bits of as many single steps, in bfloat16
@@ -132,7 +147,7 @@ class Passes:
         count = part.end - part.begin
         request.length += count
         if not self.stage.last:
-            return Pass(group, [output[0]], None, caches)
+            return Pass(group, [output[0]], None, caches, mark_of(output))
         positions = range(part.position + 1, part.position + 1 + count)
         return Pass(group, [], Draws(output[0], [request] * count, positions), caches)
 
@@ -152,7 +167,8 @@ class Passes:
         for request in requests:
             request.length += 1
         if not self.stage.last:
-            return Pass(group, [output[row] for row in range(len(group))], None, caches)
+            rows_out = [output[row] for row in range(len(group))]
+            return Pass(group, rows_out, None, caches, mark_of(output))
         positions = [part.position + 1 for part in group]
         return Pass(group, [], Draws(output[:, -1, :], requests, positions), caches)
 
