@@ -43,7 +43,11 @@ class LoadReport:
         told_at = float("-inf")
         while True:
             await trio.sleep(LOAD_EVERY_S)
-            self._records.update(running=self._heads.running, waiting=self._heads.waiting)
+            self._records.update(
+                running=self._heads.running,
+                waiting=self._heads.waiting,
+                kv_tier=self._heads.kv_tier,
+            )
             self._stages.publish_figures(self._heads.figures())
             self._stages.tell_requests(self._heads.loads())
             told, now = self._records.record.links, trio.current_time()
