@@ -25,13 +25,14 @@ from pxd.serving.requests import (
     Answer,
     Delta,
     GenerationFailed,
-    Ingress,
     RequestError,
     TokenLogprobs,
 )
 from pxd.wire import Finish
 
 KEEP_ALIVE_S = 10.0
+
+Begin = Callable[[], Awaitable[Answer]]
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -86,11 +87,10 @@ async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]
 class _WholeAnswer(Response):
     """Answers in one piece once everything is there."""
 
-    def __init__(self, ingress: Ingress, call: ChatCall, client: str) -> None:
+    def __init__(self, call: ChatCall, begin: Begin) -> None:
         super().__init__()
-        self._ingress = ingress
         self._call = call
-        self._client = client
+        self._begin = begin
         self._completion: dict[str, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,9 +104,7 @@ class _WholeAnswer(Response):
         logprobs: list[TokenLogprobs] = []
         tokens = 0
         finish: Finish | None = None
-        async with await self._ingress.chat(
-            call.model, call.messages, call.generation, self._client
-        ) as answer:
+        async with await self._begin() as answer:
             async for delta in answer:
                 text.append(delta.text)
                 logprobs += delta.logprobs
@@ -233,11 +231,10 @@ class _StreamedAnswer(Response):
     what fails later is a last event, and `[DONE]` stays away.
     """
 
-    def __init__(self, ingress: Ingress, call: ChatCall, client: str) -> None:
+    def __init__(self, call: ChatCall, begin: Begin) -> None:
         super().__init__()
-        self._ingress = ingress
         self._call = call
-        self._client = client
+        self._begin = begin
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         events = _Events(send)
@@ -256,9 +253,7 @@ class _StreamedAnswer(Response):
     async def _relay(self, events: _Events) -> None:
         call = self._call
         finish: Finish | None = None
-        async with await self._ingress.chat(
-            call.model, call.messages, call.generation, self._client
-        ) as answer:
+        async with await self._begin() as answer:
             chunks = _Chunks(answer, events, include_usage=call.include_usage)
             async for delta in answer:
                 finish = delta.finish
@@ -277,7 +272,15 @@ class ChatCompletions:
     async def __call__(self, request: Request) -> Response:
         call = parse_chat_request(await read_json_body(request))
         kind = _StreamedAnswer if call.stream else _WholeAnswer
-        return kind(self._daemon.ingress, call, self._client(request, call.user))
+        begin = partial(
+            self._daemon.ingress.chat,
+            call.model,
+            call.messages,
+            call.generation,
+            self._client(request, call.user),
+            request.headers.get("x-session-id", "") or call.user,
+        )
+        return kind(call, begin)
 
     def _client(self, request: Request, user: str) -> str:
         """A name for whoever takes turns with others; other nodes learn nothing else from it."""

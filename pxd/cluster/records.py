@@ -120,6 +120,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     `incarnation` grows with every start and refutation and is persisted; `version` with every
     change of content. `memory` is what the node offers to models, in bytes. `seniority` is the
     place in join order, 0 until the node has settled; `leads` is the term it leads, 0 for none.
+    `running`, `waiting` and `kv_tier` are of the pipelines that begin here: their requests, and how
+    short the fullest is of KV blocks, from 0 (plenty) to 3 (almost none).
     `links` are those to the peers that matter most to this node. `relay` says that it passes
     traffic on for members that cannot reach each other. `leaving` says that it is about to go: it
     is no candidate for leadership and takes no part in new plans. One that is `drained` takes no
@@ -147,6 +149,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     stages: Annotated[tuple[StageReport, ...], msgspec.Meta(max_length=64)] = ()
     running: Count = 0
     waiting: Count = 0
+    kv_tier: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     problem: Reason = ""
     started: Measure = 0.0
     links: Annotated[tuple[PeerLink, ...], msgspec.Meta(max_length=MAX_LINKS)] = ()

@@ -28,6 +28,7 @@ from pxd.engine.scheduler import (
     Scheduler,
 )
 from pxd.p2p.network import CallFailed, Method
+from pxd.planning.routing.replicas import tier_of
 from pxd.serving.quota import Quota
 from pxd.serving.readiness import Members, Readiness, readiness
 from pxd.serving.speculation import Speculate, Speculation
@@ -67,6 +68,8 @@ MAX_REQUESTS = 8192
 MAX_TOKENS = 1 << 23
 """Of all requests as they were submitted. A token takes some 36 bytes."""
 
+ONE_AT_A_TIME = "one-at-a-time"
+
 Feed = Callable[[str, Step, Buffer], Awaitable[None]]
 FeedNow = Callable[[Step, Buffer], bool]
 
@@ -75,7 +78,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     """A request for a pipeline's head. The last `generated` of `tokens` are answer already.
 
     Within `timeout` seconds of its arrival it must be done: clocks of nodes need not agree. A peer
-    may tell its clients apart by `client`, so that they take turns in what the peer gets.
+    may tell its clients apart by `client`, so that they take turns in what the peer gets. A
+    `suspect` was there, without a token, when an executor died: it may have been its doing.
     """
 
     pipeline: Identifier
@@ -88,6 +92,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     priority: Priority = 0
     timeout: Timeout = MAX_TIMEOUT_S
     client: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    suspect: bool = False
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -140,6 +145,7 @@ class Head:
         self._clients: dict[int, _Client] = {}
         self._numbers: dict[tuple[str, str], int] = {}
         self._names: dict[str, str] = {}
+        self._suspect: int | None = None
         self._requests, self._tokens = Quota(MAX_REQUESTS), Quota(MAX_TOKENS)
         self._sent_at: dict[int, float] = {}
         self._oldest_copy: tuple[int | None, float] = None, 0.0
@@ -156,6 +162,12 @@ class Head:
     @property
     def waiting(self) -> int:
         return self._scheduler.waiting if self._scheduler else 0
+
+    @property
+    def kv_tier(self) -> int:
+        """How short it is of KV blocks; see `NodeRecord`."""
+        pool = self._policy.pool
+        return tier_of(pool.used, pool.capacity) if self._scheduler and pool.capacity else 0
 
     @property
     def figures(self) -> HeadFigures:
@@ -203,6 +215,8 @@ class Head:
         """Give every request back to its ingress, which may submit it again elsewhere."""
         if reason.startswith("executor-died") and self._sent_at:
             self._deaths.append(trio.current_time())
+        # These were in no step, so no executor died over them.
+        queued = set(self._scheduler.queued) if self._scheduler else set()
         self._scheduler = None
         self._held = None
         self._sent_at.clear()
@@ -212,15 +226,19 @@ class Head:
                 "pipeline %s gives up %d requests: %s", self.pipeline.id, len(self._clients), reason
             )
         for number in list(self._clients):
-            self._fail(number, reason)
+            self._fail(number, f"not begun: {reason}" if number in queued else reason)
 
     def submit(self, peer: str, submission: Submission) -> Accepted:
-        """Raises `CallFailed` with code not-ready, duplicate, overloaded or never-fits."""
+        """Raises `CallFailed` with code not-ready, duplicate, overloaded, never-fits or
+        one-at-a-time: of suspects, the next is taken when the one before has got a token, so that
+        no other one shares its fate."""
         scheduler = self._scheduler
         if scheduler is None:
             raise CallFailed("not-ready", self.reason)
         if (peer, submission.request) in self._numbers:
             raise CallFailed("duplicate", "the head already has a request of this name")
+        if submission.suspect and self._suspect in self._clients:
+            raise CallFailed(ONE_AT_A_TIME, "another request that an executor died over goes first")
         longest = len(submission.tokens) + submission.max_new
         if has_penalties(submission.sampling) and longest > MAX_HISTORY:
             raise CallFailed(
@@ -270,6 +288,8 @@ class Head:
         self._timings.submitted(now, number, len(submission.tokens), alone=not self._clients)
         self._clients[number] = _Client(peer, submission)
         self._numbers[peer, submission.request] = number
+        if submission.suspect:
+            self._suspect = number
         self._wake.set()
         if request.deadline < soonest:
             self._sooner.set()
@@ -360,6 +380,8 @@ class Head:
             ),
         )
         client.index += len(result.tokens)
+        if result.tokens and result.request == self._suspect:
+            self._suspect = None
         if result.finish is not None:
             self._forget(result.request)
 

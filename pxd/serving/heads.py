@@ -52,6 +52,11 @@ class HeadHost:
     def waiting(self) -> int:
         return sum(head.waiting for head in self._heads.values())
 
+    @property
+    def kv_tier(self) -> int:
+        """How short the fullest is of KV blocks; see `NodeRecord`."""
+        return max((head.kv_tier for head in self._heads.values()), default=0)
+
     def figures(self) -> dict[str, HeadFigures]:
         """What has been measured of every headed pipeline, by its id."""
         return {key: head.figures for key, head in self._heads.items()}

@@ -47,6 +47,7 @@ class LoadReport:
             self._records.update(
                 running=self._heads.running,
                 waiting=self._heads.waiting,
+                kv_tier=self._heads.kv_tier,
                 unfit=self._stages.unfit(),
                 slow=self._stages.slow(),
             )

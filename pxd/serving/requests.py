@@ -134,9 +134,11 @@ class Ingress(Protocol):
         messages: tuple[Message, ...],
         generation: Generation,
         client: str = "",
+        session: str = "",
     ) -> Answer:
         """Template, tokenise and route a chat. Model None means the one being served.
 
-        Clients, told apart by a name of at most 32 characters, take turns. Raises `UnknownModel`,
+        Clients, told apart by a name of at most 32 characters, take turns. Requests of one
+        `session` go to one pipeline as far as that makes sense. Raises `UnknownModel`,
         `InvalidRequest`, `NotReady`, `Overloaded`, `DeadlineExceeded`.
         """

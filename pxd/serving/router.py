@@ -1,11 +1,11 @@
-"""Picks the pipeline that a request is to ride."""
-
-from collections.abc import Mapping
-from types import MappingProxyType
+"""Finds the models and pipelines that a request may ride, and has a router choose among them."""
 
 from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan
+from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
+from pxd.planning.routing.replicas import replica_in
+from pxd.planning.routing.router import Candidate, Router, Wish
 from pxd.serving.choice import called
-from pxd.serving.readiness import Members, readiness
+from pxd.serving.readiness import Members, Readiness, readiness
 from pxd.serving.requests import NotReady, UnknownModel
 
 
@@ -39,31 +39,48 @@ def _served(plan: Plan) -> str:
     return f"this cluster serves {names or 'no other model either'}"
 
 
-def pick_pipeline(
-    model: ModelPlan, members: Members, failures: Mapping[str, int] = MappingProxyType({})
-) -> PipelinePlan:
-    """The ready pipeline whose head holds the fewest requests. Raises `NotReady` with the reason.
-
-    One with a node that does not answer just now, that failed the request more often (`failures` by
-    pipeline id), or that retires, comes after all others. Ties go to the first in the plan, which
-    is the same on every node.
-    """
+def pipeline_states(model: ModelPlan, members: Members) -> list[Readiness]:
+    """Of all its pipelines, in order. Raises `NotReady` with the reason if none is ready."""
     if not model.all_pipelines:
         raise NotReady(f"model {model.name} is not being served: {model.reason}", retry_after=10)
-    reasons = []
-    best: tuple[tuple[bool, int, bool, int], PipelinePlan] | None = None
-    for place, pipeline in enumerate(model.all_pipelines):
-        state = readiness(pipeline, members)
-        if not state.ready:
-            reasons.append(state.reason)
-            continue
-        shaky = any(members[stage.node].state != "alive" for stage in pipeline.stages)
-        retires = place >= len(model.pipelines)
+    states = [readiness(pipeline, members) for pipeline in model.all_pipelines]
+    if not any(state.ready for state in states):
+        reasons = " | ".join(state.reason for state in states)
+        raise NotReady(f"model {model.name} is not ready: {reasons}")
+    return states
+
+
+def pick_pipeline(
+    router: Router, model: ModelPlan, members: Members, wish: Wish, *, tokens: int, now: float
+) -> PipelinePlan:
+    """A ready pipeline for a request that may take `tokens` positions. Raises `NotReady`.
+
+    `router` is this model's, and has to hear of it when the request has ended there.
+    """
+    states = pipeline_states(model, members)
+    kept = len(model.pipelines)
+    candidates = [
+        _candidate(pipeline, state, members, tokens, retires=place >= kept)
+        for place, (pipeline, state) in enumerate(zip(model.all_pipelines, states, strict=True))
+    ]
+    chosen = router.choose(candidates, wish, now)
+    return next(pipeline for pipeline in model.all_pipelines if pipeline.id == chosen)
+
+
+def _candidate(
+    pipeline: PipelinePlan, state: Readiness, members: Members, tokens: int, *, retires: bool
+) -> Candidate:
+    """A pipeline as its nodes' records tell of it."""
+    load, tier, told = 0, 0, (0, 0)
+    if state.ready:
         head = members[pipeline.head].record
-        load = head.running + head.waiting
-        rank = (shaky, failures.get(pipeline.id, 0), retires, load)
-        if best is None or rank < best[0]:
-            best = rank, pipeline
-    if best is None:
-        raise NotReady(f"model {model.name} is not ready: {' | '.join(reasons)}")
-    return best[1]
+        told, tier = (head.running, head.waiting), head.kv_tier
+        load = sum(told)
+    return Candidate(
+        replica=replica_in(tier, pipeline.id, healthy=state.ready, queue_depth=load),
+        told=told,
+        fits=blocks_for(tokens) <= state.kv_tokens // BLOCK_TOKENS,
+        shaky=state.ready and any(members[s.node].state != "alive" for s in pipeline.stages),
+        retires=retires,
+        caches=state.prefix_cache,
+    )

@@ -8,9 +8,12 @@ from pxd.serving.requests import DeadlineExceeded, Generation
 class Terms:
     """How urgent a request is, whose it is, and until when. `deadline` is on trio's clock."""
 
-    def __init__(self, generation: Generation, client: str, limit: float) -> None:
+    def __init__(
+        self, generation: Generation, client: str, limit: float, session: str = ""
+    ) -> None:
         self.priority = generation.priority
         self.client = client
+        self.session = session
         self._seconds = limit if generation.timeout is None else min(generation.timeout, limit)
         self.deadline = trio.current_time() + self._seconds
 

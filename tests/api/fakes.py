@@ -86,6 +86,7 @@ class FakeIngress:
     def __init__(self) -> None:
         self.calls: list[tuple[str | None, tuple[Message, ...], Generation]] = []
         self.clients: list[str] = []
+        self.sessions: list[str] = []
         self.answers: list[FakeAnswer] = []
         self.scripts: deque[list[Step]] = deque()
         self.refusals: deque[Exception] = deque()
@@ -96,10 +97,12 @@ class FakeIngress:
         messages: tuple[Message, ...],
         generation: Generation,
         client: str = "",
+        session: str = "",
     ) -> FakeAnswer:
         await trio.lowlevel.checkpoint()
         self.calls.append((model, messages, generation))
         self.clients.append(client)
+        self.sessions.append(session)
         if model not in (None, "demo"):
             raise UnknownModel(f"The model {model!r} is not served by this cluster")
         if self.refusals:

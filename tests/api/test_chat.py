@@ -229,6 +229,19 @@ def test_clients_are_told_apart(server: LiveServer) -> None:
     assert all(len(name) <= 32 for name in names)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_session_is_named_by_a_header_or_else_by_the_user(
+    server: LiveServer, client: openai.OpenAI, stream: bool
+) -> None:
+    for headers, user in [({"X-Session-Id": "s"}, "u"), ({}, "u"), ({}, "")]:
+        answer = client.chat.completions.create(
+            model="demo", messages=HELLO, user=user, extra_headers=headers, stream=stream
+        )
+        if stream:
+            list(answer)
+    assert server.daemon.ingress.sessions[-3:] == ["s", "u", ""]
+
+
 def test_a_failure_in_mid_stream(server: LiveServer, client: openai.OpenAI) -> None:
     server.daemon.ingress.scripts.append([Delta("so", 1), GenerationFailed("all heads gone")])
     chunks = client.chat.completions.create(model="demo", messages=HELLO, stream=True)

@@ -34,6 +34,7 @@ CAUSES = (
     "deadline: ",
     "executor-died: ",
     "executor-failed: ",
+    "not begun: ",
     "unreachable: ",
     "the plan no longer has this pipeline",
 )

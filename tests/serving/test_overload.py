@@ -69,11 +69,11 @@ async def test_ten_thousand_requests_at_once(clock: MockClock) -> None:
                 nursery.start_soon(one, http, number)
             await cluster.until(lambda: statuses[429] + head.running + head.waiting == REQUESTS)
             assert head.running + head.waiting == MAX_REQUESTS // 2
-            assert len(node.ingress._attempts) == MAX_REQUESTS // 2
+            assert len(node.ingress._dispatch.attempts) == MAX_REQUESTS // 2
             cluster.nodes["b"].gate.set()
         assert statuses == {200: MAX_REQUESTS // 2, 429: REQUESTS - MAX_REQUESTS // 2}
         assert head.running + head.waiting == 0
-        assert not node.ingress._attempts
+        assert not len(node.ingress._dispatch.attempts)
 
 
 async def test_one_node_cannot_shut_out_another(

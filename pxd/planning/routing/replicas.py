@@ -77,7 +77,7 @@ class ReplicaPool:
 
         Raises PoolOverloaded when there is no healthy replica.
         """
-        self._served = {replica.id: self._served.get(replica.id, 0) for replica in replicas}
+        self.follow(replicas)
         healthy = [replica for replica in replicas if replica.healthy]
         if not healthy:
             kind = "healthy replica" if replicas else "replica"
@@ -90,6 +90,10 @@ class ReplicaPool:
             chosen = self._in_turn(replicas)
         self.count(chosen)
         return Attempt(self, chosen, streaming=streaming)
+
+    def follow(self, replicas: Sequence[Replica]) -> None:
+        """These are the pool now."""
+        self._served = {replica.id: self._served.get(replica.id, 0) for replica in replicas}
 
     def by_load(self, replicas: Sequence[Replica]) -> list[str]:
         """The healthy ones, the one with most room first.
@@ -164,8 +168,24 @@ class Attempt:
 
 def pressure_tier(replica: Replica) -> int:
     """0 (plenty of KV blocks) to 3 (almost none); the replica must give figures for them."""
-    used = replica.total_blocks - replica.free_blocks
-    return bisect_right(PRESSURE_TIERS, used * 1000 // replica.total_blocks)
+    return tier_of(replica.total_blocks - replica.free_blocks, replica.total_blocks)
+
+
+def tier_of(used: int, total: int) -> int:
+    """The same of plain numbers of blocks."""
+    return bisect_right(PRESSURE_TIERS, used * 1000 // total)
+
+
+def replica_in(tier: int, name: str, *, healthy: bool, queue_depth: int) -> Replica:
+    """One that told its tier and not its blocks."""
+    used = (0, *PRESSURE_TIERS)[tier]
+    return Replica(
+        id=name,
+        healthy=healthy,
+        queue_depth=queue_depth,
+        free_blocks=1000 - used,
+        total_blocks=1000,
+    )
 
 
 def pool_totals(replicas: Sequence[Replica]) -> PoolTotals:

@@ -1,0 +1,136 @@
+"""The submissions of this node's requests that are under way, and what heads send for them."""
+
+import logging
+import math
+
+import trio
+
+from pxd.cluster.plans import PipelinePlan
+from pxd.p2p.network import Network, NetworkError
+from pxd.serving.readiness import Members, stage_report
+from pxd.wire import Cancel, Output
+
+log = logging.getLogger("pxd.serving.ingress")
+
+SUBMIT_TIMEOUT_S = 10.0
+STRAY_S = 5.0
+MAX_STRAYS = 1024
+MAX_REFUSING = 64
+
+Lives = tuple[tuple[float, int], ...]
+"""Per stage, when its node was started and how often its executor was restarted."""
+
+
+class Attempt:
+    """One submission of a request to one head. `began` is on trio's clock.
+
+    `lives` are those of the executors that it was meant for: who loses two attempts with the same
+    has seen one death, told twice.
+    """
+
+    def __init__(self, name: str, pipeline: PipelinePlan, members: Members) -> None:
+        self.name = name
+        self.pipeline = pipeline.id
+        self.head = pipeline.head
+        self.started = members[pipeline.head].record.started
+        self.lives = _lives(pipeline, members)
+        self.began = trio.current_time()
+        self.fruitful = False
+        self.lost = False
+        # Not a leak: at most max_new tokens ever come, and the client pays for reading slowly.
+        self.send, self.outputs = trio.open_memory_channel[Output](math.inf)
+
+    def fail(self, reason: str) -> None:
+        if self.lost:
+            return
+        self.lost = True
+        self.send.send_nowait(Output(request=self.name, index=0, failure=reason))
+
+
+def _lives(pipeline: PipelinePlan, members: Members) -> Lives:
+    records = [members[stage.node].record for stage in pipeline.stages if stage.node in members]
+    reports = [(record.started, stage_report(record, pipeline.id)) for record in records]
+    return tuple((started, report.restarts if report else 0) for started, report in reports)
+
+
+class Attempts:
+    """All of this node. Works while `run` runs."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._open: dict[str, Attempt] = {}
+        self._strays: dict[str, float] = {}
+        self._refusing = 0
+        self._nursery: trio.Nursery | None = None
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                # Answers that are left during the daemon's own end cancel nothing any more.
+                self._nursery = None
+
+    def open(self, name: str, pipeline: PipelinePlan, members: Members) -> Attempt:
+        attempt = self._open[name] = Attempt(name, pipeline, members)
+        return attempt
+
+    def close(self, attempt: Attempt, *, cancel: bool) -> None:
+        self._open.pop(attempt.name, None)
+        if cancel and self._nursery is not None:
+            self._nursery.start_soon(self._cancel, attempt.head, attempt.name)
+
+    def follow(self, members: Members) -> None:
+        """Those whose head is gone or was restarted are lost."""
+        for attempt in self._open.values():
+            head = members.get(attempt.head)
+            if head is None or head.state in ("dead", "left"):
+                attempt.fail("its head is gone")
+            elif head.record.started != attempt.started:
+                attempt.fail("its head was restarted")
+
+    def connection_lost(self, peer: str) -> None:
+        """The network lost a peer for now: what a head there has sent may be lost too."""
+        for attempt in self._open.values():
+            if attempt.head == peer:
+                attempt.fail("unreachable: lost the connection to the head")
+
+    def output(self, peer: str, frame: Output) -> None:
+        attempt = self._open.get(frame.request)
+        if attempt is None:
+            if frame.finish is None and frame.failure is None:
+                self._refuse_stray(peer, frame.request)
+        elif attempt.head == peer:
+            attempt.send.send_nowait(frame)
+
+    def _refuse_stray(self, peer: str, request: str) -> None:
+        """A head works for nobody: the cancellation was lost, or was faster than the submission."""
+        now = trio.current_time()
+        if now - self._strays.get(request, -math.inf) < STRAY_S or self._nursery is None:
+            return
+        if self._refusing >= MAX_REFUSING:
+            # It will come again if it is real.
+            return
+        if len(self._strays) >= MAX_STRAYS:
+            self._strays.clear()
+        self._strays[request] = now
+        self._refusing += 1
+        self._nursery.start_soon(self._refuse, peer, request)
+
+    async def _refuse(self, peer: str, request: str) -> None:
+        try:
+            await self._cancel(peer, request)
+        finally:
+            self._refusing -= 1
+
+    async def _cancel(self, head: str, request: str) -> None:
+        try:
+            with trio.move_on_after(SUBMIT_TIMEOUT_S):
+                await self._network.send(head, Cancel(request=request))
+        except NetworkError as error:
+            log.info("could not cancel %s at its head: %s", request, error)

@@ -1,0 +1,20 @@
+"""Whose fault it is that an attempt failed, from the words of the head."""
+
+from typing import Literal
+
+Fault = Literal["pool", "client", "busy", "executor", "time"]
+"""pool: the request goes on elsewhere. client: it could never be served. busy: the pipeline is well
+and has no room. executor: a process died over it, which may be its doing. time: it is too late."""
+
+_FAULTS: dict[str, Fault] = {
+    "never-fits": "client",
+    "overloaded": "busy",
+    "one-at-a-time": "busy",
+    "executor-died": "executor",
+    "deadline": "time",
+}
+
+
+def fault_of(failure: str) -> Fault:
+    """`failure` begins with its code, as the head's refusals and `Output.failure` do."""
+    return _FAULTS.get(failure.partition(":")[0], "pool")
