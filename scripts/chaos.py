@@ -42,6 +42,9 @@ def main(
     nodes: Annotated[int, typer.Option(min=min(CAPACITIES), max=max(CAPACITIES))] = 4,
     clients: Annotated[int, typer.Option(min=1, help="How many stream at a time.")] = 8,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report.")] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the logs, also of a good run.")
+    ] = False,
     dry: Annotated[bool, typer.Option("--dry", help="Only show the schedule.")] = False,
 ) -> None:
     """A cluster of real daemons on this machine, clients that stream answers from all of them, and
@@ -55,7 +58,7 @@ def main(
         return
     root = Path(tempfile.mkdtemp(prefix="pxd-chaos-"))
     code = _chaos(wanted, root, json)
-    if code == 0:
+    if code == 0 and not keep:
         shutil.rmtree(root)
     else:
         print(f"logs are in {root}", file=sys.stderr)

@@ -60,7 +60,7 @@ class Reading:
     def _piece(self, text: str) -> None:
         now = trio.current_time()
         if self.text:
-            self.waits.pauses.append(now - self._last)
+            self.waits.pause(now - self._last, now)
         else:
             self.waits.first = now - self._last
         self.text += text
@@ -134,7 +134,7 @@ class Clients:
                 outcome=request.outcome,
                 why=request.why,
             )
-            self.tally.add(ending, request.reading.waits)
+            self.tally.add(ending, request.reading.waits, self._began)
             return 0.0 if request.outcome == "finished" else AFTER_ERROR_S
         return NOBODY_S
 

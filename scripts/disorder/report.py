@@ -4,7 +4,7 @@ import msgspec
 
 from scripts.disorder.faults import Done
 from scripts.disorder.schedule import Kind
-from scripts.disorder.tally import RESUMED_S, Ending, quantile
+from scripts.disorder.tally import RESUMED_S, Ending, Pause, quantile
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,9 +27,10 @@ def spread(values: list[float]) -> Spread:
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """`amiss` says why the cluster did not come to rest at the end, `fallen` which daemons ended
-    by themselves, `failures` which faults could not be carried out or undone. `recoveries` are how
-    many times a request went on after a failure, as the daemons tell. `missing`: kinds of faults
-    that cannot be had here, and why. `elsewhere`: sent to another node than the client's own.
+    by themselves, `failures` which faults could not be carried out or undone, `failed` which
+    requests ended with a proper error. `recoveries` are how many times a request went on after a
+    failure, as the daemons tell. `missing`: kinds of faults that cannot be had here, and why.
+    `elsewhere`: sent to another node than the client's own.
     """
 
     seed: int
@@ -45,10 +46,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: int
     errors: dict[str, int]
     cuts: dict[str, int]
+    failed: list[Ending]
     wrong: list[Ending]
     lost: list[Ending]
     pauses: Spread
     firsts: Spread
+    longest: list[Pause]
     longest_frozen: float
     leaks: list[str]
     amiss: str
@@ -76,12 +79,18 @@ def lines(report: Report) -> list[str]:
         f"  lost       {len(report.lost)}",
         f"  pauses     p50 {1e3 * pauses.p50:.0f} ms, p99 {1e3 * pauses.p99:.0f} ms, "
         f"longest {pauses.longest:.1f} s; {report.longest_frozen:.1f} s at a frozen node",
+        *(
+            f"             {pause.seconds:.1f} s until {pause.at:.1f} s, client {pause.client} "
+            f"at {pause.node}"
+            for pause in report.longest
+            if pause.seconds > RESUMED_S
+        ),
         f"  first text p50 {1e3 * firsts.p50:.0f} ms, p99 {1e3 * firsts.p99:.0f} ms, "
         f"longest {firsts.longest:.1f} s",
         f"  leaks      {len(report.leaks)}",
     ]
     found += [f"  left out   {kind}: {why}" for kind, why in report.missing.items()]
-    found += [_notable(ending) for ending in (*report.wrong, *report.lost)]
+    found += [_notable(ending) for ending in (*report.failed, *report.wrong, *report.lost)]
     found += [f"  leak: {leak}" for leak in report.leaks]
     found += [f"  fallen: {daemon}" for daemon in report.fallen]
     found += [f"  fault: {failure}" for failure in report.failures]

@@ -15,8 +15,8 @@ def ending(outcome: Outcome, why: str = "") -> Ending:
 NO_WAITS = Spread(count=0, p50=0, p99=0, longest=0)
 CLEAN = Report(
     seed=7, minutes=1, nodes=4, clients=8, missing={}, faults=[], sent=10, finished=10, resumed=0,
-    recoveries=0, elsewhere=0, errors={}, cuts={}, wrong=[], lost=[], pauses=NO_WAITS,
-    firsts=NO_WAITS, longest_frozen=0, leaks=[], amiss="", fallen=[], failures=[],
+    recoveries=0, elsewhere=0, errors={}, cuts={}, failed=[], wrong=[], lost=[], pauses=NO_WAITS,
+    firsts=NO_WAITS, longest=[], longest_frozen=0, leaks=[], amiss="", fallen=[], failures=[],
 )  # fmt: skip
 
 
@@ -55,17 +55,30 @@ def test_all_that_was_wrong_is_told() -> None:
 
 def test_endings_are_counted_by_kind() -> None:
     tally = Tally()
-    tally.add(ending("finished"), Waits(first=0.5, pauses=[0.1, 3.0]))
-    tally.add(ending("finished"), Waits(first=0.5, pauses=[0.1]))
-    tally.add(ending("finished"), Waits(first=0.5, pauses=[9.0], frozen=True))
-    tally.add(ending("error", "503 not_ready"), Waits())
-    tally.add(ending("cut", "gone"), Waits(pauses=[0.2]))
-    tally.add(ending("lost", "no end"), Waits())
+    for each, waits in (
+        (ending("finished"), Waits(first=0.5, pauses=[0.1, 3.0], longest_at=17.0)),
+        (ending("finished"), Waits(first=0.5, pauses=[0.1])),
+        (ending("finished"), Waits(first=0.5, pauses=[9.0], frozen=True)),
+        (ending("error", "503 not_ready"), Waits()),
+        (ending("cut", "gone"), Waits(pauses=[0.2])),
+        (ending("lost", "no end"), Waits()),
+    ):
+        tally.add(each, waits, began=10.0)
     assert tally.outcomes == {"finished": 3, "error": 1, "cut": 1, "lost": 1}
     assert tally.errors == {"503 not_ready": 1}
-    assert [each.why for each in tally.notable] == ["no end"]
+    assert [each.why for each in tally.of("lost")] == ["no end"]
+    assert [each.why for each in tally.of("error")] == ["503 not_ready"]
     assert tally.resumed == 1
     assert (max(tally.pauses), tally.longest_frozen) == (3.0, 9.0)
+    assert [pause.seconds for pause in tally.longest] == [3.0, 0.2, 0.1, 0.0, 0.0]
+    assert tally.longest[0].at == 7.0
+
+
+def test_the_longest_pause_has_its_time() -> None:
+    waits = Waits()
+    for seconds, now in ((1.0, 5.0), (4.0, 9.0), (2.0, 11.0)):
+        waits.pause(seconds, now)
+    assert (waits.longest, waits.longest_at) == (4.0, 9.0)
 
 
 def test_quantiles() -> None:
