@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import msgspec
+import trio
 
 from pxd import identity
 from pxd.cluster.members import Member
@@ -16,6 +17,9 @@ from pxd.serving.signal import Signal
 from pxd.settings import DEFAULT_MODEL
 
 log = logging.getLogger("pxd.serving.choice")
+
+SAVE_AGAIN_S = 10.0
+"""After this a choice that could not be stored is stored again, whatever happens meanwhile."""
 
 
 class ChoiceError(Exception):
@@ -166,6 +170,9 @@ class Choices:
                     await self._save(choice=None, models=to_state(choice))
                 except OSError as error:
                     log.error("cannot remember the chosen models: %s", error)
+                    # Not with the next change: there are several in a second.
+                    await trio.sleep(SAVE_AGAIN_S)
+                    continue
             await event.wait()
 
 

@@ -198,7 +198,8 @@ class Head:
         )
         self._policy = Continuous(config)
         now = trio.current_time()
-        for _ in range(sum(now - death < CAUTION_S for death in self._deaths)):
+        # Twice for each: a request is given up after the second death.
+        for _ in range(2 * sum(now - death < CAUTION_S for death in self._deaths)):
             self._policy.be_careful()
         self._scheduler = Scheduler(self._policy)
         self._session = secrets.randbits(47)

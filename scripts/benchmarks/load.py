@@ -14,9 +14,9 @@ import msgspec
 import trio
 
 from scripts.benchmarks.errors import BenchError
+from scripts.benchmarks.sse import ChatStream, Chunk, Usage
 
 TIMEOUT_S = 600.0
-RECEIVE_BYTES = 65536
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,28 +52,6 @@ class Result(msgspec.Struct, frozen=True):
     def tokens_per_s(self) -> float:
         """Of all streams together, from the requests to the last token."""
         return sum(s.tokens for s in self.streams) / max(s.last for s in self.streams)
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    delta: _Delta
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: msgspec.Raw = msgspec.Raw()
-
-
-_chunks = msgspec.json.Decoder(_Chunk)
 
 
 def put(load: Load) -> Result:
@@ -115,37 +93,20 @@ class _Stream:
     """One request on a connection of its own."""
 
     def __init__(self, connection: trio.SocketStream, host: str, began: float) -> None:
-        self._connection = connection
-        self._host = host
+        self._chat = ChatStream(connection, host)
         self._began = began
-        self._http = h11.Connection(h11.CLIENT)
-        self._rest = b""
         self._first = self._last = 0.0
-        self._usage: _Usage | None = None
+        self._usage: Usage | None = None
 
     async def run(self, prompt: str, tokens: int) -> Stream:
-        body = msgspec.json.encode(
-            {
-                "messages": [{"role": "user", "content": prompt}],
-                "max_tokens": tokens,
-                "temperature": 0,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        )
-        await self._send("/v1/chat/completions", body)
-        status, text = 0, b""
-        while not isinstance(event := await self._event(), h11.EndOfMessage):
-            if isinstance(event, h11.Response):
-                status = event.status_code
-            elif isinstance(event, h11.ConnectionClosed):
-                break
-            elif isinstance(event, h11.Data) and status == 200:
-                self._add(bytes(event.data))
-            elif isinstance(event, h11.Data):
-                text += event.data
-        if status != 200:
-            raise BenchError(f"HTTP {status}: {text[:500].decode(errors='replace')}")
+        body = {
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        await self._chat.run(body, self._add)
         if self._usage is None:
             raise BenchError("the answer broke off")
         if self._usage.completion_tokens != tokens:
@@ -157,33 +118,7 @@ class _Stream:
             prompt_tokens=self._usage.prompt_tokens,
         )
 
-    async def _send(self, path: str, body: bytes) -> None:
-        headers = [
-            ("host", self._host),
-            ("content-type", "application/json"),
-            ("content-length", str(len(body))),
-            ("connection", "close"),
-        ]
-        request = h11.Request(method="POST", target=path, headers=headers)
-        parts = (request, h11.Data(data=body), h11.EndOfMessage())
-        await self._connection.send_all(b"".join(self._http.send(part) or b"" for part in parts))
-
-    async def _event(self) -> h11.Event:
-        while (event := self._http.next_event()) is h11.NEED_DATA:
-            self._http.receive_data(await self._connection.receive_some(RECEIVE_BYTES))
-        if not isinstance(event, h11.Event):
-            raise BenchError("the server paused the connection")
-        return event
-
-    def _add(self, data: bytes) -> None:
-        *events, self._rest = (self._rest + data).split(b"\n\n")
-        for event in events:
-            if event.startswith(b"data: {"):
-                self._chunk(_chunks.decode(event.removeprefix(b"data: ")))
-
-    def _chunk(self, chunk: _Chunk) -> None:
-        if chunk.error:
-            raise BenchError(bytes(chunk.error).decode(errors="replace")[:500])
+    def _add(self, chunk: Chunk) -> None:
         if any(choice.delta.content for choice in chunk.choices):
             self._last = trio.current_time() - self._began
             self._first = self._first or self._last

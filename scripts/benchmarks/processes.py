@@ -89,6 +89,15 @@ class Program:
         except psutil.NoSuchProcess:
             return []
 
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal the process alone, not its children."""
+        if self.running:
+            self._process.send_signal(number)
+
     def stop(self) -> None:
         """Ask it to end, then make it; frozen or not."""
         family = self.family()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from pxd import identity
 from pxd.cluster.messages import LAST_COUNT
@@ -12,6 +13,7 @@ from pxd.cluster.records import MAX_CHOSEN, ModelChoice, NodeRecord
 from pxd.cluster.stamps import ceiling
 from pxd.models.errors import ModelError
 from pxd.serving.choice import (
+    SAVE_AGAIN_S,
     ChoiceError,
     Choices,
     called,
@@ -21,6 +23,7 @@ from pxd.serving.choice import (
     to_state,
     use,
 )
+from pxd.serving.signal import Signal
 
 NOW = 1.8e9
 NOTHING = latest_choice([None], ceiling(NOW))
@@ -146,6 +149,36 @@ async def test_a_model_that_does_not_exist_is_not_chosen() -> None:
     assert (chosen.names, chosen.changed) == (["demo", "real"], True)
     assert (await choices(records).use("real")).changed is False
     assert (await choices(records).stop("demo")).names == ["real"]
+
+
+async def test_a_full_disk_is_tried_again_in_a_while_and_not_with_every_change(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    tried: list[float] = []
+    full = True
+
+    async def save(**_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        tried.append(trio.current_time())
+        if full:
+            raise OSError(28, "No space left on device")
+
+    records, changed = FakeRecords(1, ModelChoice(3, "b", ("one",))), Signal()
+    node = Choices(records, save, None, None, lambda: NOW)  # type: ignore[arg-type]
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.run, changed)
+        for _ in range(35):
+            await trio.sleep(1)
+            changed.notify()
+        assert [time - began for time in tried] == [n * SAVE_AGAIN_S for n in range(4)]
+        full = False
+        await trio.sleep(60)
+        assert len(tried) == 5
+        changed.notify()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(tried) == 6
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_node_that_has_not_found_its_cluster_chooses_nothing() -> None:

@@ -119,10 +119,10 @@ async def test_after_a_death_in_a_step_smaller_ones_are_tried(
         await cluster.ready(cluster.publish("a"))
         text = "x" * 3000
         assert (await ask(node, text, 10))[0] == expected(text, 10, 1)
-        assert len(node.executors) == 3, "4096 positions, then 1024, then 256"
+        assert len(node.executors) == 2, "4096 positions, then 256"
         await trio.sleep(CAUTION_S)
         node.executors[-1].die("killed by signal 9")
-        await cluster.until(lambda: len(node.executors) == 4)
+        await cluster.until(lambda: len(node.executors) == 3)
         await cluster.ready(node.plan)
         assert (await ask(node, "y" * 500, 10))[0] == expected("y" * 500, 10, 1)
         assert node.executors[-1].steps < 14, "a prompt of 500 in one step again"

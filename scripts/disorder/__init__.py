@@ -1,0 +1,1 @@
+"""A cluster under load in which things go wrong: what scripts/chaos is made of."""
