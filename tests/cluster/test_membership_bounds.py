@@ -33,7 +33,7 @@ from tests.cluster.single import (
 from tests.signers import signed
 
 
-def large(node: str, version: int = 0, reason: int = 1900, stages: int = 15) -> NodeRecord:
+def large(node: str, version: int = 0, reason: int = 1750, stages: int = 15) -> NodeRecord:
     report = StageReport(
         model="m", pipeline="p", start=0, end=1, state="failed", reason="x" * reason
     )
