@@ -59,6 +59,15 @@ def test_within_two_percent_of_the_best_for_unequal_layers_and_any_machines(
     near_best(inputs_of(model, offers, workload=Workload(token_limit_s=limit)))
 
 
+def test_an_order_that_is_better_only_at_a_closer_look_is_found() -> None:
+    model = model_of(4, 1.0, attention_flops=(16384,) * 4)
+    offers = (
+        NodeOffer(id="small", memory=4 * GIB, tflops=30.0, bandwidth=1008.0),
+        NodeOffer(id="large", memory=6 * GIB, tflops=30.0, bandwidth=2039.0),
+    )
+    near_best(inputs_of(model, offers))
+
+
 def check_against_classic(inputs: PlanInputs) -> None:
     plan = plan_cluster(inputs)
     check_plan(inputs, plan)

@@ -23,7 +23,8 @@ _HALVINGS = 5
 _PATIENCE = (1.1, 1.25, 1.5, 2.0, 4.0)
 """How much longer than it must the slowest stage may take, to shorten the way of a pipeline that
 breaks the latency bound."""
-_FINALISTS = 4
+_RUNNERS_UP, _FINALISTS = 2, 4
+"""Orders that are looked at closely, and those where a pipeline breaks the latency bound."""
 _ELEMENTS = 1 << 20
 """Of one array in a batch of orders; bounds memory."""
 
@@ -78,10 +79,11 @@ def best_cuts(
                     seen[some[index]] = float(value[index]), load
     for owner, seen in enumerate(picks):
         ranked = sorted(seen, key=lambda order: -seen[order][0])
-        for order in ranked[: _FINALISTS if thorough else 1]:
+        for place, order in enumerate(ranked[: _FINALISTS if thorough else _RUNNERS_UP]):
             held = found[owner]
-            # Estimates are exact enough to tell orders apart but for the latency bound.
-            if held is not None and held.score.token_s <= problem.workload.token_limit_s:
+            # Estimates are exact enough to tell more orders apart but for the latency bound.
+            late = held is None or held.score.token_s > problem.workload.token_limit_s
+            if place >= _RUNNERS_UP and not late:
                 break
             for ends in _refined(problem, order, seen[order][1], patience):
                 scored = score(problem, order, ends)
