@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pxd.cli import key, progress
-from pxd.cli.find import NoDaemon, find_controlled
-from pxd.cli.options import DataDir, Node, fail, with_examples
+from pxd.cli.ask import ask
+from pxd.cli.options import DataDir, Node, with_examples
 from pxd.cli.words import clean
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def drain(
     else:
         print(f"{name} is drained; `pxd resume {name}` undoes that.")
     if not no_wait:
-        with progress.shown(quiet=as_json) as show:
-            progress.wait(node, data_dir, lambda status: _left(status, result.node.id), show)
+        progress.wait(node, data_dir, lambda status: _left(status, result.node.id), quiet=as_json)
         if not as_json:
             print(f"{name} holds nothing of any model now. It is safe to stop it.")
 
@@ -61,15 +60,9 @@ def resume(
 
 
 def _ask(path: str, who: str, node: str | None, data_dir: Path | None) -> "Drained":
-    from pxd.cli.client import Client, Refused, Unreachable
     from pxd.serving.drain import Drained
 
-    try:
-        found = find_controlled(node, data_dir)
-        client = Client(found.url, found.token)
-        return client.control("POST", path, Drained, {"node": who})
-    except (NoDaemon, Unreachable, Refused) as error:
-        fail(str(error))
+    return ask(path, {"node": who}, Drained, node, data_dir)
 
 
 def _left(status: "ClusterStatus", peer: str) -> str:

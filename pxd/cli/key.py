@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pxd.cli.find import NoDaemon, find_controlled
+from pxd.cli.ask import ask
 from pxd.cli.options import DataDir, Node, fail, with_examples
 from pxd.cli.words import clean, duration
 
@@ -65,16 +65,9 @@ def rotate(
         seconds = parse_duration(grace)
     except ValueError as error:
         fail(f"--grace: {error}", 2)
-    from pxd.cli.client import Client, Refused, Unreachable
     from pxd.serving.doorview import Rotation
 
-    try:
-        found = find_controlled(node, data_dir)
-        client = Client(found.url, found.token)
-        body = {"grace": seconds}
-        rotation = client.control("POST", "/cluster/key/rotate", Rotation, body)
-    except (NoDaemon, Unreachable, Refused) as error:
-        fail(str(error))
+    rotation = ask("/cluster/key/rotate", {"grace": seconds}, Rotation, node, data_dir)
     sys.stdout.write(as_json_text(rotation) if as_json else report(rotation))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pxd.cli import key, progress
-from pxd.cli.find import NoDaemon, find_controlled
+from pxd.cli.ask import ask
 from pxd.cli.options import DataDir, Node, fail, with_examples
 from pxd.cli.words import clean
 
@@ -77,8 +77,7 @@ def use(
     else:
         print(_chosen(result))
     if not no_wait:
-        with progress.shown(quiet=as_json) as show:
-            progress.wait(node, data_dir, lambda status: _until_served(status, result), show)
+        progress.wait(node, data_dir, lambda status: _until_served(status, result), quiet=as_json)
         if not as_json:
             print(f"{clean(result.model)} is served.")
 
@@ -97,23 +96,16 @@ def stop(
     else:
         print(_chosen(result))
     if not no_wait:
-        with progress.shown(quiet=as_json) as show:
-            progress.wait(node, data_dir, lambda status: _until_gone(status, result), show)
+        progress.wait(node, data_dir, lambda status: _until_gone(status, result), quiet=as_json)
         if not as_json:
             model = clean(result.model)
             print(f"{model} is stopped; `pxd models use {model}` serves it again.")
 
 
 def _ask(verb: str, body: object, node: str | None, data_dir: Path | None) -> "Chosen":
-    from pxd.cli.client import Client, Refused, Unreachable
     from pxd.serving.choice import Chosen
 
-    try:
-        found = find_controlled(node, data_dir)
-        client = Client(found.url, found.token)
-        return client.control("POST", f"/cluster/models/{verb}", Chosen, body)
-    except (NoDaemon, Unreachable, Refused) as error:
-        fail(str(error))
+    return ask(f"/cluster/models/{verb}", body, Chosen, node, data_dir)
 
 
 def _chosen(result: "Chosen") -> str:

@@ -31,7 +31,7 @@ class Stuck(Exception):
 
 
 @contextlib.contextmanager
-def shown(*, quiet: bool) -> Iterator[Show]:
+def _shown(*, quiet: bool) -> Iterator[Show]:
     """Shows where things stand on stderr: in one line on a terminal, else line by line."""
     terminal = sys.stderr.isatty()
     last = ""
@@ -53,10 +53,23 @@ def shown(*, quiet: bool) -> Iterator[Show]:
 
 
 def wait(
+    node: str | None,
+    data_dir: Path | None,
+    left: Callable[["ClusterStatus"], str],
+    *,
+    quiet: bool,
+) -> None:
+    """Returns when `left` has nothing to say of the status; shows what it says, unless `quiet`.
+
+    Ends the command if it stays stuck, if the daemon goes away, and at Ctrl-C.
+    """
+    with _shown(quiet=quiet) as show:
+        _watch(node, data_dir, left, show)
+
+
+def _watch(
     node: str | None, data_dir: Path | None, left: Callable[["ClusterStatus"], str], show: Show
 ) -> None:
-    """Returns when `left` has nothing to say of the status. Ends the command if it stays stuck, if
-    the daemon goes away, and at Ctrl-C."""
     from pxd.cli.status import Failed, fetch
 
     stuck_since = None
