@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from transformers import AutoTokenizer
 
 from pxd.engine.continuous import Continuous, ContinuousConfig
@@ -19,8 +18,8 @@ from pxd.engine.scheduler import NewRequest, PlannedStep, Scheduler
 from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec
-from pxd.executors.rows import draws_of
-from pxd.wire import MAX_GUESSES, Buffer, SampledToken, Sampling, Step, Tensor
+from pxd.wire import MAX_GUESSES, SampledToken, Sampling
+from tests.executors.steps import sampled_tokens, wire_step
 
 DELAYS_MS = (0, 5, 20, 80)
 COUNT = {"role": "user", "content": "Count from 1 to 20."}
@@ -43,18 +42,7 @@ class DelayedPipeline:
         self.session = 0
 
     def run(self, planned: PlannedStep) -> list[SampledToken]:
-        tokens = np.array(planned.tokens, "<i4")
-        step = Step(
-            pipeline="p",
-            session=self.session,
-            step=planned.number,
-            rows=planned.rows,
-            tensor=Tensor("i32", tokens.shape),
-            openings=planned.openings,
-            grants=planned.grants,
-            releases=planned.releases,
-        )
-        body: Buffer = tokens.tobytes()
+        step, body = wire_step(planned, self.session)
         output: Any = ()
         for engine in self.engines:
             output = engine.step(step, body)
@@ -62,10 +50,7 @@ class DelayedPipeline:
             if engine is not self.engines[-1]:
                 tensor, body = output
                 step = msgspec.structs.replace(step, tensor=tensor)
-        return [
-            SampledToken(request, position, token)
-            for (request, position), token in zip(draws_of(planned.rows), output, strict=True)
-        ]
+        return sampled_tokens(planned, output)
 
     def answer(
         self, prompt: Sequence[int], count: int, guesses: int

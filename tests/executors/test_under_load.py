@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
 from pxd.engine.continuous import Continuous, ContinuousConfig
 from pxd.engine.scheduler import NewRequest, PlannedStep, Scheduler
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec
-from pxd.executors.rows import draws_of
-from pxd.wire import Buffer, Copied, SampledToken, Sampling, Step, Tensor
+from pxd.wire import Copied, SampledToken, Sampling
+from tests.executors.steps import sampled_tokens, wire_step
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
 LAYERS = 6
@@ -48,20 +47,7 @@ class Engines:
         self.session = 0
 
     def run(self, planned: PlannedStep) -> list[SampledToken]:
-        tokens = np.array(planned.tokens, "<i4")
-        step = Step(
-            pipeline="p",
-            session=self.session,
-            step=planned.number,
-            rows=planned.rows,
-            tensor=Tensor("i32", tokens.shape),
-            openings=planned.openings,
-            grants=planned.grants,
-            releases=planned.releases,
-            store=planned.store,
-            load=planned.load,
-        )
-        body: Buffer = tokens.tobytes()
+        step, body = wire_step(planned, self.session)
         output: Any = ()
         for stage in self.stages:
             output = stage.step(step, body)
@@ -69,10 +55,7 @@ class Engines:
                 tensor, body = output
                 body = bytes(body)
                 step = msgspec.structs.replace(step, tensor=tensor)
-        return [
-            SampledToken(request, position, token)
-            for (request, position), token in zip(draws_of(planned.rows), output, strict=True)
-        ]
+        return sampled_tokens(planned, output)
 
 
 def make_requests(rng: random.Random) -> list[NewRequest]:
