@@ -32,6 +32,7 @@ from pxd.p2p.signatures import NodeSigner
 from pxd.planning.model import NodeOffer
 from pxd.selfhood import Identity, identify, measured_device, memory_offer
 from pxd.selfhood import StartupError as StartupError
+from pxd.serving.added import Added
 from pxd.serving.audit import Audit
 from pxd.serving.choice import Choices, from_state
 from pxd.serving.door import Door
@@ -40,7 +41,7 @@ from pxd.serving.heads import HeadHost
 from pxd.serving.held import Held
 from pxd.serving.hints import hints
 from pxd.serving.ingress import ChatIngress
-from pxd.serving.models import ModelSource
+from pxd.serving.models import ModelSource, Pin
 from pxd.serving.planner import Office, Planner
 from pxd.serving.plansync import PlanSync
 from pxd.serving.report import LoadReport
@@ -50,8 +51,9 @@ from pxd.serving.status import ClusterStatus
 from pxd.serving.survey import Survey
 from pxd.serving.timings import partners
 from pxd.serving.view import Planning, model_views, node_views, planning, turned_away
+from pxd.serving.weights.sharing import Sharing
 from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings
-from pxd.wire import Buffer, Cancel, Copied, Filler, Frame, Nack, Output, Sampled, Step
+from pxd.wire import Buffer, Cancel, Copied, Filler, Frame, Nack, Output, Sampled, Step, Weights
 
 log = logging.getLogger("pxd.node")
 
@@ -103,7 +105,24 @@ class Node:
             persist=self._persist,
         )
         self.gossip.on_event(self._on_event)
-        self.models = ModelSource(describe_model)
+        self.sharing = Sharing(
+            self.network,
+            settings.files.cache,
+            self._members,
+            lambda: self.gossip.leader,
+            self._serves_now,
+            self._files_changed,
+        )
+        library = self.sharing.library
+        self.models = ModelSource(describe_model, library, self.sharing.fetch, self._pin)
+        self.added = Added(
+            who.state.added,
+            self.models,
+            library,
+            self._save,
+            lambda: [stage.model for stage in self.gossip.record.stages],
+            self._files_changed,
+        )
         self.choices = Choices(
             self.gossip, self._save, self.models.describe, settings.model, time.time
         )
@@ -144,7 +163,8 @@ class Node:
         )
         self._audit = Audit(self.network.peer_id, self._own_offer, self._on_audit)
         self._held = Held(
-            lambda: [stage.model for stage in self.gossip.record.stages if stage.state == "ready"],
+            lambda: (*self.choices.current.names, *self.added.names),
+            library.find,
             lambda models: self.gossip.update(models=models),
         )
         self._survey = Survey(
@@ -165,7 +185,7 @@ class Node:
             lambda: list(self.choices.current.names),
             settings,
         )
-        self.network.on_frame(self._on_frame, self.stages.expects)
+        self.network.on_frame(self._on_frame, self._expects)
         self.network.on_peer(self._on_peer)
 
     def _first_record(self, device: Device) -> NodeRecord:
@@ -214,6 +234,7 @@ class Node:
             nursery.start_soon(self._report.run)
             nursery.start_soon(self.choices.run, self.changed)
             nursery.start_soon(self._held.run, self.changed)
+            nursery.start_soon(self.added.run)
             with self._announced():
                 started(
                     Started(self.settings.name, self._http_url, self.ticket(), self.network.peer_id)
@@ -288,6 +309,7 @@ class Node:
                 uptime=uptime,
                 now=time.time(),
             ),
+            added=self.added.views(),
         )
 
     async def doctor(self) -> Report:
@@ -377,11 +399,35 @@ class Node:
 
     def _occupied(self) -> bool:
         loading = any(stage.state == "loading" for stage in self.gossip.record.stages)
-        return loading or self.heads.running > 0 or self.heads.waiting > 0
+        return loading or self.sharing.under_way or self._heads_run()
+
+    def _heads_run(self) -> bool:
+        return self.heads.running > 0 or self.heads.waiting > 0
+
+    def _serves_now(self) -> bool:
+        return self._heads_run() or self._survey.frames_come
+
+    def _pin(self, name: str) -> Pin:
+        """What the plan in force means by a model's name."""
+        plan = self.plans.plan
+        model = next((model for model in plan.models if model.name == name), None) if plan else None
+        return Pin(model.fingerprint, model.revision) if model else Pin()
+
+    def _files_changed(self) -> None:
+        self._held.forget()
+        self.changed.notify()
+
+    def _expects(self, peer: str, frame: Frame) -> bool:
+        if isinstance(frame, Weights):
+            return self.sharing.expects(peer, frame)
+        return self.stages.expects(peer, frame)
 
     async def _on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
         if isinstance(frame, Filler):
             self._survey.meter.arrived(peer, frame)
+            return
+        if isinstance(frame, Weights):
+            self.sharing.arrived(peer, frame, body)
             return
         self._survey.frame_arrived()
         match frame:

@@ -125,7 +125,7 @@ class _Reader:
             end=stage.end,
             total=max(self._totals.get(stage.model, 0), stage.end),
             state=state,
-            words=f"{state} {stage.progress:.0%}" if loading else f"{spare}{state}",
+            words=_loading(stage) if loading else f"{spare}{state}",
             progress=stage.progress if loading else 1.0,
         )
 
@@ -212,6 +212,12 @@ class _Reader:
         return found
 
 
+def _loading(stage: StageView) -> str:
+    """How far a stage is; its reason says what it is at, such as fetching from other nodes."""
+    what = f" ({clean(stage.reason)})" if stage.reason else ""
+    return f"{clean(stage.state)} {stage.progress:.0%}{what}"
+
+
 def _troubles(stage: StageView) -> list[str]:
     where = f"{clean(stage.model)} {layers(stage.start, stage.end)}"
     found = []
@@ -227,7 +233,7 @@ def _troubles(stage: StageView) -> list[str]:
     if stage.restarts:
         hung = f" ({_times(stage.hangs)} because it gave no answer)" if stage.hangs else ""
         where += f", restarted {_times(stage.restarts)}{hung},"
-    if stage.reason:
+    if stage.reason and stage.state != "loading":
         found.append(f"{where} {clean(stage.state)}: {clean(stage.reason)}")
     elif stage.restarts:
         found.append(f"{where} {clean(stage.state)} again")

@@ -41,7 +41,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     of both, "relayed" goes through the node `through` (peer id). `relay`: it passes traffic on.
     `drained`: it takes no part in plans. `unfit` are the models that it leaves to others because it
     keeps failing at them. `slow` is how many times slower than usual plans take it to be, 0 for as
-    usual.
+    usual. `files` are the models of which it has files, perhaps not all.
     """
 
     id: str
@@ -66,6 +66,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     drained: bool = False
     unfit: list[str] = []
     slow: float = 0.0
+    files: list[str] = []
 
 
 class PipelineStageView(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,10 +119,20 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     retiring: list[list[PipelineStageView]] = []
 
 
+class AddedView(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that a person wants to have on this node. `progress` 0..1; `reason` says where it
+    comes from, or why not."""
+
+    name: str
+    state: Literal["fetching", "here", "failed"]
+    progress: float = 0.0
+    reason: str = ""
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster as `self` (peer id) sees it. `leader` is None until one is known.
 
-    `hints` are sentences on why it sees no other node.
+    `hints` are sentences on why it sees no other node, `added` the models to be had on this one.
     """
 
     self_id: str = msgspec.field(name="self")
@@ -134,3 +145,4 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     uptime: float = 0.0
     hints: list[str] = []
+    added: list[AddedView] = []

@@ -119,6 +119,7 @@ def _node_view(
         drained=record.drained,
         unfit=[unfit.model for unfit in record.unfit],
         slow=record.slow,
+        files=[] if gone else [held.name for held in record.models],
     )
 
 
