@@ -225,7 +225,7 @@ class WeightsFetch:
             log.info("fetching %.1f MiB of %s from other nodes", size / (1 << 20), name)
             run = Run(self, name, self._store.label(files.directory), files, total, progress)
             await run.fetch(wanted)
-            log.info("fetched %.1f MiB of %s", size / (1 << 20), name)
+            log.info("fetched %d bytes of %s; %d came", size, name, run.came)
         await _in_thread(files.finish)
         progress(1.0)
 

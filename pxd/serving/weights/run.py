@@ -57,7 +57,8 @@ class Lenders(Protocol):
 
 
 class Run:
-    """`total` bytes are what all wanted tensors have, those that are here already among them."""
+    """`total` bytes are what all wanted tensors have, those that are here already among them.
+    `came` counts the bytes that have come, also in vain."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Run:
         self._left = 0
         self._learned = False
         self._hearing = 0
+        self.came = 0
         self._changed = Signal()
         self._failure: ModelError | None = None
         self._aside: dict[str, str] = {}
@@ -224,6 +226,7 @@ class Run:
             log.info("%s gave nothing: %s", self._lenders.name_of(peer), error)
             self._transfer.failed(ask, trio.current_time())
         else:
+            self.came += size
             await self._take(ask, body, size)
         self._changed.notify()
 
