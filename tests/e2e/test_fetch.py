@@ -1,17 +1,14 @@
 """Three daemons, one of which has the model, and no hub: the others get what they need from it."""
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pxd.models.describe import describe_checkpoint
-from pxd.models.safetensors import read_header
 from tests.tiny_models import make_tiny_model
 
-from .daemons import Daemon, own_stages, pipelines, serving_on
+from .daemons import Daemon, own_stages, serving_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.clusters]
 
@@ -55,5 +52,6 @@ def three(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lis
 
 
 def test_it(three):
-    for d in three: print(d.log, own_stages(d.status()))
+    for d in three:
+        print(d.log, own_stages(d.status()))
     print(three[1].answer("hi", max_tokens=5))

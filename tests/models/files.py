@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 BYTES = {"BF16": 2, "F32": 4, "U32": 4}
+LAYER_KIB = 600
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -76,3 +79,32 @@ def write_sharded(directory: Path, shapes: Shapes, *, shards: int = 3) -> Path:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def write_random(directory: Path, *, shards: int = 2, layers: int = 4, seed: int = 0) -> Path:
+    """Layers of `LAYER_KIB` and random bytes in all of them: large enough to be cut into chunks."""
+    shapes = model_shapes(layers=0)
+    for layer in range(layers):
+        shapes[f"model.layers.{layer}.mlp.weight"] = ("BF16", (LAYER_KIB, 512))
+        shapes[f"model.layers.{layer}.norm.weight"] = ("BF16", (8,))
+    write_sharded(directory, shapes, shards=shards)
+    (directory / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    rng = random.Random(seed)
+    for path in sorted(directory.glob("*.safetensors")):
+        data = path.read_bytes()
+        head = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(data[:head] + rng.randbytes(len(data) - head))
+    return directory
+
+
+def flip(path: Path, place: int, *, secretly: bool = False) -> None:
+    """Change one byte of a file; `secretly` as a disk does, without a new time of change."""
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.seek(place)
+        [byte] = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    if secretly:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -1,6 +1,7 @@
 """Fetches models that this node lacks from members that have them."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -95,11 +96,16 @@ class WeightsFetch:
 
     async def sources(self, name: str, fingerprint: str) -> dict[str, Manifest]:
         """Whom to fetch one revision of a model from, and what each of them has of it."""
+        return one_revision(await self._found(name), fingerprint)
+
+    async def _found(self, name: str) -> dict[str, Manifest]:
+        """What members have of a model, of whichever revision; the leader first."""
         answers: dict[str, Manifest] = {}
 
         async def look(peer: str) -> None:
             try:
-                manifest = await self._network.call(peer, OPEN, Open(name), timeout=OPEN_TIMEOUT_S)
+                call = self._network.call
+                manifest = await call(peer, OPEN, Open(name), timeout=OPEN_TIMEOUT_S)
             except NetworkError as error:
                 log.info("%s cannot lend %s: %s", self.name_of(peer), name, error)
                 return
@@ -112,32 +118,39 @@ class WeightsFetch:
         async with trio.open_nursery() as nursery:
             for peer in holders:
                 nursery.start_soon(look, peer)
-        ordered = {peer: answers[peer] for peer in holders if peer in answers}
-        chosen = one_revision(ordered, fingerprint)
-        for peer in ordered.keys() - chosen.keys():
-            log.info("%s has another revision of %s", self.name_of(peer), name)
-        return chosen
+        return {peer: answers[peer] for peer in holders if peer in answers}
 
     async def _metadata(self, name: str, fingerprint: str) -> Path:
-        sources = await self.sources(name, fingerprint)
-        if not sources:
-            raise NobodyHas(f"no node that can be reached has {name}")
+        found = await self._found(name)
+        while sources := one_revision(found, fingerprint):
+            with _disk_errors(name):
+                directory = await self._fetch_metadata(name, sources)
+            if directory is not None:
+                self._came()
+                return directory
+            # They said one thing and have another.
+            found = {peer: each for peer, each in found.items() if peer not in sources}
+        raise NobodyHas(f"no node that can be reached has {name}")
+
+    async def _fetch_metadata(self, name: str, sources: Mapping[str, Manifest]) -> Path | None:
+        """None if what has come is not what was said to come."""
         manifest = next(iter(sources.values()))
         directory = self._store.place(name, manifest)
-        with _disk_errors(name):
-            await _in_thread(partial(directory.mkdir, parents=True, exist_ok=True))
-            weights = layout(sources.values())
-            small = sum(f.size for f in manifest.files) + sum(f.head for f in weights)
-            await _in_thread(partial(kept.check_room, directory, small))
-            for file in manifest.files:
-                await self._fetch_file(name, sources, directory, file)
-            for head in weights:
-                await self._fetch_head(name, sources, directory, head)
-            found = await _in_thread(partial(describe_checkpoint, directory))
-            if found.fingerprint != manifest.fingerprint:
-                raise ModelError(f"what came of {name} is not what was said to come")
-            await _in_thread(partial(self._store.finish, directory, name, manifest))
-        self._came()
+        await _in_thread(partial(directory.mkdir, parents=True, exist_ok=True))
+        weights = layout(sources.values())
+        small = sum(f.size for f in manifest.files) + sum(f.head for f in weights)
+        await _in_thread(partial(kept.check_room, directory, small))
+        for file in manifest.files:
+            await self._fetch_file(name, sources, directory, file)
+        for head in weights:
+            await self._fetch_head(name, sources, directory, head)
+        found = await _in_thread(partial(describe_checkpoint, directory))
+        if found.fingerprint != manifest.fingerprint:
+            names = ", ".join(map(self.name_of, sources))
+            log.error("%s: what came from %s is not what was said to come", name, names)
+            await _in_thread(partial(shutil.rmtree, directory))
+            return None
+        await _in_thread(partial(self._store.finish, directory, name, manifest))
         return directory
 
     async def _fetch_file(

@@ -80,6 +80,7 @@ class Run:
         self._digests: dict[Chunk, bytes] = {}
         self._left = 0
         self._learned = False
+        self._unclaimed: Chunk | None = None
         self._hearing = 0
         self.came = 0
         self._changed = Signal()
@@ -126,7 +127,7 @@ class Run:
                 await event.wait()
 
     def _complaint(self) -> str:
-        orphan = self._transfer.orphan()
+        orphan = self._unclaimed or self._transfer.orphan()
         what = f"{self._files.tensor_of(orphan)} and perhaps more" if orphan else "the rest"
         aside = "".join(f"; {self._lenders.name_of(p)} {why}" for p, why in self._aside.items())
         return (
@@ -154,6 +155,7 @@ class Run:
         while True:
             event = self._changed.event
             witnesses, batch = self._witnesses(chunks)
+            self._unclaimed = None if witnesses else chunks[0]
             answers: dict[str, tuple[bytes, ...]] = {}
             self._hearing += 1
             async with trio.open_nursery() as nursery:
