@@ -4,6 +4,9 @@ import errno
 import itertools
 import logging
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +19,7 @@ from pxd.models.chunks import CHUNK_BYTES
 from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError
 from pxd.models.files import ModelFiles
+from pxd.models.journal import SIDE_DIRECTORY
 from pxd.models.manifest import Manifest
 from pxd.models.safetensors import read_header
 from pxd.p2p.network import CallFailed, Method
@@ -218,6 +222,58 @@ async def test_a_plan_that_changes_loses_nothing_that_has_come(
         check(await node.fetch(0, LAYERS), source, 0, LAYERS)
     # What was on its way when the plan changed comes again.
     assert sum(node.received.values()) < LAYERS * LAYER_BYTES * 1.05 + 4 * (1 << 20)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import trio
+from tests.serving.lenders import MODEL, Lenders
+
+def progress(done, words=""):
+    if done >= 0.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+async def main(root):
+    cluster = Lenders(root, "anna", "ben")
+    cluster.give("anna", root / "source")
+    async with cluster.running():
+        await cluster.nodes["ben"].sharing.fetch.layers(MODEL, "", 0, 4, progress)
+
+trio.run(main, Path(sys.argv[1]))
+"""
+
+
+async def test_a_process_killed_at_half_resumes(
+    clock: MockClock, source: Path, tmp_path: Path
+) -> None:
+    whole = LAYERS * LAYER_BYTES
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    cluster = Lenders(tmp_path, "anna", "ben")
+    cluster.give("anna", source)
+    async with cluster.running():
+        check(await cluster.nodes["ben"].fetch(0, LAYERS), source, 0, LAYERS)
+    assert 0 < sum(cluster.nodes["ben"].received.values()) <= whole / 2
+
+
+async def test_after_a_crash_what_is_here_is_read_again(
+    clock: MockClock, source: Path, tmp_path: Path
+) -> None:
+    """As after a power cut: the journal came to the disk, and some of what it promises did not."""
+    cluster = Lenders(tmp_path, "anna", "ben")
+    cluster.give("anna", source)
+    node = cluster.nodes["ben"]
+    async with cluster.running():
+        fetched = await node.fetch(0, LAYERS)
+        (fetched / SIDE_DIRECTORY / "filling").touch()
+        [shard, _] = sorted(fetched.glob("*.safetensors"))
+        flip(shard, shard.stat().st_size - 30)
+        node.received.clear()
+        check(await node.fetch(0, LAYERS), source, 0, LAYERS)
+    assert 0 < sum(node.received.values()) <= CHUNK_BYTES
 
 
 async def test_nodes_that_fetch_give_on_what_they_have(
