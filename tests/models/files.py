@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from pxd.models.files import ModelFiles
+from pxd.models.kept import KeptFiles, Store, put_head, put_small
+
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "num_hidden_layers": 3,
@@ -108,3 +111,23 @@ def flip(path: Path, place: int, *, secretly: bool = False) -> None:
         file.write(bytes([byte ^ 1]))
     if secretly:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def keep_part(source: Path, root: Path, tensors: frozenset[str]) -> Path:
+    """A directory as one is after `tensors` of `source` have come from another node."""
+    files = ModelFiles(source, root / "digests")
+    store, manifest = Store(root / "kept"), files.manifest
+    directory = store.place(str(source), manifest)
+    directory.mkdir(parents=True, exist_ok=True)
+    for small in manifest.files:
+        put_small(directory, small.name, (source / small.name).read_bytes())
+    for file in manifest.weights:
+        put_head(directory, file, files.read_small(file.name, 0, file.head))
+    store.finish(directory, str(source), manifest)
+    kept = KeptFiles(directory)
+    kept.begin()
+    for chunk in kept.missing(tensors):
+        [digest] = files.digests(chunk.file, [chunk])
+        kept.put(chunk.file, [(chunk, memoryview(files.read(chunk.file, [chunk])), digest)])
+    kept.finish()
+    return directory
