@@ -244,6 +244,16 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
+def files(status: ClusterStatus) -> list[tuple[str, str]]:
+    """(model, the nodes that have files of it)"""
+    reader = _Reader(status)
+    names = sorted({name for node in status.nodes for name in node.files})
+    return [
+        (clean(name), ", ".join(reader.name(n.id) for n in status.nodes if name in n.files))
+        for name in names
+    ]
+
+
 _ORDER = {"alive": 0, "suspect": 1, "dead": 2, "left": 3}
 
 

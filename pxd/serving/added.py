@@ -57,7 +57,7 @@ class Added:
         self._in_use = in_use
         self._changed = changed
         self._views = {name: AddedView(name=name, state="fetching") for name in names}
-        self._scopes: dict[str, trio.CancelScope] = {}
+        self._fetching: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -91,7 +91,7 @@ class Added:
             await self._remember({*self.names, name})
             self._views[name] = AddedView(name=name, state="fetching")
             self._changed()
-        if self._views[name].state != "here" and name not in self._scopes and self._nursery:
+        if self._views[name].state != "here" and name not in self._fetching and self._nursery:
             self._nursery.start_soon(self._have, name)
         return self._views[name]
 
@@ -108,8 +108,10 @@ class Added:
             raise ChoiceError("in_use", message)
         await self._remember({*self.names} - {full})
         self._views.pop(full, None)
-        if full in self._scopes:
-            self._scopes[full].cancel()
+        if full in self._fetching:
+            scope, ended = self._fetching[full]
+            scope.cancel()
+            await ended.wait()
         try:
             count = await trio.to_thread.run_sync(self._library.store.remove, full)
         except OSError as error:
@@ -126,11 +128,11 @@ class Added:
 
     async def _have(self, name: str) -> None:
         with trio.CancelScope() as scope:
-            self._scopes[name] = scope
+            self._fetching[name] = scope, trio.Event()
             while not await self._fetched(name):
                 await trio.sleep(RETRY_S)
-        if self._scopes.get(name) is scope:
-            del self._scopes[name]
+        _, ended = self._fetching.pop(name)
+        ended.set()
 
     async def _fetched(self, name: str) -> bool:
         def progress(done: float, words: str = "") -> None:

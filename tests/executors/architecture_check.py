@@ -63,7 +63,7 @@ def check_fetched(path: Path, description: ModelDescription, model: Any) -> None
     with TemporaryDirectory() as root:
         for start, end in itertools.pairwise(bounds):
             tensors = checkpoint.tensors_for(start, end)
-            part = keep_part(path, Path(root) / f"{start}", tensors)
+            part = keep_part("m", path, Path(root) / f"{start}", tensors)
             assert describe_checkpoint(part).absent == checkpoint.shards.keys() - tensors
             engine = MlxEngine()
             mark = checkpoint.fingerprint

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pxd.models.files import ModelFiles
-from pxd.models.kept import KeptFiles, Store, put_head, put_small
+from pxd.models.kept import KeptFiles, put_head, put_small
+from pxd.models.library import Library
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -113,17 +114,19 @@ def flip(path: Path, place: int, *, secretly: bool = False) -> None:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def keep_part(source: Path, root: Path, tensors: frozenset[str]) -> Path:
-    """A directory as one is after `tensors` of `source` have come from another node."""
-    files = ModelFiles(source, root / "digests")
-    store, manifest = Store(root / "kept"), files.manifest
-    directory = store.place(str(source), manifest)
+def keep_part(name: str, source: Path, root: Path, tensors: frozenset[str]) -> Path:
+    """A directory as one is after `tensors` of `source` have come from another node; `root` is that
+    of a `Library`."""
+    library = Library(root)
+    files = ModelFiles(source, library.digests)
+    store, manifest = library.store, files.manifest
+    directory = store.place(name, manifest)
     directory.mkdir(parents=True, exist_ok=True)
     for small in manifest.files:
         put_small(directory, small.name, (source / small.name).read_bytes())
     for file in manifest.weights:
         put_head(directory, file, files.read_small(file.name, 0, file.head))
-    store.finish(directory, str(source), manifest)
+    store.finish(directory, name, manifest)
     kept = KeptFiles(directory)
     kept.begin()
     for chunk in kept.missing(tensors):
