@@ -27,8 +27,8 @@ STOP_HELP = with_examples(
     ("pxd models stop demo", "by its name, or by the last part of it"),
 )
 ADD_HELP = with_examples(
-    "Have all files of a model on this node, from other nodes or else from the hub. Others can then "
-    "fetch what they need from here. Nothing is served because of it.",
+    "Have all files of a model on this node, from other nodes or else from the hub. Others can "
+    "then fetch what they need from here. Nothing is served because of it.",
     ("pxd models add Qwen/Qwen3-8B", "waits until it is here"),
     ("pxd models add ~/models/tiny", "a directory on this machine; it stays where it is"),
 )
