@@ -65,10 +65,12 @@ def fetch_layers(
     `progress` gets what part is there, 0 to 1. If it raises, fetching stops. Raises `ModelError`.
     """
     directory = fetch_metadata(name, progress, revision)
-    if local_directory(name) is None:
-        checkpoint = describe_checkpoint(directory)
-        last = checkpoint.layers if end is None else end
-        wanted = [file for file in checkpoint.files_for(start, last) if file in checkpoint.missing]
+    checkpoint = describe_checkpoint(directory)
+    last = checkpoint.layers if end is None else end
+    wanted = [file for file in checkpoint.files_for(start, last) if file in checkpoint.missing]
+    if wanted and local_directory(name) is not None:
+        raise ModelError(f"{directory} has no {wanted[0]}, which its {INDEX_NAME} names")
+    if wanted:
         with _hub_errors(name):
             _fetch_files(name, directory, wanted, progress)
     progress(1.0)

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from pxd.models import catalog
+from pxd.models.chat import TOKENIZERS
 from pxd.models.describe import Checkpoint, describe_checkpoint
 from pxd.models.errors import ModelError
 from pxd.models.kept import LABEL, Store
-
-_TOKENIZERS = ("tokenizer*", "*.tiktoken", "vocab*")
 
 
 class Library:
@@ -54,7 +53,7 @@ class Library:
 def _usable(directory: Path) -> bool:
     """Other programs put single files into the hub's cache, too."""
     return not catalog.revision_of(directory) or any(
-        any(directory.glob(pattern)) for pattern in _TOKENIZERS
+        any(directory.glob(pattern)) for pattern in TOKENIZERS
     )
 
 

@@ -69,12 +69,14 @@ class ModelSource:
         self._describing, self._tokenizing = trio.Lock(), trio.Lock()
 
     async def describe(self, name: str) -> ModelDescription:
+        """Also makes sure that there is a tokenizer: without one, nothing can be served."""
         async with self._describing:
             if name not in self._descriptions:
                 path = await self._metadata(name)
                 description = await self._describe(path)
                 self._revisions[name] = await _in_thread(self._library.revision, name, path)
                 self._costs[name] = merged_cost(description, await _in_thread(_read_cost, path))
+                await self.tokenizer(name)
                 self._descriptions[name] = description
             return self._descriptions[name]
 
