@@ -14,6 +14,12 @@ TOKENIZERS = ("tokenizer*", "*.tiktoken", "vocab*", "*.model")
 """One of these is there wherever there is a tokenizer."""
 
 
+def check_tokenizer(path: Path) -> None:
+    """Raises `ModelError` where a model directory has no tokenizer at all."""
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+        raise ModelError(f"{path} has no tokenizer: no tokenizer.json or the like")
+
+
 class MessageLike(Protocol):
     @property
     def role(self) -> str: ...
@@ -99,8 +105,7 @@ class ChatTokenizer:
 
 
 def _load_tokenizer(path: Path) -> Any:
-    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
-        raise ModelError(f"{path} has no tokenizer: no tokenizer.json or the like")
+    check_tokenizer(path)
     # Or the import warns about frameworks that nobody here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from huggingface_hub.errors import StrictDataclassError

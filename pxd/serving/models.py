@@ -10,7 +10,7 @@ import trio
 
 from pxd.executors.protocol import ModelDescription
 from pxd.models import catalog
-from pxd.models.chat import ChatTokenizer
+from pxd.models.chat import ChatTokenizer, check_tokenizer
 from pxd.models.cost import read_cost
 from pxd.models.errors import ModelError
 from pxd.models.library import Library
@@ -73,10 +73,10 @@ class ModelSource:
         async with self._describing:
             if name not in self._descriptions:
                 path = await self._metadata(name)
+                await _in_thread(check_tokenizer, path)
                 description = await self._describe(path)
                 self._revisions[name] = await _in_thread(self._library.revision, name, path)
                 self._costs[name] = merged_cost(description, await _in_thread(_read_cost, path))
-                await self.tokenizer(name)
                 self._descriptions[name] = description
             return self._descriptions[name]
 
