@@ -37,6 +37,8 @@ class _Source:
         self.asks = 0
         self.failures = 0
         self.rests_until = float("-inf")
+        # Until it says otherwise.
+        self.busy = True
 
     def offers(self, chunk: Chunk) -> bool:
         return self.has(chunk) and chunk not in self.lacks
@@ -92,17 +94,19 @@ class Transfer:
         return len(self._waiting)
 
     def next(self, now: float, *, sparingly: bool = False) -> Ask | None:
-        """What to ask for now, if anything; `sparingly` so that others can use the links, too."""
-        most = 1 if sparingly else ASKS_IN_FLIGHT
+        """What to ask for now, if anything. A source that is busy is asked for one chunk at a time,
+        so that others can use the way to it, too; `sparingly`, so are all."""
         usable = [
             (known.asks, name)
             for name, known in self._sources.items()
-            if known.asks < most and known.rests_until <= now
+            if known.rests_until <= now
+            and known.asks < (1 if sparingly or known.busy else ASKS_IN_FLIGHT)
         ]
         for _, name in sorted(usable):
-            chunks = self._take(self._sources[name], 1 if sparingly else ASK_BYTES)
+            known = self._sources[name]
+            chunks = self._take(known, 1 if sparingly or known.busy else ASK_BYTES)
             if chunks:
-                self._sources[name].asks += 1
+                known.asks += 1
                 self._under_way += 1
                 return Ask(name, chunks)
         return None
@@ -125,9 +129,10 @@ class Transfer:
         self._waiting.extendleft(reversed(passed))
         return tuple(taken)
 
-    def arrived(self, ask: Ask) -> None:
+    def arrived(self, ask: Ask, *, busy: bool = False) -> None:
+        """`busy` says that the source has others to serve."""
         if known := self._end(ask):
-            known.failures = 0
+            known.failures, known.busy = 0, busy
 
     def spoiled(self, ask: Ask) -> None:
         """What came is not what should be."""

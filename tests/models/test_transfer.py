@@ -110,19 +110,28 @@ class TransferMachine(RuleBasedStateMachine):
 TestTransfer = TransferMachine.TestCase
 
 
-def test_several_sources_are_asked_at_once() -> None:
+def idle(*sources: str) -> Transfer:
+    """A transfer that knows of all its sources that they have nothing else to do."""
     transfer = Transfer()
     transfer.want(CHUNKS)
-    for source in SOURCES:
+    for source in sources:
         transfer.offer(source, lambda _: True)
+    asks = [transfer.next(0.0) for _ in sources]
+    for ask in asks:
+        assert ask is not None
+        assert len(ask.chunks) == 1
+        transfer.arrived(ask)
+    return transfer
+
+
+def test_several_sources_are_asked_at_once() -> None:
+    transfer = idle(*SOURCES)
     asked = [transfer.next(0.0).source for _ in range(6)]  # type: ignore[union-attr]
     assert sorted(asked) == sorted(2 * SOURCES)
 
 
 def test_a_source_that_fails_rests_longer_from_time_to_time() -> None:
-    transfer = Transfer()
-    transfer.want(CHUNKS)
-    transfer.offer("anna", lambda _: True)
+    transfer = idle("anna")
     now, rests = 0.0, []
     for _ in range(len(RESTS_S) + 1):
         ask = transfer.next(now)
@@ -136,6 +145,24 @@ def test_a_source_that_fails_rests_longer_from_time_to_time() -> None:
     assert ask is not None
     transfer.arrived(ask)
     assert transfer.wake_at(now) == float("inf")
+
+
+def test_a_busy_source_is_asked_for_one_chunk_at_a_time() -> None:
+    transfer = idle("anna", "ben")
+    first = transfer.next(0.0)
+    assert first is not None
+    assert (first.source, len(first.chunks) > 1) == ("anna", True)
+    transfer.arrived(first, busy=True)
+    asks = []
+    while ask := transfer.next(0.0):
+        asks.append(ask)
+    assert [len(ask.chunks) for ask in asks if ask.source == "anna"] == [1]
+    assert sum(ask.source == "ben" for ask in asks) == ASKS_IN_FLIGHT
+    [ask] = [ask for ask in asks if ask.source == "anna"]
+    transfer.arrived(ask)
+    again = transfer.next(0.0)
+    assert again is not None
+    assert (again.source, len(again.chunks) > 1) == ("anna", True)
 
 
 def test_what_nobody_has_is_named() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import trio
 
 from pxd.p2p.network import CallTimeout, Method, Network, NetworkError, RequestT
+from pxd.serving.weights.calls import Sent
 from pxd.wire import Buffer, Weights
 
 READ_TIMEOUT_S = 60.0
@@ -48,17 +49,20 @@ class Arrivals:
     async def ask(
         self,
         peer: str,
-        method: Method[RequestT, None],
+        method: Method[RequestT, Sent],
         request: Callable[[int], RequestT],
         size: int,
-    ) -> memoryview:
-        """Call `method` of `peer` with `request(number)`; returns the `size` bytes that it sends.
-        Raises `NetworkError`."""
+    ) -> tuple[memoryview, bool]:
+        """Call `method` of `peer` with `request(number)`; returns the `size` bytes that it sends,
+        and whether it is busy. Raises `NetworkError`."""
+        busy = False
         number = next(self._numbers)
         slot = self._slots[number] = _Slot(peer, size)
         try:
             with trio.move_on_after(READ_TIMEOUT_S):
-                await self._network.call(peer, method, request(number), timeout=READ_TIMEOUT_S)
+                call = self._network.call
+                sent = await call(peer, method, request(number), timeout=READ_TIMEOUT_S)
+                busy = sent.busy
                 await slot.filled.wait()
         except NetworkError:
             # The bytes may be here all the same.
@@ -68,4 +72,4 @@ class Arrivals:
             del self._slots[number]
         if not slot.filled.is_set():
             raise CallTimeout(f"{size} bytes did not come from {peer} in {READ_TIMEOUT_S:g} s")
-        return memoryview(slot.body)
+        return memoryview(slot.body), busy

@@ -63,14 +63,17 @@ class ReadSmall(msgspec.Struct, frozen=True):
     size: Annotated[int, msgspec.Meta(ge=1, le=ASK_BYTES)]
 
 
+class Sent(msgspec.Struct, frozen=True):
+    """What was asked for is on its way. `busy`: this node also serves requests, so that one chunk
+    at a time is enough."""
+
+    busy: bool
+
+
 OPEN = Method("pxd.model.open", Open, Manifest, limit=4096)
 DIGESTS = Method("pxd.model.digests", DigestsOf, Digests, limit=64 << 10)
-READ_CHUNKS: Method[ReadChunks, None] = Method(
-    "pxd.model.read", ReadChunks, type(None), limit=64 << 10
-)
-READ_SMALL: Method[ReadSmall, None] = Method(
-    "pxd.model.read-small", ReadSmall, type(None), limit=4096
-)
+READ_CHUNKS = Method("pxd.model.read", ReadChunks, Sent, limit=64 << 10)
+READ_SMALL = Method("pxd.model.read-small", ReadSmall, Sent, limit=4096)
 
 NOT_HERE = "not-here"
 """The code of an error: this node does not have what was asked for, or not any more."""

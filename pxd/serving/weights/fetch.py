@@ -194,7 +194,7 @@ class WeightsFetch:
                 while len(data) < size:
                     part = min(size - len(data), ASK_BYTES)
                     make = partial(_small, which, len(data), part)
-                    data += await self.arrivals.ask(peer, READ_SMALL, make, part)
+                    data += (await self.arrivals.ask(peer, READ_SMALL, make, part))[0]
             except NetworkError as error:
                 why = f"{self.name_of(peer)}: {error}"
                 continue

@@ -217,7 +217,7 @@ class Run:
         peer, size = ask.source, sum(chunk.size for chunk in ask.chunks)
         make = partial(_read_chunks, self._which(ask.chunks[0].file), ask.chunks)
         try:
-            body = await self._lenders.arrivals.ask(peer, READ_CHUNKS, make, size)
+            body, busy = await self._lenders.arrivals.ask(peer, READ_CHUNKS, make, size)
         except CallFailed as error:
             log.info("%s gave nothing: %s", self._lenders.name_of(peer), error)
             if error.code == NOT_HERE:
@@ -229,10 +229,10 @@ class Run:
             self._transfer.failed(ask, trio.current_time())
         else:
             self.came += size
-            await self._take(ask, body, size)
+            await self._take(ask, body, size, busy=busy)
         self._changed.notify()
 
-    async def _take(self, ask: Ask, body: memoryview, size: int) -> None:
+    async def _take(self, ask: Ask, body: memoryview, size: int, *, busy: bool) -> None:
         try:
             spoiled = await trio.to_thread.run_sync(self._put, ask, body)
         except OSError as error:
@@ -242,7 +242,7 @@ class Run:
             self._transfer.spoiled(ask)
             self._put_aside(ask.source, f"sent damaged bytes of {self._files.tensor_of(spoiled)}")
             return
-        self._transfer.arrived(ask)
+        self._transfer.arrived(ask, busy=busy)
         for chunk in ask.chunks:
             del self._digests[chunk]
         self._left -= size

@@ -26,6 +26,7 @@ from pxd.serving.weights.calls import (
     Open,
     ReadChunks,
     ReadSmall,
+    Sent,
     Which,
 )
 from pxd.wire import Weights
@@ -59,7 +60,6 @@ class WeightsSource:
         self._opening = trio.Lock()
         self._reads = trio.CapacityLimiter(READS_AT_ONCE)
         self._hashing = trio.CapacityLimiter(HASHED_AT_ONCE)
-        self.sent_bytes = 0
         network.serve(OPEN, self._on_open)
         network.serve(DIGESTS, self._on_digests)
         network.serve(READ_CHUNKS, self._on_read_chunks)
@@ -116,7 +116,7 @@ class WeightsSource:
             )
         return Digests(b"".join(digests))
 
-    async def _on_read_chunks(self, peer: str, request: ReadChunks) -> None:
+    async def _on_read_chunks(self, peer: str, request: ReadChunks) -> Sent:
         files, file = await self._of(request.which), request.which.file
 
         def read() -> bytes:
@@ -125,22 +125,23 @@ class WeightsSource:
                 raise CallFailed("too-much", f"at most {ASK_BYTES} bytes at once")
             return files.read(file, chunks)
 
-        await self._send(peer, request.number, read)
+        return await self._send(peer, request.number, read)
 
-    async def _on_read_small(self, peer: str, request: ReadSmall) -> None:
+    async def _on_read_small(self, peer: str, request: ReadSmall) -> Sent:
         files = await self._of(request.which)
         read = partial(files.read_small, request.which.file, request.offset, request.size)
-        await self._send(peer, request.number, read)
+        return await self._send(peer, request.number, read)
 
-    async def _send(self, peer: str, number: int, read: Callable[[], bytes]) -> None:
-        self._reads.total_tokens = READS_WHILE_BUSY if self._busy() else READS_AT_ONCE
+    async def _send(self, peer: str, number: int, read: Callable[[], bytes]) -> Sent:
+        busy = self._busy()
+        self._reads.total_tokens = READS_WHILE_BUSY if busy else READS_AT_ONCE
         async with self._reads:
             data = await self._guarded(read)
             try:
                 await self._network.send(peer, Weights(number=number, size=len(data)), data)
             except NetworkError as error:
                 raise CallFailed("unreachable", str(error)) from error
-            self.sent_bytes += len(data)
+            return Sent(busy)
 
     async def _guarded(self, call: Callable[[], ResultT]) -> ResultT:
         try:
