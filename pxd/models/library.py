@@ -1,5 +1,6 @@
 """Where the models are on this machine. Everything here blocks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pxd.models import catalog
@@ -19,22 +20,31 @@ class Library:
 
     def find(self, name: str, fingerprint: str = "", revision: str = "") -> Path | None:
         """A directory that has at least configuration, tokenizer and layout of the model; with a
-        fingerprint, of that one only."""
-        elsewhere = self.elsewhere(name, revision)
-        if elsewhere is not None and _checkpoint(elsewhere, fingerprint) and _usable(elsewhere):
-            return elsewhere
-        return self.store.find(name, fingerprint)
+        fingerprint, of that one only. Of the hub's commits, `revision` comes first."""
+        for directory in self._places(name, fingerprint, revision):
+            if _checkpoint(directory, fingerprint) is not None and _usable(directory):
+                return directory
+        return None
 
-    def find_layers(self, name: str, fingerprint: str, start: int, end: int | None) -> Path | None:
+    def find_layers(
+        self, name: str, fingerprint: str, start: int, end: int | None, revision: str = ""
+    ) -> Path | None:
         """A directory that has all that a stage of layers [start, end) needs, the last for None."""
-        for directory in (self.elsewhere(name), self.store.find(name, fingerprint)):
-            checkpoint = _checkpoint(directory, fingerprint) if directory is not None else None
+        for directory in self._places(name, fingerprint, revision):
+            checkpoint = _checkpoint(directory, fingerprint)
             if checkpoint is not None:
                 tensors = checkpoint.tensors_for(start, checkpoint.layers if end is None else end)
                 files = {checkpoint.shards[tensor] for tensor in tensors}
                 if not tensors & checkpoint.absent and not files & set(checkpoint.missing):
                     return directory
         return None
+
+    def _places(self, name: str, fingerprint: str, revision: str) -> Iterator[Path]:
+        places = [self.elsewhere(name, revision) if revision else None, self.elsewhere(name)]
+        yield from (place for place in places if place is not None)
+        kept = self.store.find(name, fingerprint)
+        if kept is not None:
+            yield kept
 
     def elsewhere(self, name: str, revision: str = "") -> Path | None:
         """Where a model's files are that did not come from other nodes."""

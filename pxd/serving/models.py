@@ -22,6 +22,9 @@ log = logging.getLogger("pxd.serving.models")
 ResultT = TypeVar("ResultT")
 
 
+NOBODY = "no other node says that it has it (`pxd models add` there makes it say so)"
+
+
 class Describe(Protocol):
     async def __call__(self, path: Path) -> ModelDescription: ...
 
@@ -107,7 +110,7 @@ class ModelSource:
         found = await _in_thread(self._library.find, name, pin.fingerprint, pin.revision)
         if found is not None:
             return found
-        lent = "" if self._lending.holders(name) else "no other node has it"
+        lent = "" if self._lending.holders(name) else NOBODY
         if not lent:
             try:
                 return await self._lending.metadata(name, pin.fingerprint)
@@ -122,24 +125,24 @@ class ModelSource:
         self, name: str, fingerprint: str, start: int, end: int | None, progress: FetchProgress
     ) -> Path:
         """A local directory with all that layers [start, end) need, up to the last one for None."""
-        find = self._library.find_layers
-        found = await _in_thread(find, name, fingerprint, start, end)
+        find, revision = self._library.find_layers, self._pin(name).revision
+        found = await _in_thread(find, name, fingerprint, start, end, revision)
         if found is not None:
             progress(1.0)
             return found
-        lent = "" if self._lending.holders(name) else "no other node has it"
+        lent = "" if self._lending.holders(name) else NOBODY
         if not lent:
             try:
                 return await self._lending.layers(name, fingerprint, start, end, progress)
             except ModelError as error:
                 lent = str(error)
         try:
-            return await self._elsewhere(name, start, end, progress)
+            return await self._elsewhere(name, start, end, revision, progress)
         except ModelError as error:
             raise ModelError(f"{error}; {lent}") from error
 
     async def _elsewhere(
-        self, name: str, start: int, end: int | None, progress: FetchProgress
+        self, name: str, start: int, end: int | None, revision: str, progress: FetchProgress
     ) -> Path:
         """From the hub; what is a directory here is taken even if it is another one than is meant,
         so that the executor says what is wrong with it."""
@@ -150,7 +153,6 @@ class ModelSource:
             words = "fetching from the hub" if catalog.is_hub_id(name) else ""
             trio.from_thread.run_sync(progress, done, words, trio_token=token)
 
-        revision = self._pin(name).revision
         return await trio.to_thread.run_sync(
             catalog.fetch_layers, name, start, end, report, revision
         )

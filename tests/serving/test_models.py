@@ -153,7 +153,7 @@ async def test_what_came_before_is_taken_again(tmp_path: Path, hub: Hub, there: 
 async def test_a_model_that_nobody_has(tmp_path: Path) -> None:
     lending = Lending(None)
     source = Source(tmp_path, lending)
-    with pytest.raises(ModelError, match=r"there is no model '/gone'.*; no other node has it"):
+    with pytest.raises(ModelError, match=r"there is no model '/gone'.*; no other node says"):
         await source.models.describe("/gone")
     lending.directory, lending.refuses = tmp_path, "anna sent damaged bytes"
     with pytest.raises(ModelError, match=r"there is no model '/gone'.*; anna sent damaged"):
