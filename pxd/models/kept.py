@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from pxd.models.chunks import Chunk, Grid, digest_of
-from pxd.models.errors import ModelError
+from pxd.models.errors import ModelError, NoRoom
 from pxd.models.files import read_chunk
 from pxd.models.journal import SIDE_DIRECTORY, UNKNOWN, Journal, journal_path
 from pxd.models.manifest import Fingerprint, Manifest, WeightsFile
@@ -226,7 +226,7 @@ def _replace(path: Path, data: bytes, size: int | None = None) -> None:
 def disk_error(name: str, error: OSError) -> ModelError:
     """What the disk did not do, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ModelError(f"no space left for {name}: free some, and it goes on by itself")
+        return NoRoom(f"no space left for {name}: free some, and it goes on by itself")
     return ModelError(f"{name} cannot be kept here: {error}")
 
 
@@ -234,7 +234,7 @@ def check_room(directory: Path, wanted: int) -> None:
     """Raises `ModelError` where `wanted` more bytes do not fit."""
     free = shutil.disk_usage(directory).free
     if free < wanted:
-        raise ModelError(
+        raise NoRoom(
             f"no space left: {wanted / (1 << 30):.2f} GiB are to come and {directory} has room for "
             f"{free / (1 << 30):.2f} GiB; free some, and it goes on by itself"
         )

@@ -12,7 +12,7 @@ from pxd.executors.protocol import ModelDescription
 from pxd.models import catalog
 from pxd.models.chat import ChatTokenizer, check_tokenizer
 from pxd.models.cost import read_cost
-from pxd.models.errors import ModelError
+from pxd.models.errors import ModelError, NoRoom
 from pxd.models.library import Library
 from pxd.planning.model import ModelCost
 from pxd.serving.weights.run import Progress as FetchProgress
@@ -110,16 +110,23 @@ class ModelSource:
         found = await _in_thread(self._library.find, name, pin.fingerprint, pin.revision)
         if found is not None:
             return found
-        lent = "" if self._lending.holders(name) else NOBODY
-        if not lent:
+        lent = NOBODY
+        if self._lending.holders(name):
             try:
                 return await self._lending.metadata(name, pin.fingerprint)
             except ModelError as error:
-                lent = str(error)
+                lent = await self._instead_of(name, error)
         try:
             return await _in_thread(catalog.fetch_metadata, name, _silent, pin.revision)
         except ModelError as error:
             raise ModelError(f"{error}; {lent}") from error
+
+    async def _instead_of(self, name: str, error: ModelError) -> str:
+        """Raises `error` where, with other nodes failing, the hub and what is here are no help."""
+        here = await _in_thread(self._library.elsewhere, name)
+        if isinstance(error, NoRoom) or (here is None and not catalog.is_hub_id(name)):
+            raise error
+        return str(error)
 
     async def directory(
         self, name: str, fingerprint: str, start: int, end: int | None, progress: FetchProgress
@@ -130,12 +137,12 @@ class ModelSource:
         if found is not None:
             progress(1.0)
             return found
-        lent = "" if self._lending.holders(name) else NOBODY
-        if not lent:
+        lent = NOBODY
+        if self._lending.holders(name):
             try:
                 return await self._lending.layers(name, fingerprint, start, end, progress)
             except ModelError as error:
-                lent = str(error)
+                lent = await self._instead_of(name, error)
         try:
             return await self._elsewhere(name, start, end, revision, progress)
         except ModelError as error:

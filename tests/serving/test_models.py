@@ -8,7 +8,7 @@ import pytest
 from pxd.executors.protocol import ModelDescription
 from pxd.models import catalog
 from pxd.models.describe import describe_checkpoint
-from pxd.models.errors import ModelError
+from pxd.models.errors import ModelError, NoRoom
 from pxd.models.library import Library
 from pxd.serving.models import ModelSource, Pin
 from tests.models.files import keep_part, model_shapes, write_model, write_random
@@ -24,7 +24,7 @@ class Lending:
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self.asked: list[tuple[Any, ...]] = []
-        self.refuses = ""
+        self.refuses: ModelError | None = None
 
     def holders(self, name: str) -> list[str]:
         return ["anna"] if self.directory else []
@@ -40,7 +40,7 @@ class Lending:
     def _give(self, *asked: Any) -> Path:
         self.asked.append(asked)
         if self.refuses:
-            raise ModelError(self.refuses)
+            raise self.refuses
         assert self.directory is not None
         return self.directory
 
@@ -120,7 +120,7 @@ async def test_the_hub_is_asked_for_the_revision_of_the_plan(
     await source.models.describe(HUB)
     assert await source.directory(1, 3, "f") == there
     lending = Lending(there)
-    lending.refuses = "nobody can"
+    lending.refuses = ModelError("nobody can")
     assert await Source(tmp_path, lending, Pin("f", "c0ffee")).directory(1, 3, "f") == there
     assert hub.asked == [(HUB, "c0ffee"), (HUB, 1, 3, "c0ffee"), (HUB, 1, 3, "c0ffee")]
 
@@ -155,6 +155,17 @@ async def test_a_model_that_nobody_has(tmp_path: Path) -> None:
     source = Source(tmp_path, lending)
     with pytest.raises(ModelError, match=r"there is no model '/gone'.*; no other node says"):
         await source.models.describe("/gone")
-    lending.directory, lending.refuses = tmp_path, "anna sent damaged bytes"
-    with pytest.raises(ModelError, match=r"there is no model '/gone'.*; anna sent damaged"):
+    lending.directory, lending.refuses = tmp_path, ModelError("anna sent damaged bytes")
+    with pytest.raises(ModelError, match=r"^anna sent damaged bytes$"):
         await source.models.directory("/gone", "", 0, 1, lambda done, words="": None)
+
+
+async def test_with_a_full_disk_the_hub_is_not_asked(tmp_path: Path, hub: Hub, there: Path) -> None:
+    lending = Lending(there)
+    lending.refuses = NoRoom("no space left")
+    source = Source(tmp_path, lending)
+    with pytest.raises(ModelError, match=r"^no space left$"):
+        await source.directory(0, 1)
+    with pytest.raises(ModelError, match=r"^no space left$"):
+        await source.models.describe(HUB)
+    assert hub.asked == []
