@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 
 import trio
 
@@ -22,21 +23,30 @@ Lives = tuple[tuple[float, int], ...]
 
 
 class Attempt:
-    """One submission of a request to one head. `began` is on trio's clock.
+    """One submission of a request to one head, which may take `tokens` positions there.
 
-    `lives` are those of the executors that it was meant for: who loses two attempts with the same
-    has seen one death, told twice.
+    `began`, and `heard`, when its head sent the last word, are on trio's clock. `submitting` is the
+    scope to submit it in: there is nothing to wait for once it is lost. One that `stays` is not
+    moved because of a mere suspicion. `lives` are those of the executors that it was meant for: who
+    loses two attempts with the same has seen one death, told twice.
     """
 
-    def __init__(self, name: str, pipeline: PipelinePlan, members: Members) -> None:
+    def __init__(
+        self, name: str, model: str, pipeline: PipelinePlan, tokens: int, members: Members
+    ) -> None:
         self.name = name
+        self.model = model
         self.pipeline = pipeline.id
         self.head = pipeline.head
+        self.nodes = frozenset(stage.node for stage in pipeline.stages)
+        self.tokens = tokens
         self.started = members[pipeline.head].record.started
         self.lives = _lives(pipeline, members)
-        self.began = trio.current_time()
+        self.began = self.heard = trio.current_time()
+        self.submitting = trio.CancelScope()
         self.fruitful = False
         self.lost = False
+        self.stays = False
         # Not a leak: at most max_new tokens ever come, and the client pays for reading slowly.
         self.send, self.outputs = trio.open_memory_channel[Output](math.inf)
 
@@ -44,6 +54,7 @@ class Attempt:
         if self.lost:
             return
         self.lost = True
+        self.submitting.cancel()
         self.send.send_nowait(Output(request=self.name, index=0, failure=reason))
 
 
@@ -66,6 +77,9 @@ class Attempts:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[Attempt]:
+        return iter(self._open.values())
+
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -76,9 +90,8 @@ class Attempts:
                 # Answers that are left during the daemon's own end cancel nothing any more.
                 self._nursery = None
 
-    def open(self, name: str, pipeline: PipelinePlan, members: Members) -> Attempt:
-        attempt = self._open[name] = Attempt(name, pipeline, members)
-        return attempt
+    def open(self, attempt: Attempt) -> None:
+        self._open[attempt.name] = attempt
 
     def close(self, attempt: Attempt, *, cancel: bool) -> None:
         self._open.pop(attempt.name, None)
@@ -106,6 +119,7 @@ class Attempts:
             if frame.finish is None and frame.failure is None:
                 self._refuse_stray(peer, frame.request)
         elif attempt.head == peer:
+            attempt.heard = trio.current_time()
             attempt.send.send_nowait(frame)
 
     def _refuse_stray(self, peer: str, request: str) -> None:

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-Fault = Literal["pool", "client", "busy", "executor", "time"]
+Fault = Literal["pool", "client", "busy", "executor", "time", "silence"]
 """pool: the request goes on elsewhere. client: it could never be served. busy: the pipeline is well
-and has no room. executor: a process died over it, which may be its doing. time: it is too late."""
+and has no room. executor: a process died over it, which may be its doing. time: it is too late.
+silence: perhaps nothing has failed, and it would be better off elsewhere all the same."""
 
 _FAULTS: dict[str, Fault] = {
     "never-fits": "client",
@@ -12,6 +13,7 @@ _FAULTS: dict[str, Fault] = {
     "one-at-a-time": "busy",
     "executor-died": "executor",
     "deadline": "time",
+    "silence": "silence",
 }
 
 

@@ -54,6 +54,7 @@ class ChatIngress:
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._dispatch.attempts.run)
+            nursery.start_soon(self._dispatch.leave_silent)
             self._nursery = nursery
             task_status.started()
             try:
