@@ -75,7 +75,7 @@ async def _run(wanted: Wanted, ground: Ground, cluster: Cluster, other_model: Pa
             clients.over.set()
             say("==> no more faults, no more requests")
         amiss = await cluster.settle(SETTLE_S)
-        left = await _quiet(cluster, before)
+        left = await quiet(cluster, before)
         nursery.cancel_scope.cancel()
     return _report(wanted, ground, cluster, clients, disorder, amiss, left)
 
@@ -88,7 +88,7 @@ async def _tell(clients: Clients, began: float) -> None:
         say(f"{trio.current_time() - began:7.1f} s  {tally.sent} requests: {counts}")
 
 
-async def _quiet(cluster: Cluster, before: dict[str, Holding]) -> list[str]:
+async def quiet(cluster: Cluster, before: dict[str, Holding]) -> list[str]:
     """What is left over after a time in which nobody asked for anything."""
     left: list[str] = []
     with trio.move_on_after(QUIET_S):
