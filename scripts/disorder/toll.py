@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 
 import msgspec
 
 from scripts.disorder.pauses import Death, Pause, Told, pause
 from scripts.disorder.report import Spread, spread
-from scripts.disorder.tally import Story
+from scripts.disorder.tally import LONGEST, Story
 from scripts.disorder.victims import WORDS, Kind
 
 SLACK_S = 15.0
@@ -21,8 +22,10 @@ class Toll(msgspec.Struct, frozen=True, kw_only=True):
     """`requests` met a death; of those that were `cut` the very node died that they were given to.
 
     `resumed` paused as `pauses` tells, in seconds after the death was detectable, of which the
-    parts are `noticed`, `placed` and `first`; `others` are the pauses of all others. `detectable`
-    are the seconds from the death until then. `bad` says what nobody wants, one by one.
+    parts are `noticed`, `placed` and `first`; `others` are the pauses of all others, and `calm` the
+    longest of each request that met no death, which tells how busy the machine was. `detectable`
+    are the seconds from the death until then. `longest` tells the longest pauses one by one, and
+    `bad` what nobody wants.
     """
 
     kind: Kind
@@ -36,6 +39,8 @@ class Toll(msgspec.Struct, frozen=True, kw_only=True):
     placed: Spread
     first: Spread
     others: Spread
+    calm: Spread
+    longest: list[str]
     bad: list[str]
 
     @property
@@ -48,10 +53,13 @@ def toll(
 ) -> Toll:
     """`offset` makes seconds since the epoch of those of the stories."""
     met: list[tuple[Story, Death, Pause]] = []
+    calm = []
     for story in stories:
         found = [(d, p) for d in deaths if (p := pause(story, d, told, offset)) is not None]
         if found:
             met.append((story, *max(found, key=lambda each: each[1].seconds)))
+        else:
+            calm.append(max((end - begin for begin, end in story.gaps), default=0.0))
     # Who asked the very node that died waits for that node.
     own = [each for each in met if each[0].node != each[1].node]
     resumed = [found for _, _, found in own if found.resumed]
@@ -67,7 +75,22 @@ def toll(
         placed=spread([found.placed for found in resumed]),
         first=spread([found.first for found in resumed]),
         others=spread([found.seconds for _, _, found in own if not found.resumed]),
+        calm=spread(calm),
+        longest=[_told(*each, offset) for each in _longest(own)],
         bad=[words for story, death, _ in met if (words := _bad(kind, story, death, offset))],
+    )
+
+
+def _longest(met: list[tuple[Story, Death, Pause]]) -> list[tuple[Story, Death, Pause]]:
+    return sorted(met, key=lambda each: each[2].seconds, reverse=True)[:LONGEST]
+
+
+def _told(story: Story, death: Death, found: Pause, offset: float) -> str:
+    parts = f"{found.noticed:.2f} + {found.placed:.2f} + {found.first:.2f} s"
+    return (
+        f"{found.seconds:.2f} s ({parts if found.resumed else 'not resumed'}), {story.id} at "
+        f"{story.node}, {death.node} died at {datetime.fromtimestamp(death.at):%H:%M:%S}, "
+        f"sent {story.sent + offset - death.at:.1f} s after"
     )
 
 
@@ -96,7 +119,7 @@ def lines(tolls: Sequence[Toll]) -> list[str]:
         pauses = each.pauses
         cells = [f"{count:>9}" for count in counts]
         cells += [f"{s:>8.2f}s" for s in (pauses.p50, pauses.p99, pauses.longest)]
-        cells += [f"{each.others.longest:>8.2f}s"]
+        cells += [f"{s.longest:>8.2f}s" for s in (each.others, each.calm)]
         found.append(f"{WORDS[each.kind]:<31}" + "".join(cells))
     found += ["", "of the resumed, p50 and longest:"]
     for each in tolls:
@@ -104,10 +127,11 @@ def lines(tolls: Sequence[Toll]) -> list[str]:
         cells = [f"{part.p50:>9.2f}{part.longest:>8.2f}s" for part in parts]
         found.append(f"{WORDS[each.kind]:<31}" + "".join(cells))
     found.insert(len(found) - len(tolls), f"{'':<31}" + "".join(f"{w:>18}" for w in _PARTS))
-    found += [f"{WORDS[each.kind]}: {words}" for each in tolls for words in each.bad]
+    for each in tolls:
+        found += [f"{WORDS[each.kind]}: {words}" for words in (*each.longest, *each.bad)]
     return found
 
 
 _COLUMNS = ("kills", "requests", "resumed", "cut", "error", "lost", "wrong",
-            "p50", "p99", "longest", "others")  # fmt: skip
+            "p50", "p99", "longest", "others", "calm")  # fmt: skip
 _PARTS = ("until noticed", "until placed", "until text", "not detectable")
