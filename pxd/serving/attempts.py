@@ -90,8 +90,11 @@ class Attempts:
                 # Answers that are left during the daemon's own end cancel nothing any more.
                 self._nursery = None
 
-    def open(self, attempt: Attempt) -> None:
-        self._open[attempt.name] = attempt
+    def open(
+        self, name: str, model: str, pipeline: PipelinePlan, tokens: int, members: Members
+    ) -> Attempt:
+        attempt = self._open[name] = Attempt(name, model, pipeline, tokens, members)
+        return attempt
 
     def close(self, attempt: Attempt, *, cancel: bool) -> None:
         self._open.pop(attempt.name, None)

@@ -62,9 +62,7 @@ class Dispatch:
         members, now = self.members(), trio.current_time()
         router = self.router(model.name)
         pipeline = pick_pipeline(router, model, members, wish, tokens=tokens, now=now)
-        attempt = Attempt(name, model.name, pipeline, tokens, members)
-        self.attempts.open(attempt)
-        return attempt, pipeline
+        return self.attempts.open(name, model.name, pipeline, tokens, members), pipeline
 
     def close(self, attempt: Attempt, *, cancel: bool) -> None:
         self.attempts.close(attempt, cancel=cancel)
