@@ -31,7 +31,7 @@ TIMEOUTS_S = (5.0, 20.0, 60.0)
 
 
 class Killed(msgspec.Struct, frozen=True, kw_only=True):
-    """`amiss` is what was left over at the end."""
+    """`amiss` is what was left over at the end, and why some were not killed."""
 
     tolls: list[Toll]
     amiss: list[str]
@@ -57,14 +57,15 @@ async def _kill_all(
     await _settled(cluster)
     right = await learn(cluster.nodes[0], questions())
     before = {node.name: holding(node) for node in cluster.nodes}
-    tolls = []
+    tolls, amiss = [], []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cluster.watch)
         for kind in kinds:
             killing = Killing(cluster, kind, random.Random(f"pxd kills {seed} {kind}"))
             tolls.append(await killing.run(times, seed, number, right))
+            amiss += [killing.amiss] if killing.amiss else []
         nursery.cancel_scope.cancel()
-    amiss = await quiet(cluster, before)
+    amiss += await quiet(cluster, before)
     return Killed(tolls=tolls, amiss=[*amiss, *cluster.fallen])
 
 
@@ -81,9 +82,10 @@ class _Act:
 
 
 class Killing:
-    """All deaths of one kind."""
+    """All deaths of one kind. `amiss` says why there were not as many as wanted."""
 
     def __init__(self, cluster: Cluster, kind: Kind, rng: random.Random) -> None:
+        self.amiss = ""
         self._cluster = cluster
         self._kind = kind
         self._rng = rng
@@ -99,9 +101,13 @@ class Killing:
         async with trio.open_nursery() as nursery:
             for client in range(number):
                 nursery.start_soon(clients.run, client)
-            for _ in range(times):
-                await self._kill()
-            await _settled(self._cluster)
+            try:
+                for _ in range(times):
+                    await self._kill()
+                await _settled(self._cluster)
+            except BenchError as error:
+                self.amiss = str(error)
+                say(f"    {error}")
             clients.over.set()
         logs = [log for node in self._cluster.nodes for log in node.logs]
         told = Told.of(log.read_text(errors="replace") for log in logs)

@@ -11,7 +11,7 @@ from scripts.disorder.report import Spread, spread
 from scripts.disorder.tally import LONGEST, Story
 from scripts.disorder.victims import WORDS, Kind
 
-SLACK_S = 15.0
+SLACK_S = 30.0
 """What a request must have had left when all was well again, to be answered in any case."""
 
 LATE_S = 5.0
