@@ -127,7 +127,8 @@ class ChatAnswer:
         """Submit what there is so far to a ready pipeline; wait for one for `patience` seconds.
 
         Where one has no room, all others are tried before anybody waits; a new request is refused
-        then. It does not wait long for a model that the plan has no pipeline for, either. Raises
+        then. It does not wait long for a model that the plan has no pipeline for, either, unless
+        its client has said how long it can wait: then it waits until that is over. Raises
         `NotReady`, `InvalidRequest`, `UnknownModel`, `GenerationFailed`, `DeadlineExceeded`.
         """
         began = trio.current_time()
@@ -147,7 +148,8 @@ class ChatAnswer:
                 tries += 1
                 if first and isinstance(error, Overloaded):
                     raise
-                if trio.current_time() >= began + min(patience, self._hope(first=first)):
+                hope = self._hope(patience, first=first)
+                if trio.current_time() >= began + hope:
                     raise
                 waits = 1 if isinstance(error, _NotItsTurn) else tries
                 pause = RETRY_S[min(waits, len(RETRY_S)) - 1]
@@ -161,11 +163,13 @@ class ChatAnswer:
         pipelines = find_model(self._dispatch.plan(), self.model).all_pipelines
         return {each.id for each in pipelines if readiness(each, members).ready}
 
-    def _hope(self, *, first: bool) -> float:
+    def _hope(self, patience: float, *, first: bool) -> float:
         """How many seconds of waiting make sense, as the plan is."""
+        if self._terms.patient:
+            return math.inf
         plan = self._dispatch.plan()
         planned = any(model.all_pipelines for model in (plan.models if plan else ()))
-        return HOPELESS_S if first and not planned else math.inf
+        return min(patience, HOPELESS_S) if first and not planned else patience
 
     def _set_limit(self, pipeline: PipelinePlan) -> None:
         """Once, at the first placement: a replay must end where the first try would have."""

@@ -11,7 +11,7 @@ import trio
 from scripts.benchmarks.bench import say
 from scripts.benchmarks.errors import BenchError
 from scripts.disorder.clients import Clients, learn
-from scripts.disorder.cluster import Cluster, Node
+from scripts.disorder.cluster import Cluster, Node, Status
 from scripts.disorder.ground import Ground
 from scripts.disorder.leaks import holding
 from scripts.disorder.pauses import Death, Told
@@ -152,10 +152,17 @@ class Killing:
                 await _settled(self._cluster)
                 await trio.sleep(self._rng.uniform(*CALM_S))
                 status = await self._cluster.status()
+                await self._forgive(status)
                 chosen = choose(self._rng, self._kind, status) if status else None
                 if chosen is not None:
                     return next(node for node in self._cluster.nodes if node.id == chosen)
         raise BenchError(f"{WORDS[self._kind]}: no plan is such that it leaves a pipeline")
+
+    async def _forgive(self, status: Status | None) -> None:
+        """Where all nodes are on one machine, one that is slow only has busy neighbours."""
+        for node in status["nodes"] if status else ():
+            if node["slow"]:
+                await self._cluster.awake[0].command("resume", node["name"])
 
     def _death(self, act: _Act, told: Told) -> Death:
         """Of a process that ends the system tells at once; that one is silent, others find out."""
