@@ -3,6 +3,7 @@
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import typer
 from scripts.benchmarks.errors import BenchError
 from scripts.disorder import toll
 from scripts.disorder.cluster import NAMES
+from scripts.disorder.ending import messages, until_told
 from scripts.disorder.ground import ground
 from scripts.disorder.killing import Killed, kill_all
 from scripts.disorder.victims import LAYOUTS, WORDS, Kind, Layout
@@ -71,22 +73,16 @@ def _kill(
     killed = None
     try:
         with ground(root, NAMES[: len(layout.capacities)]) as found:
-            killed = trio.run(kill_all, layout, kinds, times, seed, clients, found)
+            run = partial(kill_all, layout, kinds, times, seed, clients, found)
+            killed = trio.run(until_told, run)
     except* BenchError as group:
-        print("\n".join(_messages(group)), file=sys.stderr)
+        print("\n".join(messages(group)), file=sys.stderr)
     good = killed and not killed.amiss and all(each.passed for each in killed.tolls)
     if good and not keep:
         shutil.rmtree(root)
     else:
         print(f"logs are in {root}", file=sys.stderr)
     return killed
-
-
-def _messages(group: BaseExceptionGroup[BenchError]) -> list[str]:
-    found = []
-    for error in group.exceptions:
-        found += _messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
-    return found
 
 
 if __name__ == "__main__":
