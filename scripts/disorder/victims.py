@@ -45,6 +45,7 @@ def victims(kind: Kind, status: Status) -> set[str]:
         [stage["node"] for stage in line]
         for model in status["models"]
         for line in model["pipelines"]
+        if all(stage["state"] == "ready" for stage in line)
     ]
     found = _of_kind(kind, status["leader"], lines)
     if kind == "restart":

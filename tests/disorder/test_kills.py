@@ -112,11 +112,13 @@ def test_who_asked_the_very_node_that_died_waits_for_that_node() -> None:
     assert found.outcomes == {"finished": 2}
 
 
-def status(*pipelines: str, leader: str = "a") -> dict[str, object]:
-    return {
-        "leader": leader,
-        "models": [{"pipelines": [[{"node": node} for node in line] for line in pipelines]}],
-    }
+def status(*pipelines: str, leader: str = "a", loads: str = "") -> dict[str, object]:
+    """Of pipelines like "abc"; the node that `loads` is not ready."""
+    lines = [
+        [{"node": node, "state": "loading" if node == loads else "ready"} for node in line]
+        for line in pipelines
+    ]
+    return {"leader": leader, "models": [{"pipelines": lines}]}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,7 @@ def test_who_may_be_meant(kind: Kind, found: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "restart"])
 def test_nobody_is_killed_whom_no_other_pipeline_replaces(kind: Kind) -> None:
     assert choose(random.Random(1), kind, status("abc")) is None
+    assert choose(random.Random(1), kind, status("abc", "d", loads="d")) is None
     assert victims(kind, status("ab", "cb", leader="b")) <= {"a", "c"}
 
 
