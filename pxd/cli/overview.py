@@ -37,8 +37,8 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """`roles` is empty or says "leader", "this node", "drained". `words` is the state, with age if
-    bad."""
+    """`roles` is empty or says "leader", "this node", "drained", "leaving". `words` is the state,
+    with age if bad."""
 
     name: str
     roles: str
@@ -139,6 +139,7 @@ class _Reader:
             if peer == node.id
         ]
         roles += ["drained"] if node.drained else []
+        roles += ["leaving"] if node.leaving else []
         bad = node.state != "alive"
         return Node(
             name=self.name(node.id),
