@@ -198,6 +198,8 @@ class _Reader:
         """(node, what is wrong with it)"""
         own = self.name(self._status.self_id)
         found = [(own, clean(hint)) for hint in self._status.hints]
+        if self._status.waits_for:
+            found.append((own, f"is about to leave and waits for {clean(self._status.waits_for)}"))
         for node in self._status.nodes:
             name = self.name(node.id)
             if node.state == "suspect":
