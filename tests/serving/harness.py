@@ -15,6 +15,7 @@ import trio
 
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
 from pxd.cluster.records import NodeRecord, StageReport
+from pxd.engine.blocks import blocks_for
 from pxd.executors.protocol import (
     ExecutorDied,
     ExecutorError,
@@ -169,7 +170,8 @@ class ArithmeticExecutor:
             self.caches.pop(request, None)
 
     async def memory(self) -> MemoryReport:
-        return MemoryReport(active=0, resident=0, requests=len(self.caches))
+        held = sum(blocks_for(len(cache)) for cache in self.caches.values())
+        return MemoryReport(active=0, resident=0, requests=len(self.caches), held=held)
 
     def open(self, step: Step) -> None:
         for opening in step.openings:
