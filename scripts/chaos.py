@@ -11,7 +11,7 @@ import msgspec
 import trio
 import typer
 
-from scripts.benchmarks.errors import BenchError
+from scripts.benchmarks.errors import BenchError, messages
 from scripts.disorder import report
 from scripts.disorder.cluster import NAMES
 from scripts.disorder.faults import WORDS
@@ -73,7 +73,7 @@ def _chaos(wanted: Wanted, root: Path, json: Path | None) -> int:
             result = trio.run(_until_told, wanted, found, root)
     except* BenchError as group:
         failed = True
-        print("\n".join(_messages(group)), file=sys.stderr)
+        print("\n".join(messages(group)), file=sys.stderr)
     if failed:
         return 2
     if result is None:
@@ -82,13 +82,6 @@ def _chaos(wanted: Wanted, root: Path, json: Path | None) -> int:
     if json:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
     return 0 if result.passed else 1
-
-
-def _messages(group: BaseExceptionGroup[BenchError]) -> list[str]:
-    found = []
-    for error in group.exceptions:
-        found += _messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
-    return found
 
 
 async def _until_told(wanted: Wanted, found: Ground, root: Path) -> report.Report | None:

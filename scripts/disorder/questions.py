@@ -24,6 +24,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     tokens: int
     seed: int | None = None
+    user: str = ""
 
     def body(self) -> dict[str, Any]:
         body = {
@@ -33,6 +34,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
             "timeout": TIMEOUT_S,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "user": self.user,
         }
         if self.seed is None:
             return body | {"temperature": 0}
