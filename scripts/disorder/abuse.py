@@ -21,6 +21,9 @@ from scripts.disorder.rude import Leavers, Moment, Sippers
 from scripts.disorder.tally import quantile
 
 LAYERS_EACH = 3
+TIMEOUT_S = 600.0
+"""Of requests that are to be answered, however busy the machine is with other things."""
+
 SETTLE_S = 90.0
 WATCH_EVERY_S = 0.5
 SMALL_BUFFER = 4096
@@ -62,16 +65,17 @@ class Lone(msgspec.Struct, frozen=True, kw_only=True):
 
 class Abuse(msgspec.Struct, frozen=True, kw_only=True):
     """`crowd` counts what each of those who came at once got; `wrong` are those endings that
-    nobody should get. `memory` by node."""
+    nobody should get. `memory` by node, and `blocks` of KV by pipeline."""
 
     left: dict[Moment, int]
-    sips: int
+    sippers: int
     dropped: int
     crowd: dict[str, int]
     wrong: list[str]
     lone: list[Lone]
     waited: float
     memory: dict[str, Memory]
+    blocks: list[int]
     leaks: list[str]
 
     @property
@@ -126,7 +130,9 @@ class Crowd:
             complete = await ask(node, question, reading)
         except Refused as error:
             self._end(f"HTTP {error.status}", error.status == 429 and error.retry_after.isdecimal())
-        except (BrokeOff, *BROKEN) as error:
+        except BrokeOff as error:
+            self._end(f"in the stream, {msgspec.json.decode(error.body)['code']}", False)
+        except BROKEN as error:
             self._end(repr(error), False)
         else:
             right = complete and reading.tokens == question.tokens
@@ -181,13 +187,14 @@ async def _abuse(wanted: Wanted, cluster: Cluster) -> Abuse:
     say(f"    {watch.told()}")
     return Abuse(
         left=dict(leavers.left),
-        sips=sippers.asked,
+        sippers=wanted.sippers,
         dropped=sippers.dropped,
         crowd=dict(crowd.endings),
         wrong=crowd.wrong + flood.wrong,
         lone=lone,
         waited=round(quantile(flood.took, 0.5), 2),
         memory=watch.seen,
+        blocks=[kv["total"] for kv in (await nodes[0].status() or {})["models"][0]["kv"]],
         leaks=left + cluster.fallen,
     )
 
@@ -201,7 +208,9 @@ async def _for(seconds: float, count: int, run: Callable[[int], object], over: t
 
 
 def _question(number: int, tokens: int, user: str) -> Question:
-    return Question(text=LONG[number % len(LONG)], tokens=tokens, seed=number, user=user)
+    return Question(
+        text=LONG[number % len(LONG)], tokens=tokens, seed=number, user=user, timeout=TIMEOUT_S
+    )
 
 
 async def _fairness(wanted: Wanted, nodes: Sequence[Node], lone: list[Lone]) -> Crowd:
@@ -236,7 +245,7 @@ async def _single(node: Node) -> list[float]:
 def lines(result: Abuse) -> list[str]:
     found = [
         "  left       " + ", ".join(f"{n} {moment}" for moment, n in sorted(result.left.items())),
-        f"  sipped     {result.sips}, of which {result.dropped} were dropped",
+        f"  sipped     {result.sippers}, of which {result.dropped} were dropped",
         "  crowd      " + ", ".join(f"{n} {ending}" for ending, n in result.crowd.items()),
     ]
     for lone in result.lone:
@@ -250,5 +259,6 @@ def lines(result: Abuse) -> list[str]:
         f"executor {memory.executor:.0f} MiB, at most {memory.executor_most:.0f}"
         for name, memory in result.memory.items()
     ]
+    found.append(f"  KV blocks  {', '.join(map(str, result.blocks))}")
     found += [f"  leaks      {len(result.leaks)}", *(f"  leak: {leak}" for leak in result.leaks)]
-    return found + [f"  wrong: {ending}" for ending in result.wrong]
+    return found + [f"  wrong: {n} {ending}" for ending, n in Counter(result.wrong).items()]

@@ -19,6 +19,7 @@ BEFORE_S = (0.0, 0.3)
 AMID_BYTES = (1, 20_000)
 RECEIVE_BYTES = 4096
 SIP_S = 1.0
+DONE = b"data: [DONE]"
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -104,11 +105,11 @@ async def _read(connection: trio.SocketStream, least: int) -> None:
 class Sippers:
     """Each asks for a long answer and takes a byte a second of it, until it is `over`.
 
-    `dropped` counts those that the server would not wait for any more.
+    Then it takes the rest; `dropped` counts those that the server would not wait for any more.
     """
 
     def __init__(self, nodes: list[Node], tokens: int, buffer: int) -> None:
-        self.dropped = self.asked = 0
+        self.dropped = 0
         self.over = trio.Event()
         self._nodes = nodes
         self._tokens = tokens
@@ -116,22 +117,28 @@ class Sippers:
 
     async def run(self, number: int) -> None:
         node = self._nodes[number % len(self._nodes)]
-        while not self.over.is_set():
-            self.asked += 1
-            async with await connect(node, self._buffer) as connection:
-                body = long_answer(self._tokens, number, "sipper")
-                await connection.send_all(request_bytes(node.spot.http, body))
-                await self._sip(connection)
+        async with await connect(node, self._buffer) as connection:
+            body = long_answer(self._tokens, number, "sipper")
+            await connection.send_all(request_bytes(node.spot.http, body))
+            while not self.over.is_set():
+                with trio.move_on_after(SIP_S):
+                    await connection.receive_some(1)
+                with trio.move_on_after(SIP_S):
+                    await self.over.wait()
+            self.dropped += not await _ends(connection)
 
-    async def _sip(self, connection: trio.SocketStream) -> None:
-        while not self.over.is_set():
-            with trio.move_on_after(SIP_S):
-                await self.over.wait()
-            with trio.move_on_after(SIP_S):
-                try:
-                    data = await connection.receive_some(1)
-                except trio.BrokenResourceError:
-                    data = b""
-                if not data:
-                    self.dropped += 1
-                    return
+
+async def _ends(connection: trio.SocketStream) -> bool:
+    """Take what is there; whether that is a whole answer."""
+    end = b""
+    with trio.move_on_after(PATIENCE_S):
+        while DONE not in end:
+            try:
+                data = await connection.receive_some(RECEIVE_BYTES)
+            except trio.BrokenResourceError:
+                return False
+            if not data:
+                return False
+            end = end[-len(DONE) :] + data
+        return True
+    return False
