@@ -26,7 +26,6 @@ TIMEOUT_S = 600.0
 
 SETTLE_S = 90.0
 WATCH_EVERY_S = 0.5
-SMALL_BUFFER = 4096
 CROWD_TOKENS = 100
 LONE_TOKENS = 20
 LONE_REQUESTS = 5
@@ -165,8 +164,9 @@ async def _abuse(wanted: Wanted, cluster: Cluster) -> Abuse:
         await Crowd().ask(node, _question(0, CROWD_TOKENS, ""))
     before = {node.name: holding(node) for node in nodes}
     watch = Watch(cluster)
-    leavers = Leavers(nodes, wanted.tokens, wanted.seed)
-    sippers = Sippers(nodes, wanted.tokens, SMALL_BUFFER)
+    places = [node.spot.http for node in nodes]
+    leavers = Leavers(places, wanted.tokens, wanted.seed)
+    sippers = Sippers(places, wanted.tokens)
     crowd, lone = Crowd(), list[Lone]()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)

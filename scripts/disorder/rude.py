@@ -4,12 +4,11 @@ import random
 import socket
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 import trio
-
-from scripts.disorder.cluster import Node
 
 Moment = Literal["amid the request", "before an answer", "amid the answer"]
 MOMENTS: tuple[Moment, ...] = ("amid the request", "before an answer", "amid the answer")
@@ -19,6 +18,7 @@ BEFORE_S = (0.0, 0.3)
 AMID_BYTES = (1, 20_000)
 RECEIVE_BYTES = 4096
 SIP_S = 1.0
+SMALL_BUFFER = 4096
 DONE = b"data: [DONE]"
 _RESET = struct.pack("ii", 1, 0)
 
@@ -46,9 +46,9 @@ def long_answer(tokens: int, seed: int, user: str) -> dict[str, Any]:
     }
 
 
-async def connect(node: Node, buffer: int = 0) -> trio.SocketStream:
-    """`buffer` bytes of what has not been read stay on this side, 0 for as the system likes."""
-    host, _, port = node.spot.http.rpartition(":")
+async def connect(place: str, buffer: int = 0) -> trio.SocketStream:
+    """To HOST:PORT. At most `buffer` bytes wait on this side, 0 for as many as the system likes."""
+    host, _, port = place.rpartition(":")
     if not buffer:
         return await trio.open_tcp_stream(host, int(port))
     connection = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -59,12 +59,13 @@ async def connect(node: Node, buffer: int = 0) -> trio.SocketStream:
 
 
 class Leavers:
-    """Each asks for a long answer and is gone before its end, again and again until `over`."""
+    """Each asks one of `places` (HOST:PORT) for a long answer and is gone before its end, again and
+    again until `over`."""
 
-    def __init__(self, nodes: list[Node], tokens: int, seed: int) -> None:
+    def __init__(self, places: Sequence[str], tokens: int, seed: int) -> None:
         self.left: Counter[Moment] = Counter()
         self.over = trio.Event()
-        self._nodes = nodes
+        self._places = places
         self._tokens = tokens
         self._seed = seed
 
@@ -73,14 +74,14 @@ class Leavers:
         while not self.over.is_set():
             moment = rng.choice(MOMENTS)
             with trio.fail_after(PATIENCE_S):
-                await self._leave(rng.choice(self._nodes), moment, rng)
+                await self._leave(rng.choice(self._places), moment, rng)
             self.left[moment] += 1
 
-    async def _leave(self, node: Node, moment: Moment, rng: random.Random) -> None:
+    async def _leave(self, place: str, moment: Moment, rng: random.Random) -> None:
         body = long_answer(self._tokens, rng.getrandbits(31), "leaver")
         body["stream"] = moment == "amid the answer" or rng.random() < 0.5
-        request = request_bytes(node.spot.http, body)
-        async with await connect(node) as connection:
+        request = request_bytes(place, body)
+        async with await connect(place) as connection:
             if moment == "amid the request":
                 await connection.send_all(request[: rng.randrange(len(request))])
             else:
@@ -108,18 +109,18 @@ class Sippers:
     Then it takes the rest; `dropped` counts those that the server would not wait for any more.
     """
 
-    def __init__(self, nodes: list[Node], tokens: int, buffer: int) -> None:
+    def __init__(self, places: Sequence[str], tokens: int, buffer: int = SMALL_BUFFER) -> None:
         self.dropped = 0
         self.over = trio.Event()
-        self._nodes = nodes
+        self._places = places
         self._tokens = tokens
         self._buffer = buffer
 
     async def run(self, number: int) -> None:
-        node = self._nodes[number % len(self._nodes)]
-        async with await connect(node, self._buffer) as connection:
+        place = self._places[number % len(self._places)]
+        async with await connect(place, self._buffer) as connection:
             body = long_answer(self._tokens, number, "sipper")
-            await connection.send_all(request_bytes(node.spot.http, body))
+            await connection.send_all(request_bytes(place, body))
             while not self.over.is_set():
                 with trio.move_on_after(SIP_S):
                     await connection.receive_some(1)
