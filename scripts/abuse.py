@@ -15,6 +15,7 @@ from scripts.benchmarks.errors import BenchError, messages
 from scripts.disorder.abuse import Abuse, Wanted, lines, run
 from scripts.disorder.cluster import NAMES
 from scripts.disorder.ground import ground
+from scripts.disorder.stopping import until_stopped
 
 EXAMPLES = """
 Examples
@@ -57,11 +58,8 @@ def main(
     code = 2
     try:
         with ground(root, NAMES[:3]) as found:
-            result: Abuse = trio.run(partial(run, wanted, found, root))
-        print("\n".join(lines(result)))
-        if json:
-            json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
-        code = 0 if result.passed else 1
+            result = trio.run(until_stopped, partial(run, wanted, found, root))
+        code = 130 if result is None else _tell(result, json)
     except* BenchError as group:
         print("\n".join(messages(group)), file=sys.stderr)
     if code == 0 and not keep:
@@ -69,6 +67,13 @@ def main(
     else:
         print(f"logs are in {root}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def _tell(result: Abuse, json: Path | None) -> int:
+    print("\n".join(lines(result)))
+    if json:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
+    return 0 if result.passed else 1
 
 
 if __name__ == "__main__":

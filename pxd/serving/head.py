@@ -202,7 +202,9 @@ class Head:
         for _ in range(2 * sum(now - death < CAUTION_S for death in self._deaths)):
             self._policy.be_careful()
         self._scheduler = Scheduler(self._policy)
+        self._scheduler.greet()
         self._session = secrets.randbits(47)
+        self._wake.set()
         self._timings = PipelineTimings()
         self._policy.guesses = self._speculation.most()
         log.info(

@@ -35,7 +35,7 @@ from pxd.serving.timings import (
     figures_to_publish,
 )
 from pxd.settings import WireDtype
-from pxd.wire import Buffer, Coding, Copied, Nack, NackCode, Sampled, Step
+from pxd.wire import Buffer, Coding, Copied, Nack, NackCode, Sampled, Step, Tensor
 
 log = logging.getLogger("pxd.serving.stage")
 
@@ -45,6 +45,7 @@ FETCH_SHARE = 0.5
 BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 STABLE_AFTER_S = 60.0
 MEMORY_EVERY_S = 5.0
+NO_TOKENS = Tensor("i32", (0,))
 
 
 class RunningExecutor(Protocol):
@@ -146,6 +147,17 @@ class StageRunner:
         # How fast the old pipeline was as a whole says nothing about this one.
         head = msgspec.structs.asdict(HeadFigures())
         self._set(pipeline=pipeline.id, coding=self._coding, kv=None, **head)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Have the executor give up what requests of the old pipeline have left: a spare may get no
+        step for long. Another session makes it do so."""
+        if self._executor is None:
+            return
+        step = Step(pipeline=self.pipeline.id, session=0, step=0, rows=(), tensor=NO_TOKENS)
+        self._submitted += 1
+        with contextlib.suppress(ExecutorDied):
+            self._executor.submit(step, b"", lambda _: None)
 
     def follow_links(self, bandwidths: Mapping[str, float]) -> None:
         """`bandwidths` to other nodes in GB/s, as far as they are measured."""

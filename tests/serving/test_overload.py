@@ -142,8 +142,9 @@ async def test_another_pipeline_takes_what_one_has_no_room_for(
         plan = replace(plan, models=(replace(model, pipelines=tuple(plans)),))
         for node in cluster.nodes.values():
             node.take(plan)
-            node.gate = trio.Event()
         await cluster.ready(plan)
+        for node in cluster.nodes.values():
+            node.gate = trio.Event()
         node = cluster.nodes["c"]
         async with trio.open_nursery() as nursery:
             for number in range(4):
