@@ -38,8 +38,8 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """`roles` is empty or says "leader", "this node", "drained". `words` is the state, with age if
-    bad."""
+    """`roles` is empty or says "leader", "this node", "drained", "leaving". `words` is the state,
+    with age if bad."""
 
     name: str
     roles: str
@@ -140,6 +140,7 @@ class _Reader:
             if peer == node.id
         ]
         roles += ["drained"] if node.drained else []
+        roles += ["leaving"] if node.leaving else []
         bad = node.state != "alive"
         return Node(
             name=self.name(node.id),
@@ -200,6 +201,8 @@ class _Reader:
         """(node, what is wrong with it)"""
         own = self.name(self._status.self_id)
         found = [(own, clean(hint)) for hint in self._status.hints]
+        if self._status.waits_for:
+            found.append((own, f"is about to leave and waits for {clean(self._status.waits_for)}"))
         for node in self._status.nodes:
             name = self.name(node.id)
             if node.state == "suspect":

@@ -137,12 +137,13 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     `running`, `waiting` and `kv_tier` are of the pipelines that begin here: their requests, and how
     short the fullest is of KV blocks, from 0 (plenty) to 3 (almost none).
     `links` are those to the peers that matter most to this node. `relay` says that it passes
-    traffic on for members that cannot reach each other. `leaving` says that it is about to go: it
-    is no candidate for leadership and takes no part in new plans. One that is `drained` takes no
-    part in them either, but stays a member and goes on answering clients. `unfit` are the models
-    in whose plans it takes no part. `slow` is how many times slower than usual it works, 0 for
-    none; it stays for a while after the stage that showed it has gone. `door` is a digest of its
-    keys and bans: where two differ, one is behind. `keys` is the generation of its cluster key.
+    traffic on for members that cannot reach each other. `leaving` says that it goes once others
+    serve in its place: it is no candidate for leadership and takes no part in new plans. One that
+    is `drained` takes no part in them either, but stays a member and goes on answering clients.
+    `unfit` are the models in whose plans it takes no part. `slow` is how many times slower than
+    usual it works, 0 for none; it stays for a while after the stage that showed it has gone. `door`
+    is a digest of its keys and bans: where two differ, one is behind. `keys` is the generation of
+    its cluster key.
     """
 
     id: Identifier

@@ -43,7 +43,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
     `path` is how this node is connected with it, empty if it is not: "punched" went through the NAT
     of both, "relayed" goes through the node `through` (peer id). `relay`: it passes traffic on.
-    `drained`: it takes no part in plans. `unfit` are the models that it leaves to others because it
+    `drained`: it takes no part in plans. `leaving`: nor does it, and it goes once others serve in
+    its place. `unfit` are the models that it leaves to others because it
     keeps failing at them. `slow` is how many times slower than usual plans take it to be, 0 for as
     usual.
     """
@@ -68,6 +69,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     link_gbs: float | None = None
     drained: bool = False
+    leaving: bool = False
     unfit: list[str] = []
     slow: float = 0.0
 
@@ -137,7 +139,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster as `self` (peer id) sees it. `leader` is None until one is known.
 
-    `hints` are sentences on why it sees no other node.
+    `hints` are sentences on why it sees no other node. `waits_for` is what it waits for before it
+    leaves.
     """
 
     self_id: str = msgspec.field(name="self")
@@ -150,3 +153,10 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     uptime: float = 0.0
     hints: list[str] = []
+    waits_for: str = ""
+
+
+class Leaving(msgspec.Struct, frozen=True):
+    """What a node says that was told to leave: how many seconds it waits for others at most."""
+
+    within: float

@@ -121,6 +121,7 @@ def _node_view(
         waiting=record.waiting,
         link_gbs=None if bandwidth is None else round(bandwidth, 6),
         drained=record.drained,
+        leaving=record.leaving and not gone,
         unfit=[unfit.model for unfit in record.unfit],
         slow=record.slow,
     )

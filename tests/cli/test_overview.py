@@ -139,6 +139,14 @@ def test_a_node_behind_a_relay() -> None:
     assert "ben   is reached through anna only, which is slower" in render(view)
 
 
+def test_a_node_that_leaves() -> None:
+    status = serving_status()
+    nodes = [msgspec.structs.replace(each, leaving=each.name == "anna") for each in status.nodes]
+    view = overview(msgspec.structs.replace(status, nodes=nodes, waits_for="others to load demo"))
+    assert [each.roles for each in view.nodes] == ["this node, leaving", "leader", ""]
+    assert view.problems == [("anna", "is about to leave and waits for others to load demo")]
+
+
 def test_a_cluster_without_a_plan() -> None:
     status = msgspec.structs.replace(serving_status(), models=[], leader=None, epoch=None)
     view = overview(status)

@@ -215,34 +215,6 @@ def test_hidden_states_travel_as_each_node_was_told(tmp_path: Path) -> None:
         assert sent == {0: "fp8", 4: "native"}, "the last stage sends none"
 
 
-def test_sigterm_leaves_cleanly(tmp_path: Path) -> None:
-    with cluster(tmp_path, NAMES, *OVER_TWO, ready=all_hold(3)) as daemons:
-        leaver, stayers = daemons[0], daemons[1:]
-        children = leaver.executors()
-        assert children
-        leaver.signal(signal.SIGTERM)
-        for daemon in stayers:
-            daemon.wait_status(
-                lambda status: (
-                    [node["state"] for node in status["nodes"] if node["name"] == leaver.name]
-                    == ["left"]
-                ),
-                "the node is shown as left",
-            )
-        assert leaver.process.wait(20) == 0
-        assert psutil.wait_procs(children, timeout=10)[1] == []
-        assert not (leaver.data_dir / "daemon.json").exists()
-        for daemon in stayers:
-            daemon.wait_status(serving_on(2), "the two others serve")
-            assert daemon.answer("What is 17 + 25?") == "42"
-
-        leaver.start()
-        for daemon in daemons:
-            daemon.wait_status(all_hold(3), "it is back, and counted once")
-            assert sorted(node["name"] for node in daemon.status()["nodes"]) == sorted(NAMES)
-        assert leaver.answer("What is 17 + 25?") == "42"
-
-
 def check_kill_in_the_middle(asked: Daemon, victim: Daemon) -> None:
     """A stream at `asked` goes on, and right, when `victim` dies; so do the victim's executors."""
     children = victim.executors()
