@@ -11,14 +11,14 @@ import msgspec
 import trio
 import typer
 
-from scripts.benchmarks.errors import BenchError
+from scripts.benchmarks.errors import BenchError, messages
 from scripts.disorder import report
 from scripts.disorder.cluster import NAMES
-from scripts.disorder.ending import messages, until_told
 from scripts.disorder.faults import WORDS
 from scripts.disorder.ground import ground
 from scripts.disorder.run import Wanted, run
 from scripts.disorder.schedule import CAPACITIES, KINDS
+from scripts.disorder.stopping import until_stopped
 
 EXAMPLES = """
 Examples
@@ -71,7 +71,7 @@ def _chaos(wanted: Wanted, root: Path, json: Path | None) -> int:
     failed = False
     try:
         with ground(root, wanted.names) as found:
-            result = trio.run(until_told, partial(run, wanted, found, root))
+            result = trio.run(until_stopped, partial(run, wanted, found, root))
     except* BenchError as group:
         failed = True
         print("\n".join(messages(group)), file=sys.stderr)

@@ -11,12 +11,12 @@ import msgspec
 import trio
 import typer
 
-from scripts.benchmarks.errors import BenchError
+from scripts.benchmarks.errors import BenchError, messages
 from scripts.disorder import toll
 from scripts.disorder.cluster import NAMES
-from scripts.disorder.ending import messages, until_told
 from scripts.disorder.ground import ground
 from scripts.disorder.killing import Killed, kill_all
+from scripts.disorder.stopping import until_stopped
 from scripts.disorder.victims import LAYOUTS, WORDS, Kind, Layout
 
 EXAMPLES = "\n\n".join(
@@ -74,7 +74,7 @@ def _kill(
     try:
         with ground(root, NAMES[: len(layout.capacities)]) as found:
             run = partial(kill_all, layout, kinds, times, seed, clients, found)
-            killed = trio.run(until_told, run)
+            killed = trio.run(until_stopped, run)
     except* BenchError as group:
         print("\n".join(messages(group)), file=sys.stderr)
     good = killed and not killed.amiss and all(each.passed for each in killed.tolls)

@@ -260,6 +260,8 @@ class ChatAnswer:
         fault = fault_of(reason)
         if fault == "time" or self._terms.left <= 0:
             raise self._terms.over(f"{reason}, with {self._generated} tokens generated")
+        if fault == "reader":
+            raise GenerationFailed(reason)
         if fault == "silence" and self._moves < MAX_MOVES:
             self._moves += 1
             pause = 0.0
@@ -305,10 +307,10 @@ class ChatAnswer:
     async def _next_output(self, attempt: Attempt) -> Output:
         with contextlib.suppress(trio.WouldBlock):
             # For who reads slowly, all may be here though the time is over.
-            return attempt.outputs.receive_nowait()
+            return attempt.get_nowait()
         patience = max(min(STALL_S, self._terms.left + WORD_S), 0.0)
         with trio.move_on_after(patience):
-            return await attempt.outputs.receive()
+            return await attempt.get()
         return Output(request=attempt.name, index=0, failure=f"no word for {patience:g} s")
 
     async def __aiter__(self) -> AsyncIterator[Delta]:

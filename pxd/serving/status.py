@@ -15,7 +15,9 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     `wire_dtype` is how it sends hidden states to the next stage: "native", "fp8" or "int8".
     `restarts` counts deaths of its executor, of which in `hangs` it gave no answer and was killed;
     `out_of_memory` and `not_finite` count steps that had no memory, or gave NaN or infinity. `slow`
-    is how many times longer than usual its steps take, 0 while that is not far.
+    is how many times longer than usual its steps take, 0 while that is not far. `kv_held` and
+    `kv_kept` are blocks of KV that it holds of requests that have not ended, and of others that
+    have; some seconds old.
     """
 
     model: str
@@ -31,6 +33,8 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     out_of_memory: int = 0
     not_finite: int = 0
     slow: float = 0.0
+    kv_held: int = 0
+    kv_kept: int = 0
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +102,17 @@ class PipelineFigures(msgspec.Struct, frozen=True, kw_only=True):
     measured: Figures | None = None
 
 
+class KvView(msgspec.Struct, frozen=True, kw_only=True):
+    """The blocks of KV of a pipeline, each of `block_tokens` positions, as its head counts them;
+    all 0 while it takes no requests. `free` are those that no request holds; of these, `cached`
+    keep a prefix that can be used again, until they are needed."""
+
+    total: int
+    free: int
+    cached: int
+    block_tokens: int
+
+
 class SpareView(msgspec.Struct, frozen=True, kw_only=True):
     """A node that holds layers [start, end) ready for when another one is lost."""
 
@@ -107,8 +122,8 @@ class SpareView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """`figures` has one entry for each of `pipelines`. Those of `retiring` go on until others stand
-    in for them. A model that is stopping takes no new requests."""
+    """`figures` and `kv` have one entry for each of `pipelines`. Those of `retiring` go on until
+    others stand in for them. A model that is stopping takes no new requests."""
 
     name: str
     state: ModelState
@@ -116,6 +131,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     layers: int
     pipelines: list[list[PipelineStageView]]
     figures: list[PipelineFigures] = []
+    kv: list[KvView] = []
     spares: list[SpareView] = []
     retiring: list[list[PipelineStageView]] = []
 

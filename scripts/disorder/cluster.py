@@ -148,10 +148,16 @@ async def until(
 class Cluster:
     """`fallen` says which daemons ended though nobody had ended them."""
 
-    def __init__(self, root: Path, spots: Sequence[Spot], capacities: Sequence[int]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        spots: Sequence[Spot],
+        capacities: Sequence[int],
+        options: Sequence[str] = (),
+    ) -> None:
         self.root = root
         self.nodes = [
-            Node(name, root, spot, ["--max-layers", str(most)])
+            Node(name, root, spot, ["--max-layers", str(most), *options])
             for name, spot, most in zip(NAMES, spots, capacities, strict=False)
         ]
         self.fallen: list[str] = []

@@ -13,10 +13,9 @@ from scripts.benchmarks.errors import BenchError
 from scripts.disorder.clients import Clients, learn
 from scripts.disorder.cluster import Cluster, Node, Status
 from scripts.disorder.ground import Ground
-from scripts.disorder.leaks import holding
+from scripts.disorder.leaks import holding, quiet
 from scripts.disorder.pauses import Death, Told
 from scripts.disorder.questions import Answer, Question, questions
-from scripts.disorder.run import quiet
 from scripts.disorder.tally import Story
 from scripts.disorder.toll import Toll, toll
 from scripts.disorder.victims import WORDS, Kind, Layout, choose

@@ -26,6 +26,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     tokens: int
     seed: int | None = None
+    user: str = ""
     timeout: float = TIMEOUT_S
 
     def body(self) -> dict[str, Any]:
@@ -36,6 +37,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
             "timeout": self.timeout,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "user": self.user,
         }
         if self.seed is None:
             return body | {"temperature": 0}

@@ -16,8 +16,10 @@ import httpx
 import openai
 import psutil
 import pytest
+import trio
 
 from pxd.identity import Ticket
+from scripts.disorder.rude import Leavers, Sippers
 
 from .daemons import Daemon, all_hold, cluster, own_stages, pipelines, serving_on, wait_for
 
@@ -109,19 +111,35 @@ def test_seeded_sampling_is_the_same_everywhere(three: list[Daemon]) -> None:
     assert len(others) > 1
 
 
-def test_a_client_that_leaves_frees_its_request(three: list[Daemon]) -> None:
-    body = {
-        "messages": [{"role": "user", "content": "Count from 1 to 20."}],
-        "stream": True,
-        "temperature": 2,
-        "max_tokens": 400,
-    }
-    with httpx.stream("POST", f"{three[1].url}/v1/chat/completions", json=body) as response:
-        next(response.iter_bytes())
-    three[0].wait_status(
-        lambda status: all(node["running"] + node["waiting"] == 0 for node in status["nodes"]),
-        "no request is left running",
-    )
+def all_given_back(status: dict[str, Any]) -> bool:
+    """No request is left, and no KV block of one, neither at a head nor at a stage."""
+    blocks = [kv for model in status["models"] for kv in model["kv"]]
+    held = [stage["kv_held"] for node in status["nodes"] for stage in node["stages"]]
+    requests = [node["running"] + node["waiting"] for node in status["nodes"]]
+    return all(kv["free"] == kv["total"] > 0 for kv in blocks) and not any(held + requests)
+
+
+def test_clients_that_leave_or_hardly_read_leave_nothing_behind(three: list[Daemon]) -> None:
+    places = [daemon.url.removeprefix("http://") for daemon in three]
+    leavers, sippers = Leavers(places, 300, seed=1), Sippers(places, 300)
+
+    async def abuse() -> None:
+        held = False
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(leavers.run, number)
+                nursery.start_soon(sippers.run, number)
+            while leavers.left.total() < 20 or not held:
+                held |= not all_given_back(await trio.to_thread.run_sync(three[0].status))
+            leavers.over.set()
+            sippers.over.set()
+
+    trio.run(abuse)
+    with ThreadPoolExecutor(60) as pool:
+        answers = pool.map(lambda n: three[n % 3].answer("What is 17 + 25?"), range(60))
+        assert set(answers) == {"42"}
+    for daemon in three:
+        daemon.wait_status(all_given_back, "all is given back")
 
 
 def test_bytes_from_strangers_leave_the_cluster_answering(three: list[Daemon]) -> None:
