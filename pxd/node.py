@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
@@ -30,29 +29,29 @@ from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.listening import endpoint
 from pxd.p2p.signatures import NodeSigner
 from pxd.planning.model import NodeOffer
-from pxd.selfhood import Identity, identify, measured_device, memory_offer
+from pxd.selfhood import Identity, for_people, identify, measured_device, memory_offer
 from pxd.selfhood import StartupError as StartupError
-from pxd.serving.added import Added
 from pxd.serving.audit import Audit
 from pxd.serving.choice import Choices, from_state
+from pxd.serving.clients import Clients
+from pxd.serving.departure import Departure
 from pxd.serving.door import Door
 from pxd.serving.drain import Drains
 from pxd.serving.heads import HeadHost
-from pxd.serving.held import Held
 from pxd.serving.hints import hints
 from pxd.serving.ingress import ChatIngress
-from pxd.serving.models import ModelSource, Pin
 from pxd.serving.planner import Office, Planner
 from pxd.serving.plansync import PlanSync
 from pxd.serving.report import LoadReport
+from pxd.serving.shelf import Shelf
 from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
 from pxd.serving.status import ClusterStatus
 from pxd.serving.survey import Survey
 from pxd.serving.timings import partners
 from pxd.serving.view import Planning, model_views, node_views, planning, turned_away
-from pxd.serving.weights.sharing import Sharing
 from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings
+from pxd.signals import stop_on_signal
 from pxd.wire import Buffer, Cancel, Copied, Filler, Frame, Nack, Output, Sampled, Step, Weights
 
 log = logging.getLogger("pxd.node")
@@ -81,11 +80,14 @@ class Node:
         self._began = time.monotonic()
         self._http_url = ""
         self._stop = trio.Event()
+        self._closing = trio.Event()
         self._http_done = trio.Event()
         self._expects_peers = bool(settings.join) or settings.files.peers.exists()
         self._lives: dict[str, float] = {}
+        self._problems: dict[str, str] = {}
         self._saving = trio.Lock()
         self.changed = Signal()
+        self.clients = Clients(self.changed.notify)
         self.network = Libp2pNetwork(
             node_seed=who.node_seed,
             cluster_key=who.ring.key,
@@ -105,24 +107,20 @@ class Node:
             persist=self._persist,
         )
         self.gossip.on_event(self._on_event)
-        self.sharing = Sharing(
+        self._shelf = Shelf(
             self.network,
+            self.gossip,
             settings.files.cache,
-            self._members,
-            lambda: self.gossip.leader,
-            self._serves_now,
-            self._files_changed,
+            describe_model,
+            added=who.state.added,
+            chosen=lambda: self.choices.current.names,
+            plan=lambda: self.plans.plan,
+            save=self._save,
+            busy=self._serves_now,
+            changed=self.changed,
         )
-        library = self.sharing.library
-        self.models = ModelSource(describe_model, library, self.sharing.fetch, self._pin)
-        self.added = Added(
-            who.state.added,
-            self.models,
-            library,
-            self._save,
-            lambda: [stage.model for stage in self.gossip.record.stages],
-            self._files_changed,
-        )
+        self.models, self.added = self._shelf.models, self._shelf.added
+        self._sharing = self._shelf.sharing
         self.choices = Choices(
             self.gossip, self._save, self.models.describe, settings.model, time.time
         )
@@ -161,11 +159,8 @@ class Node:
             self._members,
             lambda: self.choices.current,
         )
-        self._audit = Audit(self.network.peer_id, self._own_offer, self._on_audit)
-        self._held = Held(
-            lambda: (*self.choices.current.names, *self.added.names),
-            library.find,
-            lambda models: self.gossip.update(models=models),
+        self._audit = Audit(
+            self.network.peer_id, self._own_offer, partial(self._on_problem, "audit")
         )
         self._survey = Survey(
             self.network.peer_id,
@@ -177,6 +172,14 @@ class Node:
         )
         self._report = LoadReport(
             self.gossip, self.heads, self.stages, self._survey, self._partners
+        )
+        self._departure = Departure(
+            self.network.peer_id,
+            settings.leave_timeout,
+            self.gossip,
+            lambda: self.plans.plan,
+            self._members,
+            self.clients,
         )
         self._doctor = Doctor(
             self.network,
@@ -216,7 +219,7 @@ class Node:
             try:
                 await nursery.start(self.network.run)
                 http = endpoint(self.settings.http, DEFAULT_HTTP)
-                server = partial(serve_http, create_app(self), *http, shutdown=self._stop)
+                server = partial(serve_http, create_app(self), *http, shutdown=self._closing)
                 self._http_url = await nursery.start(self._serve_http, server)
             except OSError as error:
                 raise StartupError(str(error)) from error
@@ -233,8 +236,7 @@ class Node:
             nursery.start_soon(self._survey.run)
             nursery.start_soon(self._report.run)
             nursery.start_soon(self.choices.run, self.changed)
-            nursery.start_soon(self._held.run, self.changed)
-            nursery.start_soon(self.added.run)
+            nursery.start_soon(self._shelf.run)
             with self._announced():
                 started(
                     Started(self.settings.name, self._http_url, self.ticket(), self.network.peer_id)
@@ -242,6 +244,8 @@ class Node:
                 notify(f"READY=1\nSTATUS=API at {self._http_url}")
                 await self._stop.wait()
                 notify("STOPPING=1")
+                await self._departure.prepare(self.changed)
+            self._closing.set()
             log.info("leaving the cluster")
             await self.gossip.leave(LEAVE_DEADLINE_S)
             await self._http_done.wait()
@@ -267,8 +271,12 @@ class Node:
         finally:
             path.unlink(missing_ok=True)
 
-    def stop(self) -> None:
+    def stop(self, *, now: bool = False) -> float:
+        """Begin to leave; returns how many seconds others are waited for at most."""
         self._stop.set()
+        if now:
+            self._departure.hurry()
+        return 0.0 if now else self.settings.leave_timeout
 
     @property
     def ingress(self) -> ChatIngress:
@@ -310,6 +318,7 @@ class Node:
                 now=time.time(),
             ),
             added=self.added.views(),
+            waits_for=self._departure.waits_for,
         )
 
     async def doctor(self) -> Report:
@@ -367,14 +376,23 @@ class Node:
         record = self.gossip.record
         return NodeOffer(id=record.id, memory=record.memory, max_layers=record.max_layers)
 
-    def _on_audit(self, problem: str) -> None:
-        self.gossip.update(problem=problem)
+    def _on_problem(self, source: str, problem: str) -> None:
+        """What `source` finds wrong with this node now, empty if nothing."""
+        self._problems[source] = problem
+        found = "; ".join(filter(None, self._problems.values()))
+        self.gossip.update(problem=found[:2000])
 
     def _on_stages(self, reports: tuple[StageReport, ...]) -> None:
         self.gossip.update(stages=reports)
 
     async def _persist(self, incarnation: int, term: int) -> None:
-        await self._save(incarnation=incarnation, term=term)
+        try:
+            await self._save(incarnation=incarnation, term=term)
+        except OSError as error:
+            reason = error.strerror or error
+            self._on_problem("disk", f"cannot write to {self.settings.data_dir}: {reason}")
+            raise
+        self._on_problem("disk", "")
 
     async def _save(self, **changes: object) -> None:
         async with self._saving:
@@ -399,7 +417,7 @@ class Node:
 
     def _occupied(self) -> bool:
         loading = any(stage.state == "loading" for stage in self.gossip.record.stages)
-        return loading or self.sharing.under_way or self._heads_run()
+        return loading or self._sharing.under_way or self._heads_run()
 
     def _heads_run(self) -> bool:
         return self.heads.running > 0 or self.heads.waiting > 0
@@ -407,19 +425,9 @@ class Node:
     def _serves_now(self) -> bool:
         return self._heads_run() or self._survey.frames_come
 
-    def _pin(self, name: str) -> Pin:
-        """What the plan in force means by a model's name."""
-        plan = self.plans.plan
-        model = next((model for model in plan.models if model.name == name), None) if plan else None
-        return Pin(model.fingerprint, model.revision) if model else Pin()
-
-    def _files_changed(self) -> None:
-        self._held.forget()
-        self.changed.notify()
-
     def _expects(self, peer: str, frame: Frame) -> bool:
         if isinstance(frame, Weights):
-            return self.sharing.expects(peer, frame)
+            return self._sharing.expects(peer, frame)
         return self.stages.expects(peer, frame)
 
     async def _on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
@@ -427,7 +435,7 @@ class Node:
             self._survey.meter.arrived(peer, frame)
             return
         if isinstance(frame, Weights):
-            self.sharing.arrived(peer, frame, body)
+            self._sharing.arrived(peer, frame, body)
             return
         self._survey.frame_arrived()
         match frame:
@@ -445,29 +453,9 @@ class Node:
                 self.heads.cancel(peer, frame)
 
 
-async def _stop_on_signal(stop: Callable[[], None]) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        seen = 0
-        async for number in signals:
-            seen += 1
-            if seen > 1 and number == signal.SIGINT:
-                # Executor processes see their pipe close and end by themselves.
-                os._exit(130)
-            stop()
-
-
-def _for_people(group: BaseExceptionGroup[BaseException]) -> Exception | None:
-    """The first exception in `group` whose message is meant for people."""
-    for error in group.exceptions:
-        if isinstance(error, (StartupError, identity.IdentityError)):
-            return error
-        if isinstance(error, BaseExceptionGroup) and (found := _for_people(error)):
-            return found
-    return None
-
-
 async def run(settings: Settings, *, started: Callable[[Started], None]) -> None:
-    """Run a daemon until SIGINT, SIGTERM or `Node.stop`; a second SIGINT ends it at once.
+    """Run a daemon until SIGINT, SIGTERM or `Node.stop`; a second signal has it wait for nothing
+    any more, and a third SIGINT ends it without a goodbye.
 
     Raises `IdentityError` and `StartupError` with a message for people.
     """
@@ -475,7 +463,7 @@ async def run(settings: Settings, *, started: Callable[[Started], None]) -> None
     try:
         await _run(settings, started)
     except BaseExceptionGroup as group:
-        error = _for_people(group)
+        error = for_people(group)
         if error is None:
             raise
         raise error from None
@@ -484,14 +472,20 @@ async def run(settings: Settings, *, started: Callable[[Started], None]) -> None
 async def _run(settings: Settings, started: Callable[[Started], None]) -> None:
     with identity.lock_data_dir(settings.files.lock):
         who = identify(settings)
+        starting = trio.CancelScope()
+        node: Node | None = None
+
+        def stop(now: bool) -> None:
+            if node is None:
+                starting.cancel()
+            else:
+                node.stop(now=now)
+
         async with trio.open_nursery() as nursery:
-            starting = trio.CancelScope()
-            stop: Callable[[], None] = starting.cancel
-            nursery.start_soon(_stop_on_signal, lambda: stop())
+            nursery.start_soon(stop_on_signal, stop)
             with starting:
                 device = await measured_device(settings)
             if not starting.cancelled_caught:
                 node = Node(settings, who, device)
-                stop = node.stop
                 await node.run(started)
             nursery.cancel_scope.cancel()
