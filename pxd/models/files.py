@@ -4,6 +4,7 @@ Everything here blocks and belongs into a worker thread.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,8 @@ from pxd.models.fingerprint import fingerprint
 from pxd.models.journal import Journal, journal_path
 from pxd.models.manifest import Manifest, describe_metadata, describe_weights, metadata_files
 from pxd.models.safetensors import read_header
+
+log = logging.getLogger("pxd.models")
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -89,7 +92,10 @@ class ModelFiles:
                     digest = news[chunk.number] = digest_of(read_chunk(opened, chunk))
                 found.append(digest)
         if news:
-            journal.put(news)
+            try:
+                journal.put(news)
+            except OSError as error:
+                log.info("the digests of %s cannot be remembered: %s", file, error)
         return found
 
     def read(self, file: str, chunks: Iterable[Chunk]) -> bytes:

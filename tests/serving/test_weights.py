@@ -15,11 +15,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from pxd.models import files
 from pxd.models.chunks import CHUNK_BYTES
 from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError
 from pxd.models.files import ModelFiles
-from pxd.models.journal import SIDE_DIRECTORY
+from pxd.models.journal import SIDE_DIRECTORY, Journal
 from pxd.models.manifest import Manifest
 from pxd.models.safetensors import read_header
 from pxd.p2p.network import CallFailed, Method
@@ -277,6 +278,36 @@ async def test_after_a_crash_what_is_here_is_read_again(
     assert 0 < sum(node.received.values()) <= CHUNK_BYTES
 
 
+@pytest.mark.parametrize("keep", [10, -10], ids=["no header", "too short"])
+async def test_files_that_were_damaged_here_come_again(
+    clock: MockClock, source: Path, tmp_path: Path, keep: int
+) -> None:
+    cluster = Lenders(tmp_path, "anna", "ben")
+    cluster.give("anna", source)
+    node = cluster.nodes["ben"]
+    async with cluster.running():
+        fetched = await node.fetch(0, LAYERS)
+        [shard, _] = sorted(fetched.glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:keep])
+        node.received.clear()
+        check(await node.fetch(0, LAYERS), source, 0, LAYERS)
+    assert sum(node.received.values()) < (source / shard.name).stat().st_size + CHUNK_BYTES
+
+
+async def test_a_source_whose_disk_is_full_lends_all_the_same(
+    clock: MockClock, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(Journal):
+        def put(self, digests: dict[int, bytes]) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "Journal", FullDisk)
+    cluster = Lenders(tmp_path, "anna", "ben")
+    cluster.give("anna", source)
+    async with cluster.running():
+        check(await cluster.nodes["ben"].fetch(0, LAYERS), source, 0, LAYERS)
+
+
 async def test_nodes_that_fetch_give_on_what_they_have(
     clock: MockClock, source: Path, tmp_path: Path
 ) -> None:
@@ -395,8 +426,8 @@ Lie = Literal["its name twice", "another revision", "short digests", "other byte
 
 async def lie(lies: Lie, network: MemoryNetwork, honest: Path, scratch: Path) -> None:
     """Serve `honest` as a source does, but for one thing."""
-    files = ModelFiles(honest, scratch)
-    manifest = files.manifest
+    opened = ModelFiles(honest, scratch)
+    manifest = opened.manifest
     if lies == "its name twice":
         manifest = msgspec.structs.replace(manifest, files=manifest.files * 2)
     elif lies == "another revision":
@@ -406,13 +437,13 @@ async def lie(lies: Lie, network: MemoryNetwork, honest: Path, scratch: Path) ->
         return manifest
 
     async def on_digests(peer: str, request: DigestsOf) -> Digests:
-        chunks = [files.chunk(request.which.file, number) for number in request.chunks]
-        digests = b"".join(files.digests(request.which.file, chunks))
+        chunks = [opened.chunk(request.which.file, number) for number in request.chunks]
+        digests = b"".join(opened.digests(request.which.file, chunks))
         return Digests(digests[:31] if lies == "short digests" else digests)
 
     async def on_chunks(peer: str, request: ReadChunks) -> Sent:
-        chunks = [files.chunk(request.which.file, number) for number in request.chunks]
-        data = files.read(request.which.file, chunks)
+        chunks = [opened.chunk(request.which.file, number) for number in request.chunks]
+        data = opened.read(request.which.file, chunks)
         if lies == "other bytes":
             data = bytes(len(data))
         if lies != "nothing":
@@ -420,7 +451,7 @@ async def lie(lies: Lie, network: MemoryNetwork, honest: Path, scratch: Path) ->
         return Sent(busy=False)
 
     async def on_small(peer: str, request: ReadSmall) -> Sent:
-        data = files.read_small(request.which.file, request.offset, request.size)
+        data = opened.read_small(request.which.file, request.offset, request.size)
         if lies == "other bytes":
             data = bytes(len(data))
         await network.send(peer, Weights(number=request.number, size=len(data)), data)

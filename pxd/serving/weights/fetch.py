@@ -28,7 +28,6 @@ log = logging.getLogger("pxd.serving.weights")
 OPEN_TIMEOUT_S = 30.0
 MOST_SOURCES = 8
 
-
 ResultT = TypeVar("ResultT")
 
 
@@ -208,7 +207,7 @@ class WeightsFetch:
         self, name: str, fingerprint: str, start: int, end: int | None, progress: Progress
     ) -> Path:
         directory = await _in_thread(partial(self._store.find, name, fingerprint))
-        if directory is None:
+        if directory is None or not await _in_thread(partial(_is_sound, directory)):
             progress(0.0, "fetching configuration and tokenizer")
             directory = await self._metadata(name, fingerprint)
         checkpoint = await _in_thread(partial(describe_checkpoint, directory))
@@ -276,8 +275,16 @@ def _small(which: Which, offset: int, size: int, number: int) -> ReadSmall:
 
 
 def _has(path: Path, file: MetadataFile) -> bool:
-    return (
-        path.is_file()
-        and path.stat().st_size == file.size
-        and (digest_of(path.read_bytes()) == file.digest)
-    )
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    return digest_of(path.read_bytes()) == file.digest
+
+
+def _is_sound(directory: Path) -> bool:
+    """Whether what came before can be built upon; single files are compared when they are not."""
+    try:
+        describe_checkpoint(directory)
+    except ModelError as error:
+        log.warning("what is here of a model is damaged, and comes again: %s", error)
+        return False
+    return True
