@@ -249,7 +249,7 @@ trio.run(main, Path(sys.argv[1]))
 async def test_a_process_killed_at_half_resumes(
     clock: MockClock, source: Path, tmp_path: Path
 ) -> None:
-    whole = LAYERS * LAYER_BYTES
+    whole = sum(map(len, tensors(source).values()))
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
