@@ -1,6 +1,6 @@
 """Checks one architecture: any pipeline and any batch must give what mlx-lm gives for one request.
 
-    python -m tests.executors.architecture_check ARCHITECTURE DIRECTORY [--dtype …] [--quantize] …
+    python -m tests.executors.architecture_check ARCHITECTURE DIRECTORY [--dtype …] [--quantize 4] …
 
 Runs in a process of its own for the reason given in `tests.tiny_models`. Exits 0 if all is well.
 """
@@ -13,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from pxd.executors.mlx.batch import can_take_back
 from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.loader import load_stage
-from pxd.executors.protocol import ModelDescription
+from pxd.executors.mlx.prefixes import can_share_prefixes
+from pxd.executors.mlx.trial import supports_batches
+from pxd.executors.protocol import ExecutorError, ModelDescription
 from pxd.models.describe import describe_checkpoint
+from tests.executors.architecture_table import REASON_CHARACTERS, Row
 from tests.executors.pipeline import Pipeline
-from tests.tiny_models import VOCABULARY, make_in_process
+from tests.tiny_models import QUANTIZATIONS, VOCABULARY, make_in_process
 
 # Longer than the sliding windows of the tiny models, and the shortest there is.
 PROMPTS = [list(range(5, 40)), [77]]
@@ -66,6 +71,7 @@ def check_numbers(path: Path, description: ModelDescription, model: Any) -> None
         for begin, end in ((0, 20), (20, 21), (21, 35)):
             tokens = mx.array([PROMPTS[0][begin:end]])
             wanted = model(tokens, cache=whole)
+            assert mx.isfinite(wanted).all().item(), "the whole model computes no numbers"
             got = tokens
             for stage, caches in zip(stages, parts, strict=True):
                 got = stage.forward(got, caches)
@@ -171,15 +177,42 @@ def check_guesses(path: Path, description: ModelDescription, model: Any, *, trim
                 place += right
 
 
+def try_out(architecture: str, directory: Path) -> Row:
+    """What the table says about it. Raises `AssertionError` where stages compute otherwise."""
+    path = make_in_process(architecture, directory)
+    try:
+        description = describe(path)
+    except ExecutorError as error:
+        return Row(name=architecture, reason=str(error)[:REASON_CHARACTERS])
+    model, _ = load_model(path)
+    check_alone(path, description, model)
+    check_numbers(path, description, model)
+    whole = load_stage(path, describe_checkpoint(path), 0, description.layers, lambda _: None)
+    caches = whole.stage.make_caches()
+    return Row(
+        name=architecture,
+        layers=description.layers,
+        cuts=description.splits,
+        batches=supports_batches(whole.stage, whole.dtype),
+        prefixes=can_share_prefixes(caches),
+        guesses=can_take_back(caches),
+        reason=description.unsupported,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("architecture")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--quantize", action="store_true")
+    parser.add_argument("--quantize", default="", choices=QUANTIZATIONS)
     parser.add_argument("--splits", default="1,2,3,4,5", help="cuts that must be allowed")
+    parser.add_argument("--row", action="store_true", help="print what the table says of it")
     arguments = parser.parse_args()
+    if arguments.row:
+        print(msgspec.json.encode(try_out(arguments.architecture, arguments.directory)).decode())
+        return
     path = make_in_process(
         arguments.architecture,
         arguments.directory,
