@@ -12,6 +12,7 @@ from pxd.models.errors import ModelError
 from pxd.models.pieces import Pieces
 from pxd.models.thinking import Thoughts, markers_of
 
+_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "tekken.json", "*.model", "*.tiktoken", "*.bpe")
 _LAST_TOKENS = 16
 """Of a prompt, enough to hold the longest marker of thoughts."""
 
@@ -133,6 +134,12 @@ class ChatTokenizer:
 
 
 def _load_tokenizer(path: Path) -> Any:
+    # Where there is none, transformers makes an empty one up for some models.
+    if not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{path} has no tokenizer; put tokenizer.json and tokenizer_config.json of the model "
+            "there that it was made from"
+        )
     # Or the import warns about frameworks that nobody here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from huggingface_hub.errors import StrictDataclassError
@@ -151,4 +158,7 @@ def _load_tokenizer(path: Path) -> Any:
             return load(config=PreTrainedConfig.from_pretrained(str(path), local_files_only=True))
     except Exception as error:
         # Tokenizers of all makers run here, and a bad one must not end the daemon.
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+        raise ModelError(
+            f"the tokenizer in {path} cannot be loaded; fetch it again or put that of the model "
+            f"there that it was made from: {error}"
+        ) from error

@@ -42,7 +42,10 @@ class ModelSource:
         async with self._describing:
             if name not in self._descriptions:
                 path = await _in_thread(catalog.fetch_metadata, name)
-                self._descriptions[name] = await self._describe(path)
+                description = await self._describe(path)
+                # Without it no node could take a request: that is said before anything is loaded.
+                await self.tokenizer(name)
+                self._descriptions[name] = description
             return self._descriptions[name]
 
     async def cost(self, name: str) -> ModelCost:

@@ -228,7 +228,11 @@ async def test_descriptions_say_what_can_be_split(tmp_path: Path) -> None:
         ({"model_type": "cache"}, "cannot run cache"),
         ({"model_type": "olmo"}, "cannot run olmo"),
         ({"model_file": "evil.py"}, "its own code"),
-        ({"num_attention_heads": "four"}, "cannot build"),
+        ({}, "lacks intermediate_size, num_attention_heads, rms_norm_eps, which llama"),
+        (
+            {"intermediate_size": 8, "rms_norm_eps": 0.1, "num_attention_heads": "four"},
+            "cannot build",
+        ),
     ],
 )
 async def test_what_mlx_lm_cannot_build_is_refused(

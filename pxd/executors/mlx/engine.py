@@ -81,6 +81,12 @@ class MlxEngine:
                 f"(fingerprint {checkpoint.fingerprint[:12]}, not {spec.fingerprint[:12]}); "
                 "put the same model on every node"
             )
+        absent = sorted(set(checkpoint.files_for(spec.start, spec.end)) & set(checkpoint.missing))
+        if absent:
+            raise ExecutorError(
+                f"{spec.path} lacks {', '.join(absent)}, which its index names; "
+                "fetch the model again"
+            )
         maybe_set_recommended_wired_limit()
         try:
             loaded = load_stage(Path(spec.path), checkpoint, spec.start, spec.end, progress)
