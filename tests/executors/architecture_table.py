@@ -67,7 +67,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     def line(self) -> str:
         marks = ["yes" if mark else "-" for mark in (self.batches, self.prefixes, self.guesses)]
         reason = self.reason.replace("|", r"\|")
-        return " | ".join((f"| {self.name}", self.where, *marks, f"{reason} |".lstrip()))
+        return f"| {' | '.join((self.name, self.where, *marks, reason))} |"
 
 
 def architectures() -> list[str]:
@@ -89,8 +89,10 @@ def _is_class(node: ast.stmt) -> bool:
 
 def cells(table: str) -> dict[str, list[str]]:
     """Name to the other columns of each row."""
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    return {name: columns for name, *columns in rows[1:]}
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split(" |")] for line in lines]
+    rows = [[row[0].removeprefix("| "), *row[1:-1]] for row in rows]
+    return {name: columns for name, *columns in rows[2:]}
 
 
 def render(rows: Iterable[Row]) -> str:

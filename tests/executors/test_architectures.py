@@ -24,7 +24,9 @@ CHECKS = [
     "olmo_hybrid",
     "gemma2",
     "rwkv7 --splits=",
-    "qwen3 --quantize --dtype bfloat16 --shards 2",
+    "qwen3 --quantize 4 --dtype bfloat16 --shards 2",
+    "llama --quantize 8 --dtype bfloat16",
+    "qwen3_moe --quantize mxfp4",
     "gemma3_text --dtype bfloat16",
     "llama --dtype float16",
 ]
