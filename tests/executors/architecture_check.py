@@ -187,8 +187,11 @@ def try_out(architecture: str, directory: Path) -> Row:
     model, _ = load_model(path)
     check_alone(path, description, model)
     check_numbers(path, description, model)
+    check_batches(path, description, model)
+    check_random_batches(path, description, model)
     whole = load_stage(path, describe_checkpoint(path), 0, description.layers, lambda _: None)
     caches = whole.stage.make_caches()
+    check_guesses(path, description, model, trims=can_take_back(caches))
     return Row(
         name=architecture,
         layers=description.layers,

@@ -2,8 +2,8 @@
 
     python -m tests.executors.architecture_table [ARCHITECTURE …]
 
-Without names it writes `TABLE`. Every architecture is tried in a process of its own, for the reason
-given in `tests.tiny_models`.
+With names only their rows are made anew. Every architecture is tried in a process of its own, for
+the reason given in `tests.tiny_models`.
 """
 
 import ast
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -35,7 +35,8 @@ and so must the tokens.
 
 - **Cuts**: where a model may be divided among nodes: before any layer, only before some (named for
   the tiny model), or nowhere, which means that it is served whole.
-- **Batches**: requests decode together; without, one after the other in each step.
+- **Batches**: requests decode together, each with the tokens it gets alone; without, one after the
+  other in each step.
 - **Prefixes**: a request can begin with KV that another one has left.
 - **Guesses**: several tokens of a request can be tried in one step (speculation).
 
@@ -87,18 +88,25 @@ def _is_class(node: ast.stmt) -> bool:
     return isinstance(node, ast.ClassDef)
 
 
+def lines_of(table: str) -> dict[str, str]:
+    """Name to the line of each row."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
+
+
 def cells(table: str) -> dict[str, list[str]]:
     """Name to the other columns of each row."""
-    lines = [line for line in table.splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line.split(" |")] for line in lines]
-    rows = [[row[0].removeprefix("| "), *row[1:-1]] for row in rows]
-    return {name: columns for name, *columns in rows[2:]}
+    return {
+        name: [cell.strip() for cell in line.split(" |")[1:-1]]
+        for name, line in lines_of(table).items()
+    }
 
 
-def render(rows: Iterable[Row]) -> str:
+def render(lines: Mapping[str, str]) -> str:
     titles = "| Architecture | Cuts | Batches | Prefixes | Guesses | Why not |"
-    lines = [titles, "| --- | --- | --- | --- | --- | --- |", *(row.line for row in rows)]
-    return HEADER.format(version=version("mlx-lm")) + "\n".join(lines) + "\n"
+    rows = [lines[name] for name in sorted(lines, key=str.lower)]
+    body = "\n".join([titles, "| --- | --- | --- | --- | --- | --- |", *rows])
+    return HEADER.format(version=version("mlx-lm")) + body + "\n"
 
 
 def try_out(name: str) -> Row:
@@ -119,20 +127,20 @@ def try_out(name: str) -> Row:
 
 def main(names: Sequence[str]) -> int:
     wanted = list(names) or sorted(set(CONFIGS) & set(architectures()), key=str.lower)
-    rows, failures = [], []
+    lines = lines_of(TABLE.read_text()) if names and TABLE.exists() else {}
+    failures = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for name, future in [(name, pool.submit(try_out, name)) for name in wanted]:
             try:
-                rows.append(future.result())
-                print(rows[-1].line, flush=True)
+                lines[name] = future.result().line
+                print(lines[name], flush=True)
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 failures.append(name)
                 print(f"| {name} | FAILED | {error}", flush=True)
     if failures:
         print(f"no table: {', '.join(failures)} failed", file=sys.stderr)
         return 1
-    if not names:
-        TABLE.write_text(render(rows))
+    TABLE.write_text(render(lines))
     return 0
 
 

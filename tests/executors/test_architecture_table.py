@@ -10,7 +10,15 @@ import sys
 import msgspec
 import pytest
 
-from tests.executors.architecture_table import ROOT, TABLE, Row, architectures, cells, render
+from tests.executors.architecture_table import (
+    ROOT,
+    TABLE,
+    Row,
+    architectures,
+    cells,
+    lines_of,
+    render,
+)
 from tests.tiny_configs import CONFIGS
 
 TIMEOUT_S = 300
@@ -28,7 +36,10 @@ def test_what_is_written_can_be_read() -> None:
     every = Row(name="b", layers=3, cuts=(1, 2), guesses=True)
     none = Row(name="c", layers=3, cuts=(), reason="it crosses a|b")
     never = Row(name="d", reason="no code")
-    assert cells(render([some, every, none, never])) == {
+    rows = {row.name: row.line for row in (never, some, none, every)}
+    table = render(rows)
+    assert list(lines_of(table).values()) == [row.line for row in (some, every, none, never)]
+    assert cells(table) == {
         "a": ["2, 4 of 6", "yes", "-", "-", ""],
         "b": ["any layer", "-", "-", "yes", ""],
         "c": ["nowhere", "-", "-", "-", r"it crosses a\|b"],

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from pxd.executors.mlx.layers import CannotSplit
 from pxd.executors.mlx.skeleton import make_skeleton
 from pxd.executors.mlx.split import SplitPlan, plan_split
-from pxd.executors.mlx.stage import WholeModel
+from pxd.executors.mlx.stage import vocabulary_of
 from pxd.executors.protocol import ExecutorError, ModelDescription
 from pxd.models.config import CONTEXT_NAMES
 from pxd.models.describe import Checkpoint, describe_checkpoint
@@ -60,11 +60,10 @@ def _plan(model: nn.Module, checkpoint: Checkpoint) -> SplitPlan:
                 f"its code has {plan.layers} layers, its configuration {checkpoint.layers}"
             )
     except CannotSplit as error:
-        whole = WholeModel(model, checkpoint.layers, checkpoint.hidden_size or 0)
         return SplitPlan(
-            layers=whole.layers,
-            hidden_size=whole.hidden_size,
-            vocabulary=whole.vocabulary,
+            layers=checkpoint.layers,
+            hidden_size=checkpoint.hidden_size or 0,
+            vocabulary=vocabulary_of(model),
             splits=(),
             reason=f"{checkpoint.architecture} cannot be split: {error}",
         )

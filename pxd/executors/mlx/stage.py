@@ -37,16 +37,20 @@ class Stage(Protocol):
         """
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """How many logits a model computes for each position; nothing is evaluated."""
+    logits = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    return int(logits.shape[-1])
+
+
 class WholeModel:
     """The stage that is the whole model; works for every mlx-lm architecture."""
 
     first = last = True
 
-    def __init__(self, model: nn.Module, layers: int, hidden_size: int) -> None:
+    def __init__(self, model: nn.Module, layers: int, hidden_size: int, vocabulary: int) -> None:
         self.model = model
-        self.layers, self.hidden_size = layers, hidden_size
-        logits = model(mx.zeros((1, 1), mx.int32), cache=self.make_caches())
-        self.vocabulary = logits.shape[-1]
+        self.layers, self.hidden_size, self.vocabulary = layers, hidden_size, vocabulary
 
     def make_caches(self) -> Caches:
         return make_prompt_cache(self.model)
