@@ -657,7 +657,6 @@ _CHANGES: dict[str, Config] = {
         "tie_word_embeddings": True,
     },
     "rwkv7": {
-        "num_hidden_layers": 4,
         "norm_eps": 1e-5,
         "a_low_rank_dim": 16,
         "v_low_rank_dim": 16,

@@ -22,11 +22,13 @@ from pxd.executors.mlx.batch import can_take_back
 from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.loader import load_stage
 from pxd.executors.mlx.prefixes import can_share_prefixes
+from pxd.executors.mlx.skeleton import model_classes
 from pxd.executors.mlx.trial import supports_batches
 from pxd.executors.protocol import ExecutorError, ModelDescription
 from pxd.models.describe import describe_checkpoint
 from tests.executors.architecture_table import REASON_CHARACTERS, Row
 from tests.executors.pipeline import Pipeline
+from tests.tiny_configs import CONFIGS
 from tests.tiny_models import QUANTIZATIONS, VOCABULARY, make_in_process
 
 # Longer than the sliding windows of the tiny models, and the shortest there is.
@@ -60,7 +62,7 @@ def check_alone(path: Path, description: ModelDescription, model: Any) -> None:
 def check_numbers(path: Path, description: ModelDescription, model: Any) -> None:
     """Logits at every position of a chunked prompt, bit by bit: tokens alone may hide much."""
     checkpoint = describe_checkpoint(path)
-    for cuts in choose_cuts(description)[1:]:
+    for cuts in [[cut] for cut in description.splits] + choose_cuts(description)[2:]:
         bounds = [0, *cuts, description.layers]
         stages = [
             load_stage(path, checkpoint, start, end, lambda _: None).stage
@@ -179,8 +181,9 @@ def check_guesses(path: Path, description: ModelDescription, model: Any, *, trim
 
 def try_out(architecture: str, directory: Path) -> Row:
     """What the table says about it. Raises `AssertionError` where stages compute otherwise."""
-    path = make_in_process(architecture, directory)
     try:
+        model_classes(CONFIGS[architecture])
+        path = make_in_process(architecture, directory)
         description = describe(path)
     except ExecutorError as error:
         return Row(name=architecture, reason=str(error)[:REASON_CHARACTERS])

@@ -22,7 +22,7 @@ from pxd.executors.mlx.passes import Passes, parts_of
 from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
 from pxd.executors.mlx.split import cache_token_bytes
 from pxd.executors.mlx.stage import Caches, Stage
-from pxd.executors.mlx.tensors import from_wire, to_wire
+from pxd.executors.mlx.tensors import from_wire, mlx_dtype, to_wire
 from pxd.executors.mlx.tier import Tier, open_tier
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches
 from pxd.executors.mlx.trouble import code_of
@@ -108,7 +108,7 @@ class MlxEngine:
             hidden_size=loaded.stage.hidden_size,
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
-            hidden_bytes=loaded.stage.hidden_size * loaded.dtype.size,
+            hidden_bytes=loaded.stage.width(loaded.dtype, incoming=False) * loaded.dtype.size,
             prefix_cache=self._prefixes is not None,
             tier_slots=self._tier.slots if self._tier else 0,
             trims=self._trims,
@@ -206,7 +206,9 @@ class MlxEngine:
         if stage.first:
             check_tokens(step, body, stage.vocabulary)
         else:
-            check_hidden(step, body, stage.hidden_size)
+            dtype = step.tensor.dtype
+            width = 0 if dtype == "i32" else stage.width(mlx_dtype(dtype), incoming=True)
+            check_hidden(step, body, width)
 
     def _check_guesses(self, step: Step) -> None:
         rows = [row for row in step.rows if row.draws > 1]
@@ -255,7 +257,9 @@ class MlxEngine:
         found.sort(key=lambda pair: pair[0].begin)
         hidden = [output for _, output in found]
         whole = hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
-        return to_wire(whole, self._coding)
+        carries = whole.shape[-1] > passes.stage.hidden_size
+        # One scale would have to do for all columns, and not all are of one size.
+        return to_wire(whole, None if carries else self._coding)
 
 
 def _checkpoint_of(spec: LoadSpec) -> Checkpoint:

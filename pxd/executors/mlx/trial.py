@@ -41,7 +41,8 @@ def dummy_inputs(stage: Stage, batch: int, length: int, dtype: mx.Dtype) -> mx.a
     key = mx.random.key(length)
     if stage.first:
         return mx.random.randint(0, stage.vocabulary, (batch, length), key=key)
-    return mx.random.normal((batch, length, stage.hidden_size), key=key).astype(dtype)
+    width = stage.width(dtype, incoming=True)
+    return mx.random.normal((batch, length, width), key=key).astype(dtype)
 
 
 def _merge(alone: Sequence[Caches]) -> Caches:
