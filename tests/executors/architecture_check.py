@@ -179,14 +179,32 @@ def check_guesses(path: Path, description: ModelDescription, model: Any, *, trim
                 place += right
 
 
-def try_out(architecture: str, directory: Path) -> Row:
-    """What the table says about it. Raises `AssertionError` where stages compute otherwise."""
+def print_row(architecture: str, directory: Path, what: str) -> None:
+    """What the table says about it, "described" only or with all checks; or "unsplit", whether
+    mlx-lm itself runs it. Raises `AssertionError` where stages compute otherwise."""
     try:
         model_classes(CONFIGS[architecture])
         path = make_in_process(architecture, directory)
         description = describe(path)
     except ExecutorError as error:
-        return Row(name=architecture, reason=str(error)[:REASON_CHARACTERS])
+        row = Row(name=architecture, reason=str(error)[:REASON_CHARACTERS])
+    else:
+        row = Row(
+            name=architecture,
+            layers=description.layers,
+            cuts=description.splits,
+            reason=description.unsupported,
+        )
+        if what == "unsplit":
+            model, _ = load_model(path)
+            for prompt in PROMPTS:
+                expected(model, prompt, COUNT)
+        elif what == "row":
+            row = checked(row, path, description)
+    print(msgspec.json.encode(row).decode())
+
+
+def checked(row: Row, path: Path, description: ModelDescription) -> Row:
     model, _ = load_model(path)
     check_alone(path, description, model)
     check_numbers(path, description, model)
@@ -195,14 +213,11 @@ def try_out(architecture: str, directory: Path) -> Row:
     whole = load_stage(path, describe_checkpoint(path), 0, description.layers, lambda _: None)
     caches = whole.stage.make_caches()
     check_guesses(path, description, model, trims=can_take_back(caches))
-    return Row(
-        name=architecture,
-        layers=description.layers,
-        cuts=description.splits,
+    return msgspec.structs.replace(
+        row,
         batches=supports_batches(whole.stage, whole.dtype),
         prefixes=can_share_prefixes(caches),
         guesses=can_take_back(caches),
-        reason=description.unsupported,
     )
 
 
@@ -214,10 +229,10 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--quantize", default="", choices=QUANTIZATIONS)
     parser.add_argument("--splits", default="1,2,3,4,5", help="cuts that must be allowed")
-    parser.add_argument("--row", action="store_true", help="print what the table says of it")
+    parser.add_argument("--print", choices=("row", "described", "unsplit"), help="for the table")
     arguments = parser.parse_args()
-    if arguments.row:
-        print(msgspec.json.encode(try_out(arguments.architecture, arguments.directory)).decode())
+    if arguments.print:
+        print_row(arguments.architecture, arguments.directory, arguments.print)
         return
     path = make_in_process(
         arguments.architecture,
