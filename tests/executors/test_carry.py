@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from pxd.executors.mlx.carry import Carried, arrays_in, at, columns, layout_of, pack, put, unpack
+from pxd.executors.protocol import StepRejected
+from pxd.executors.rows import FRAME_BYTES, check_output
+from pxd.wire import Row, Step, Tensor
 
 USES = ((1, (1,)),)
 VALUES = [
@@ -104,3 +107,17 @@ def test_arrays_are_found_and_replaced_wherever_they_are() -> None:
     assert (given[1], given[2][1], named["mask"]) == (None, 7, "causal")
     assert named["blocks"].eps == bundle.eps
     np.testing.assert_array_equal(np.array(bundle.raw), [1.0])
+
+
+def test_steps_whose_output_fits_into_no_frame_are_to_be_smaller() -> None:
+    step = Step(
+        pipeline="p",
+        session=1,
+        step=0,
+        rows=(Row(1, 0, 1024, 0), Row(2, 9, 1024, 1)),
+        tensor=Tensor("i32", (2048,)),
+    )
+    check_output(step, FRAME_BYTES // 2048)
+    with pytest.raises(StepRejected, match="256 MiB that go into one frame") as caught:
+        check_output(step, FRAME_BYTES // 2048 + 1)
+    assert (caught.value.code, caught.value.requests) == ("out-of-memory", (1, 2))

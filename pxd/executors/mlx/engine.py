@@ -39,6 +39,7 @@ from pxd.executors.rows import (
     check_capacity,
     check_copies,
     check_hidden,
+    check_output,
     check_rows,
     check_tokens,
     requests_of,
@@ -67,6 +68,7 @@ class MlxEngine:
         self._trims = False
         self._kv_tokens: int | None = None
         self._layers = 0, 0
+        self._hidden_bytes = 0
         self._coding: Coding | None = None
         self._steps = 0
 
@@ -93,6 +95,8 @@ class MlxEngine:
         token_bytes = sum(cache_token_bytes(cache) for cache in caches)
         kv_bytes = kv_room(spec.kv_bytes, free_memory(), token_bytes * BLOCK_TOKENS, _advice())
         self._layers = spec.start, spec.end
+        width = loaded.stage.width(loaded.dtype, incoming=False)
+        self._hidden_bytes = width * loaded.dtype.size
         self._passes = Passes(loaded.stage, batching=batching)
         if can_share_prefixes(loaded.stage.make_caches()):
             self._prefixes = PrefixStore(self._requests)
@@ -108,7 +112,7 @@ class MlxEngine:
             hidden_size=loaded.stage.hidden_size,
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
-            hidden_bytes=loaded.stage.width(loaded.dtype, incoming=False) * loaded.dtype.size,
+            hidden_bytes=self._hidden_bytes,
             prefix_cache=self._prefixes is not None,
             tier_slots=self._tier.slots if self._tier else 0,
             trims=self._trims,
@@ -209,6 +213,8 @@ class MlxEngine:
             dtype = step.tensor.dtype
             width = 0 if dtype == "i32" else stage.width(mlx_dtype(dtype), incoming=True)
             check_hidden(step, body, width)
+        if not stage.last:
+            check_output(step, self._hidden_bytes)
 
     def _check_guesses(self, step: Step) -> None:
         rows = [row for row in step.rows if row.draws > 1]
