@@ -698,6 +698,8 @@ def _complete(name: str, changes: Config) -> Config:
 CONFIGS: dict[str, Config] = {
     name: _complete(name, changes) for name, changes in _CHANGES.items()
 } | {
+    # Its code differs a little from mamba's.
+    "falcon_mamba": _complete("falcon_mamba", _CHANGES["mamba"]),
     # With one layer, attention over all of a long prompt is computed for its last token only.
     "long_llama": {
         **BASE,

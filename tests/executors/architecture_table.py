@@ -40,6 +40,8 @@ and so must the tokens.
 - **Prefixes**: a request can begin with KV that another one has left.
 - **Guesses**: several tokens of a request can be tried in one step (speculation).
 
+Other names for some of them: {aliases}.
+
 """
 
 
@@ -71,17 +73,31 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return f"| {' | '.join((self.name, self.where, *marks, reason))} |"
 
 
-def architectures() -> list[str]:
-    """Modules of mlx-lm that have a model; nothing is imported."""
+def _package() -> Path:
+    """Where mlx-lm is; nothing of it is imported."""
     spec = find_spec("mlx_lm")
     assert spec is not None
     assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def architectures() -> list[str]:
+    """Modules of mlx-lm that have a model."""
     found = []
-    for path in (Path(spec.origin).parent / "models").glob("*.py"):
+    for path in (_package() / "models").glob("*.py"):
         names = [node.name for node in ast.parse(path.read_text()).body if _is_class(node)]
         if "Model" in names:
             found.append(path.stem)
     return sorted(found)
+
+
+def aliases() -> dict[str, str]:
+    """Names of models that mlx-lm runs with the code of another one."""
+    for node in ast.parse((_package() / "utils.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL_REMAPPING":
+            found: dict[str, str] = ast.literal_eval(node.value)
+            return found
+    raise AssertionError("mlx-lm has no MODEL_REMAPPING any more")
 
 
 def _is_class(node: ast.stmt) -> bool:
@@ -106,7 +122,8 @@ def render(lines: Mapping[str, str]) -> str:
     titles = "| Architecture | Cuts | Batches | Prefixes | Guesses | Why not |"
     rows = [lines[name] for name in sorted(lines, key=str.lower)]
     body = "\n".join([titles, "| --- | --- | --- | --- | --- | --- |", *rows])
-    return HEADER.format(version=version("mlx-lm")) + body + "\n"
+    others = ", ".join(f"{name} ({code})" for name, code in sorted(aliases().items()))
+    return HEADER.format(version=version("mlx-lm"), aliases=others) + body + "\n"
 
 
 def try_out(name: str) -> Row:

@@ -6,6 +6,7 @@ architectures `test_architectures.py`'s.
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import msgspec
 import pytest
@@ -28,7 +29,9 @@ def test_every_architecture_has_a_row() -> None:
     names = architectures()
     assert len(names) > 100
     assert set(names) <= set(CONFIGS), "tests/tiny_configs.py lacks some"
-    assert set(cells(TABLE.read_text())) == set(names), "run scripts/architectures"
+    table = TABLE.read_text()
+    assert set(cells(table)) == set(names), "run scripts/architectures"
+    assert f"mlx-lm {version('mlx-lm')} " in table, "run scripts/architectures"
 
 
 def test_what_is_written_can_be_read() -> None:
