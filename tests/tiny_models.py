@@ -65,7 +65,16 @@ def make_in_process(
     model.set_dtype(getattr(mx, dtype))
     if quantize:
         config["quantization"] = QUANTIZATIONS[quantize]
-        nn.quantize(model, **QUANTIZATIONS[quantize])
+        size = QUANTIZATIONS[quantize]["group_size"]
+        nn.quantize(
+            model,
+            **QUANTIZATIONS[quantize],
+            class_predicate=lambda _, m: (
+                hasattr(m, "to_quantized")
+                and m.weight.shape[-1] % size == 0
+                and m.weight.shape[-2] > 1
+            ),
+        )
     tied = config.get("text_config", config).get("tie_word_embeddings")
     weights = {
         name: value

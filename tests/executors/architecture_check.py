@@ -62,12 +62,15 @@ def check_alone(path: Path, description: ModelDescription, model: Any) -> None:
 def check_numbers(path: Path, description: ModelDescription, model: Any) -> None:
     """Logits at every position of a chunked prompt, bit by bit: tokens alone may hide much."""
     checkpoint = describe_checkpoint(path)
+    widths = {description.hidden_size} if not description.splits else set()
     for cuts in [[cut] for cut in description.splits] + choose_cuts(description)[2:]:
         bounds = [0, *cuts, description.layers]
         stages = [
             load_stage(path, checkpoint, start, end, lambda _: None).stage
             for start, end in itertools.pairwise(bounds)
         ]
+        dtype = getattr(mx, checkpoint.dtype)
+        widths |= {stage.width(dtype, incoming=False) for stage in stages[:-1]}
         whole = make_prompt_cache(model)
         parts = [stage.make_caches() for stage in stages]
         for begin, end in ((0, 20), (20, 21), (21, 35)):
@@ -78,6 +81,7 @@ def check_numbers(path: Path, description: ModelDescription, model: Any) -> None
             for stage, caches in zip(stages, parts, strict=True):
                 got = stage.forward(got, caches)
             assert mx.array_equal(got, wanted).item(), f"cuts {cuts}, positions {begin} to {end}"
+    assert max(widths) == description.hidden_size, widths
 
 
 class Crowd:

@@ -25,7 +25,7 @@ CHECKS = [
     "gemma2",
     # More than the hidden state crosses cuts, here in other types of numbers.
     "rwkv7",
-    "kimi_k3 --dtype bfloat16",
+    "kimi_k3 --quantize 4 --dtype bfloat16",
     "gemma4_text --splits=1,2",
     "nanbeige --splits=",
     "qwen3 --quantize 4 --dtype bfloat16 --shards 2",

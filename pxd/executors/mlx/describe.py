@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from pxd.executors.mlx.carry import columns
 from pxd.executors.mlx.layers import CannotSplit
 from pxd.executors.mlx.skeleton import make_skeleton
 from pxd.executors.mlx.split import SplitPlan, plan_split
@@ -37,7 +38,7 @@ def describe(path: Path) -> ModelDescription:
     return ModelDescription(
         architecture=checkpoint.architecture,
         layers=checkpoint.layers,
-        hidden_size=plan.hidden_size,
+        hidden_size=plan.hidden_size + _carried_at_most(plan, checkpoint),
         vocabulary=plan.vocabulary,
         context=checkpoint.context or _context_of_code(model),
         layer_bytes=checkpoint.layer_bytes,
@@ -68,6 +69,11 @@ def _plan(model: nn.Module, checkpoint: Checkpoint) -> SplitPlan:
             reason=f"{checkpoint.architecture} cannot be split: {error}",
         )
     return plan
+
+
+def _carried_at_most(plan: SplitPlan, checkpoint: Checkpoint) -> int:
+    dtype = getattr(mx, checkpoint.dtype)
+    return max((columns(carried, dtype) for carried in plan.carried.values()), default=0)
 
 
 def _context_of_code(model: nn.Module) -> int:
