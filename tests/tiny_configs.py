@@ -28,20 +28,24 @@ BASE: Config = {
     "eos_token_id": 257,
 }
 BIASES: Config = {"attention_bias": False, "mlp_bias": False}
-EXPERTS: Config = {
+QWEN_EXPERTS: Config = {
     "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
     "num_experts_per_tok": 2,
-    "num_shared_experts": 1,
-    "n_shared_experts": 1,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
     "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
-    "first_k_dense_replace": 1,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+}
+# All names that there are for the same; models read but their own.
+EXPERTS: Config = {
+    **QWEN_EXPERTS,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
     "moe_layer_freq": 1,
     "n_group": 1,
     "topk_group": 1,
@@ -634,20 +638,20 @@ _CHANGES: dict[str, Config] = {
     },
     "qwen": {"kv_channels": 16, "layer_norm_epsilon": 1e-6, "intermediate_size": 192},
     "qwen2": {},
-    "qwen2_moe": EXPERTS,
+    "qwen2_moe": QWEN_EXPERTS,
     "qwen2_vl": wrapped({"model_type": "qwen2"}),
     "qwen3": {"tie_word_embeddings": True},
     "qwen3_5": wrapped({**QWEN3_5, "model_type": "qwen3_5_text"}),
-    "qwen3_5_moe": wrapped({**QWEN3_5, **EXPERTS, "model_type": "qwen3_5_moe_text"}),
-    "qwen3_moe": EXPERTS,
+    "qwen3_5_moe": wrapped({**QWEN3_5, **QWEN_EXPERTS, "model_type": "qwen3_5_moe_text"}),
+    "qwen3_moe": QWEN_EXPERTS,
     "qwen3_next": {
-        **EXPERTS,
+        **QWEN_EXPERTS,
         **LINEAR_ATTENTION,
         "partial_rotary_factor": 0.5,
         "full_attention_interval": 3,
     },
     "qwen3_vl": wrapped({"model_type": "qwen3"}),
-    "qwen3_vl_moe": wrapped({**EXPERTS, "model_type": "qwen3_moe"}),
+    "qwen3_vl_moe": wrapped({**QWEN_EXPERTS, "model_type": "qwen3_moe"}),
     "recurrent_gemma": {
         "attention_bias": False,
         "conv1d_width": 3,
