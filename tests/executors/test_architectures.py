@@ -27,7 +27,6 @@ CHECKS = [
     "rwkv7",
     "kimi_k3 --quantize 4 --dtype bfloat16",
     "gemma4_text --splits=1,2",
-    "nanbeige --splits=",
     "qwen3 --quantize 4 --dtype bfloat16 --shards 2",
     "llama --quantize 8 --dtype bfloat16",
     "qwen3_moe --quantize mxfp4",

@@ -23,6 +23,7 @@ Caches = list[Any]
 class Stage(Protocol):
     """A loaded part of a model."""
 
+    model: nn.Module
     first: bool
     last: bool
     layers: int

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from pxd.executors.mlx.stage import Caches, Stage
@@ -23,6 +24,9 @@ TOLERANCE_FLOAT32, TOLERANCE = 0.001, 0.03
 
 def supports_batches(stage: Stage, dtype: mx.Dtype) -> bool:
     """Whether requests of different lengths in one batch get what they get alone."""
+    if _chooses_blocks(stage.model):
+        log.info("requests will decode one by one: padding would move the blocks they attend to")
+        return False
     try:
         _try_shapes(stage, dtype)
         error, noise = _try_numbers(stage, dtype)
@@ -34,6 +38,12 @@ def supports_batches(stage: Stage, dtype: mx.Dtype) -> bool:
         log.info("requests will decode one by one; a batch differs by %.3g of the output", error)
         return False
     return True
+
+
+def _chooses_blocks(model: nn.Module) -> bool:
+    """Whether attention goes to chosen blocks of a cache, which are cut by place: with padding they
+    are other ones. That shows only in contexts too long for a trial."""
+    return any(getattr(module, "index_block_size", None) for module in model.modules())
 
 
 def dummy_inputs(stage: Stage, batch: int, length: int, dtype: mx.Dtype) -> mx.array:
