@@ -589,7 +589,9 @@ _CHANGES: dict[str, Config] = {
     },
     "phi": {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "num_key_value_heads": 4},
     "phi3": {},
+    # Its code writes to some ids of its real vocabulary, be they there or not.
     "phi3small": {
+        "vocab_size": 100_352,
         "dense_attention_every_n_layers": 2,
         "ff_intermediate_size": 96,
         "gegelu_limit": 20.0,

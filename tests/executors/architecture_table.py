@@ -129,29 +129,17 @@ def render(lines: Mapping[str, str]) -> str:
 def try_out(name: str) -> Row:
     """Raises `AssertionError` where a model computes something else in stages."""
     with tempfile.TemporaryDirectory() as directory:
-        result = _check(name, directory, "row")
-        if result.returncode < 0 and _check(name, directory, "unsplit").returncode < 0:
-            row = msgspec.json.decode(_output(_check(name, directory, "described")), type=Row)
-            reason = "not checked, for MLX crashes on a CPU, be it in stages or not"
-            return msgspec.structs.replace(row, reason=reason)
-        return msgspec.json.decode(_output(result), type=Row)
-
-
-def _check(name: str, directory: str, print_what: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "tests.executors.architecture_check", name, directory]
-    return subprocess.run(
-        [*command, "--print", print_what],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-
-def _output(result: "subprocess.CompletedProcess[str]") -> str:
-    assert result.returncode == 0, f"{result.args}:\n{result.stderr[-3000:]}"
-    return result.stdout.splitlines()[-1]
+        command = [sys.executable, "-m", "tests.executors.architecture_check", name, directory]
+        result = subprocess.run(
+            [*command, "--row"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    assert result.returncode == 0, f"{name}: {result.returncode}\n{result.stderr[-3000:]}"
+    return msgspec.json.decode(result.stdout.splitlines()[-1], type=Row)
 
 
 def main(names: Sequence[str]) -> int:

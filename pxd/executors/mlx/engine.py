@@ -24,7 +24,7 @@ from pxd.executors.mlx.split import cache_token_bytes
 from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.mlx.tensors import from_wire, mlx_dtype, to_wire
 from pxd.executors.mlx.tier import Tier, open_tier
-from pxd.executors.mlx.trial import dummy_inputs, supports_batches
+from pxd.executors.mlx.trial import dummy_inputs, supports_batches, supports_guesses
 from pxd.executors.mlx.trouble import code_of
 from pxd.executors.protocol import (
     ExecutorError,
@@ -100,7 +100,8 @@ class MlxEngine:
         self._passes = Passes(loaded.stage, batching=batching)
         if can_share_prefixes(loaded.stage.make_caches()):
             self._prefixes = PrefixStore(self._requests)
-        self._trims = can_take_back(loaded.stage.make_caches())
+        self._trims = can_take_back(caches) and supports_guesses(loaded.stage, loaded.dtype)
+        mx.clear_cache()
         if spec.tier_bytes and self._prefixes is None:
             log.warning("no KV tier: caches of several kinds, or with a state, cannot be cut up")
         elif spec.tier_bytes and self._prefixes is not None:
