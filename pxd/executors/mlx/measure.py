@@ -6,6 +6,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import psutil
 
+from pxd import hardware
 from pxd.cluster.records import Device
 
 BUDGET_S = 0.6
@@ -21,6 +22,7 @@ def measure() -> Device:
         kind=kind,
         name=name[:128],
         memory=memory,
+        memory_limit=wired_limit(),
         tflops=round(_best(_matmul_rate, FIRST_SIDE, LAST_SIDE) / 1e12, 4),
         bandwidth=round(_best(_read_rate, FIRST_BYTES, min(LAST_BYTES, memory // 8)) / 1e9, 2),
         executors=("mlx",),
@@ -36,6 +38,21 @@ def _identify() -> tuple[str, str, int]:
     kind = "metal" if mx.metal.is_available() else "cuda"
     memory = info.get("total_memory") or info.get("memory_size") or system
     return kind, name, int(memory)
+
+
+def wired_limit() -> int:
+    """Bytes that macOS lets the GPU hold at a time, of the memory it shares; 0 without such."""
+    if mx.default_device() != mx.gpu or not mx.metal.is_available():
+        return 0
+    return int(mx.device_info().get("max_recommended_working_set_size") or 0)
+
+
+def free_memory() -> int:
+    """Bytes that this process could still allocate on the device."""
+    if has_own_memory():
+        return _identify()[2] - mx.get_active_memory()
+    free, limit = hardware.memory_available(), wired_limit()
+    return min(free, limit - mx.get_active_memory()) if limit else free
 
 
 def has_own_memory() -> bool:
