@@ -70,7 +70,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         *("--http", "127.0.0.1:0", "--listen", "[::]:9000", "--name", "ben", "--memory", "7.5"),
         *("--max-layers", "4", "--kv-tier", "20", "--priority", "-5", "--no-mdns", "--relay"),
         *("--admission", "reserve", "--request-timeout", "90.5", "--speculate", "off"),
-        *("--wire-dtype", "auto", "--log-format", "json"),
+        *("--wire-dtype", "auto", "--executor", "torch", "--log-format", "json"),
     )
     assert result.exit_code == 0, result.output
     assert node.settings == Settings(
@@ -87,6 +87,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         admission="reserve",
         speculate="off",
         wire_dtype="auto",
+        executor="torch",
         priority=-5,
         mdns=False,
         relay=True,
@@ -104,6 +105,7 @@ def test_defaults(node: FakeNode, default_instance: Path, monkeypatch: pytest.Mo
     assert node.settings.mdns
     assert not node.settings.relay
     assert node.settings.wire_dtype == "native"
+    assert node.settings.executor == "auto"
     assert (node.settings.http, node.settings.listen, node.settings.model) == (None, None, None)
 
 
