@@ -30,6 +30,12 @@ class BlockTables:
         """Blocks that are in some table."""
         return len({block for table in self._tables.values() for block in table})
 
+    @property
+    def kept(self) -> int:
+        """Blocks in no table that hold something."""
+        tabled = {block for table in self._tables.values() for block in table}
+        return sum(block not in tabled and held > 0 for block, (_, held) in self._held.items())
+
     def clear(self) -> None:
         """Nothing that was said so far holds any more."""
         self._tables.clear()

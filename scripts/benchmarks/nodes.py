@@ -42,7 +42,7 @@ class Node:
         command += ["--name", name, "--no-mdns", "--data-dir", str(self.data_dir), *options]
         # As the peers do.
         command += ["--executor", "mlx"]
-        command += ["--http", "127.0.0.1:0", "--listen"]
+        command += ["--leave-timeout", "0", "--http", "127.0.0.1:0", "--listen"]
         command += [f"{host.address}:8471" if host else "127.0.0.1:0"]
         self.program = Program(
             name,

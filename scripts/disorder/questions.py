@@ -15,24 +15,29 @@ SHORT_TOKENS = 30
 LONG_TOKENS = 120
 SEEDED_TOKENS = 240
 TIMEOUT_S = 60.0
-"""Within which the cluster has to answer, or to say that it cannot."""
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """With a `seed` it is sampled, and does not end before `tokens`; else it is greedy."""
+    """With a `seed` it is sampled, and does not end before `tokens`; else it is greedy.
+
+    Within `timeout` seconds the cluster has to answer, or to say that it cannot.
+    """
 
     text: str
     tokens: int
     seed: int | None = None
+    user: str = ""
+    timeout: float = TIMEOUT_S
 
     def body(self) -> dict[str, Any]:
         body = {
             "model": "demo",
             "messages": [{"role": "user", "content": self.text}],
             "max_tokens": self.tokens,
-            "timeout": TIMEOUT_S,
+            "timeout": self.timeout,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "user": self.user,
         }
         if self.seed is None:
             return body | {"temperature": 0}
