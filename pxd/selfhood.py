@@ -21,6 +21,16 @@ class StartupError(Exception):
     """The daemon cannot start; the message says what to do."""
 
 
+def for_people(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """The first exception in `group` whose message is meant for people."""
+    for error in group.exceptions:
+        if isinstance(error, (StartupError, identity.IdentityError)):
+            return error
+        if isinstance(error, BaseExceptionGroup) and (found := for_people(error)):
+            return found
+    return None
+
+
 class Identity(msgspec.Struct, frozen=True):
     """What makes this node itself across restarts."""
 

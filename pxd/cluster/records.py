@@ -97,8 +97,9 @@ class PeerLink(msgspec.Struct, frozen=True, array_like=True):
     bandwidth: Measure = 0.0
 
 
-class HeldModel(msgspec.Struct, frozen=True, array_like=True):
-    """A model whose files this node has; `fingerprint` tells revisions of one name apart."""
+class HeldModel(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """A model of which this node has files, perhaps not all, and lends them to others;
+    `fingerprint` tells revisions of one name apart."""
 
     name: Name
     fingerprint: Annotated[str, msgspec.Meta(max_length=128)] = ""

@@ -10,6 +10,15 @@ from pxd.models.detokenizer import Detokenizer
 from pxd.models.errors import ModelError
 from pxd.models.pieces import Pieces
 
+TOKENIZERS = ("tokenizer*", "*.tiktoken", "vocab*", "*.model")
+"""One of these is there wherever there is a tokenizer."""
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raises `ModelError` where a model directory has no tokenizer at all."""
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+        raise ModelError(f"{path} has no tokenizer: no tokenizer.json or the like")
+
 
 class MessageLike(Protocol):
     @property
@@ -96,6 +105,7 @@ class ChatTokenizer:
 
 
 def _load_tokenizer(path: Path) -> Any:
+    check_tokenizer(path)
     # Or the import warns about frameworks that nobody here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from huggingface_hub.errors import StrictDataclassError
@@ -114,4 +124,5 @@ def _load_tokenizer(path: Path) -> Any:
             return load(config=PreTrainedConfig.from_pretrained(str(path), local_files_only=True))
     except Exception as error:
         # Tokenizers of all makers run here, and a bad one must not end the daemon.
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+        words = " ".join(str(error).split())
+        raise ModelError(f"the tokenizer in {path} cannot be loaded: {words}") from error

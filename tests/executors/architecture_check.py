@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -18,10 +19,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from pxd.executors.mlx.describe import describe
+from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.mlx.loader import load_stage
-from pxd.executors.protocol import ModelDescription
+from pxd.executors.protocol import LoadSpec, ModelDescription
 from pxd.models.describe import describe_checkpoint
 from tests.executors.pipeline import Pipeline
+from tests.models.files import keep_part
 from tests.tiny_models import VOCABULARY, make_in_process
 
 # Longer than the sliding windows of the tiny models, and the shortest there is.
@@ -50,6 +53,25 @@ def check_alone(path: Path, description: ModelDescription, model: Any) -> None:
             for chunk in (2048, 7):
                 got = pipeline.generate(prompt, COUNT, chunk=chunk)
                 assert got == wanted, f"cuts {cuts}, chunk {chunk}: {got}, not {wanted}"
+
+
+def check_fetched(path: Path, description: ModelDescription, model: Any) -> None:
+    """Stages in directories that hold nothing but what a stage fetches from other nodes."""
+    checkpoint = describe_checkpoint(path)
+    bounds = [0, *choose_cuts(description)[-1], description.layers]
+    engines = []
+    with TemporaryDirectory() as root:
+        for start, end in itertools.pairwise(bounds):
+            tensors = checkpoint.tensors_for(start, end)
+            part = keep_part("m", path, Path(root) / f"{start}", tensors)
+            assert describe_checkpoint(part).absent == checkpoint.shards.keys() - tensors
+            engine = MlxEngine()
+            mark = checkpoint.fingerprint
+            spec = LoadSpec(path=str(part), start=start, end=end, fingerprint=mark)
+            engine.load(spec, lambda _: None)
+            engines.append(engine)
+        got = Pipeline(engines).generate(PROMPTS[0], COUNT)
+    assert got == expected(model, PROMPTS[0], COUNT)
 
 
 def check_numbers(path: Path, description: ModelDescription, model: Any) -> None:
@@ -192,6 +214,7 @@ def main() -> None:
     assert bool(description.unsupported) == (not description.splits), description
     model, _ = load_model(path)
     check_alone(path, description, model)
+    check_fetched(path, description, model)
     check_numbers(path, description, model)
     # In less precision a batch may break near-ties otherwise than a single row.
     if arguments.dtype == "float32" and not arguments.quantize:

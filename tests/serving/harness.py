@@ -97,7 +97,9 @@ class FakeModels:
     async def tokenizer(self, name: str) -> FakeTokenizer:
         return FakeTokenizer()
 
-    async def directory(self, name: str, start: int, end: int, progress: object) -> Path:
+    async def directory(
+        self, name: str, fingerprint: str, start: int, end: int, progress: object
+    ) -> Path:
         return Path("/models") / name
 
 

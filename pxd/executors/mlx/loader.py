@@ -140,16 +140,14 @@ class _Loading:
         object.__setattr__(model, "load_weights", load_own_weights)
 
     def _is_partial(self, name: str) -> bool:
-        """Whether a tensor belongs to a foreign layer in a directory that has not all files.
+        """Whether a tensor is a hole, or belongs to a foreign layer in a directory with gaps.
 
         Such a layer may lack tensors, and sanitizing code relies on all being there.
         """
         layer = self.checkpoint.layer_of(name)
-        return (
-            bool(self.checkpoint.missing)
-            and layer is not None
-            and not (self.start <= layer < self.end)
-        )
+        gaps = bool(self.checkpoint.missing or self.checkpoint.absent)
+        foreign = layer is not None and not (self.start <= layer < self.end)
+        return (gaps and foreign) or name in self.checkpoint.absent
 
     def _only_own(self, weights: Weights) -> Weights:
         if not isinstance(self.stage, PartialModel):
