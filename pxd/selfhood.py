@@ -46,7 +46,16 @@ def memory_offer(settings: Settings, device: Device) -> int:
     if device.kind in ("cuda", "rocm"):
         return hardware.memory_offer(device.memory, device.memory, settings.memory)
     total, available = hardware.memory_total(), hardware.memory_available()
-    return hardware.memory_offer(total, available, settings.memory)
+    offer = hardware.memory_offer(total, available, settings.memory)
+    limit = device.memory_limit
+    if not limit or offer <= limit:
+        return offer
+    log.info(
+        "macOS lets the GPU use %.1f GiB, so no more is offered to models; "
+        "`sudo sysctl iogpu.wired_limit_mb=…` raises that until the next start of the machine",
+        limit / (1 << 30),
+    )
+    return limit
 
 
 def identify(settings: Settings) -> Identity:

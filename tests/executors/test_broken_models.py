@@ -1,82 +1,103 @@
-"""Model directories that cannot be served: people are told why, in one sentence."""
+"""Models that cannot be served: one clear error each, that says what to do."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pxd.executors.mlx.describe import describe
-from pxd.executors.protocol import ExecutorError, ModelDescription
+from pxd.executors.mlx.engine import MlxEngine
+from pxd.executors.protocol import ExecutorError, LoadSpec
+from pxd.models.chat import ChatTokenizer
 from pxd.models.errors import ModelError
-from pxd.models.library import Library
-from pxd.serving.models import ModelSource
-from tests.serving.test_models import Lending
 from tests.tiny_models import make_tiny_model
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "llama", shards=2)
+    return make_tiny_model("qwen3", tmp_path_factory.mktemp("sound") / "model", shards=3)
 
 
-def source(root: Path) -> ModelSource:
-    async def describe_here(path: Path) -> ModelDescription:
-        return describe(path)
-
-    return ModelSource(describe_here, Library(root / "cache"), Lending(None))
+@pytest.fixture
+def directory(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "model"))
 
 
-def config(**changes: object) -> Callable[[Path], None]:
-    def change(directory: Path) -> None:
-        path = directory / "config.json"
-        known = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in known.items() if v is not None}))
-
-    return change
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-def last_shard(directory: Path) -> Path:
-    return sorted(directory.glob("*.safetensors"))[-1]
+def first_shard(directory: Path) -> Path:
+    return directory / "model-00001-of-00003.safetensors"
 
 
 def truncate(directory: Path) -> None:
-    shard = last_shard(directory)
-    shard.write_bytes(shard.read_bytes()[:-1000])
+    path = first_shard(directory)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def forget_tokenizer(directory: Path) -> None:
-    for path in directory.glob("tokenizer*"):
-        path.unlink()
+def load(directory: Path, start: int = 0, end: int = 3) -> None:
+    spec = LoadSpec(path=str(directory), start=start, end=end, kv_bytes=1 << 26)
+    MlxEngine().load(spec, lambda _: None)
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("spoil", "message"),
     [
-        (config(model_type="llama9"), "mlx-lm cannot run llama9 models"),
-        (config(num_hidden_layers=None), "cannot build the llama model .* 'num_hidden_layers'"),
-        (config(num_hidden_layers=-1), "num_hidden_layers = -1; that cannot be right"),
-        (truncate, r"model-00002-of-00002\.safetensors is damaged or incomplete"),
-        (forget_tokenizer, "has no tokenizer"),
+        (
+            lambda directory: change_config(directory, model_type="gpt17"),
+            r"cannot run gpt17 models.*choose another",
+        ),
+        (
+            lambda directory: change_config(directory, num_hidden_layers=None),
+            r"config\.json lacks num_hidden_layers.*take it from",
+        ),
+        (
+            lambda directory: change_config(directory, num_hidden_layers=-1),
+            r"num_hidden_layers = -1; that cannot be right",
+        ),
+        (truncate, r"model-00001-of-00003\.safetensors is damaged or incomplete.*fetch it again"),
+        (
+            lambda directory: (directory / "config.json").unlink(),
+            r"has no config\.json",
+        ),
     ],
-    ids=["architecture", "layers", "no layers", "truncated", "tokenizer"],
 )
-async def test_what_cannot_be_described(
-    sound: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+def test_neither_described_nor_loaded(
+    directory: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
-    directory = shutil.copytree(sound, tmp_path / "broken")
-    assert (await source(tmp_path).describe(str(sound))).layers == 6
-    damage(directory)
-    with pytest.raises((ModelError, ExecutorError), match=message) as caught:
-        await source(tmp_path).describe(str(directory))
-    assert "\n" not in str(caught.value)
+    spoil(directory)
+    for attempt in (describe, load):
+        with pytest.raises(ExecutorError, match=message):
+            attempt(directory)
 
 
-async def test_an_index_that_names_a_file_that_is_not_there(sound: Path, tmp_path: Path) -> None:
-    directory = shutil.copytree(sound, tmp_path / "broken")
-    last_shard(directory).unlink()
-    models = source(tmp_path)
-    words = r"broken has no model-00002-of-00002\.safetensors, which its model\.safetensors\.index"
-    with pytest.raises(ModelError, match=words):
-        await models.directory(str(directory), "", 0, 6, lambda done, words="": None)
+def test_a_missing_shard_matters_to_the_stages_that_need_it(directory: Path) -> None:
+    """It may come later, or lie on another node: so the model can be described all the same."""
+    first_shard(directory).unlink()
+    assert describe(directory).splits == (1, 2, 3, 4, 5)
+    with pytest.raises(ExecutorError, match=r"lacks model-00001-of-00003.*fetch the model again"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda directory: (directory / "tokenizer.json").unlink(), "has no tokenizer; put"),
+        (
+            lambda directory: (directory / "tokenizer.json").write_text('{"version":'),
+            "cannot be loaded; fetch it again",
+        ),
+    ],
+)
+def test_tokenizers(directory: Path, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(directory)
+    with pytest.raises(ModelError, match=message):
+        ChatTokenizer.load(directory)

@@ -12,6 +12,7 @@ from pxd.models.errors import ModelError, NoRoom
 from pxd.models.library import Library
 from pxd.serving.models import ModelSource, Pin
 from tests.models.files import keep_part, model_shapes, write_model, write_random
+from tests.tiny_models import save_tokenizer
 
 from .leader import description
 
@@ -169,3 +170,13 @@ async def test_with_a_full_disk_the_hub_is_not_asked(tmp_path: Path, hub: Hub, t
     with pytest.raises(ModelError, match=r"^no space left$"):
         await source.models.describe(HUB)
     assert hub.asked == []
+
+
+async def test_a_model_without_a_tokenizer_is_refused_until_it_has_one(tmp_path: Path) -> None:
+    source = Source(tmp_path, Lending(None))
+    path = write_model(tmp_path / "model")
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        await source.models.describe(str(path))
+    save_tokenizer(path)
+    assert await source.models.describe(str(path)) == description()
+    assert source.described == [path]
