@@ -107,11 +107,12 @@ class Node:
             persist=self._persist,
         )
         self.gossip.on_event(self._on_event)
+        [kind] = device.executors
         self._shelf = Shelf(
             self.network,
             self.gossip,
             settings.files.cache,
-            describe_model,
+            partial(describe_model, kind=kind),
             added=who.state.added,
             chosen=lambda: self.choices.current.names,
             plan=lambda: self.plans.plan,
@@ -129,7 +130,7 @@ class Node:
         )
         self.plans = PlanSync(self.network, self._members, self._on_plan, lambda: self.gossip.leads)
         self.stages = StageHost(
-            self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
+            self.network, partial(open_executor, kind), self.models.directory, self._on_stages
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.stages.send_as(settings.wire_dtype)

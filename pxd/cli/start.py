@@ -16,6 +16,7 @@ from pxd.settings import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DEFAULT_REQUEST_TIMEOUT_S,
+    ExecutorChoice,
     Settings,
     WireDtype,
     default_name,
@@ -146,6 +147,15 @@ Wire = Annotated[
         "is slower than the computing. [dim]\\[default: native][/dim]",
     ),
 ]
+Executor = Annotated[
+    ExecutorChoice,
+    _option(
+        "--executor",
+        "KIND",
+        "What runs the model here: mlx, torch (needs pxd[torch]), or auto: what can use a GPU, and "
+        "mlx on a CPU. [dim]\\[default: auto][/dim]",
+    ),
+]
 Priority = Annotated[
     int,
     _option(
@@ -234,6 +244,7 @@ def build_settings(
     admission: Admission = Admission.preempt,
     speculate: Speculate = Speculate.auto,
     wire_dtype: WireDtype = "native",
+    executor: ExecutorChoice = "auto",
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -274,6 +285,7 @@ def build_settings(
         admission=admission.value,
         speculate=speculate.value,
         wire_dtype=wire_dtype,
+        executor=executor,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -296,6 +308,7 @@ def start(
     admission: Admit = Admission.preempt,
     speculate: Speculation = Speculate.auto,
     wire_dtype: Wire = "native",
+    executor: Executor = "auto",
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -317,6 +330,7 @@ def start(
             admission=admission,
             speculate=speculate,
             wire_dtype=wire_dtype,
+            executor=executor,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

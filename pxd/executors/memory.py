@@ -13,6 +13,8 @@ RESERVE = 256 << 20
 NOTED = 1.1
 """How many times what was computed a stage may take before the log says so."""
 
+ADVICE = "close other programs, offer less with --memory, or add a node to the cluster"
+
 _GIB = 1 << 30
 
 

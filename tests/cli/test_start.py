@@ -79,7 +79,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
             "--speculate",
             "off",
         ),
-        *("--wire-dtype", "auto", "--log-format", "json"),
+        *("--wire-dtype", "auto", "--executor", "torch", "--log-format", "json"),
     )
     assert result.exit_code == 0, result.output
     assert node.settings == Settings(
@@ -97,6 +97,7 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         admission="reserve",
         speculate="off",
         wire_dtype="auto",
+        executor="torch",
         priority=-5,
         mdns=False,
         relay=True,
@@ -114,6 +115,7 @@ def test_defaults(node: FakeNode, default_instance: Path, monkeypatch: pytest.Mo
     assert node.settings.mdns
     assert not node.settings.relay
     assert node.settings.wire_dtype == "native"
+    assert node.settings.executor == "auto"
     assert (node.settings.http, node.settings.listen, node.settings.model) == (None, None, None)
 
 

@@ -313,11 +313,12 @@ def test_this_machine(tmp_path: Path) -> None:
 
 
 def test_executors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_installed", lambda package: False)
     works = Device(kind="cpu", name="EPYC", tflops=0.5, bandwidth=20, executors=("mlx",))
     found = only(engines.executors(works))
     assert (found.level, found.text) == (
         "ok", "mlx works on cpu: EPYC (0.5 TFLOP/s, 20 GB/s)")  # fmt: skip
-    assert found.details == ("torch: not part of this release", "sglang: not part of this release")
+    assert found.details == ("torch: not installed", "sglang: not part of this release")
     assert only(engines.executors(None, "no module named mlx")).level == "problem"
     assert only(engines.executors(Device())).level == "problem"
 
@@ -327,7 +328,7 @@ def test_executors(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (False, True, "not installed"),
         (True, False, "no GPU that it could use"),
-        (True, True, "installed, but it does not work here"),
+        (True, True, "installed, but not taken"),
     ],
 )
 def test_why_an_executor_does_not_work(
@@ -341,11 +342,11 @@ def test_why_an_executor_does_not_work(
 
 
 async def test_an_executor_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fails(*, timeout: float) -> Device:
+    async def fails(wanted: str, *, timeout: float) -> Device:
         raise engines.ExecutorError("no MLX here")
 
-    monkeypatch.setattr(engines, "measure_device", fails)
-    assert await engines.measured(1.0) == (None, "no MLX here")
+    monkeypatch.setattr(engines, "choose_executor", fails)
+    assert await engines.measured("auto", 1.0) == (None, "no MLX here")
 
 
 def test_words(monkeypatch: pytest.MonkeyPatch) -> None:

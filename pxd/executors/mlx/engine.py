@@ -9,7 +9,8 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
 from pxd.engine.sampling import Sampler
-from pxd.executors.memory import check_fits, compare, kv_room, stage_bytes
+from pxd.executors.checkpoints import read_checkpoint
+from pxd.executors.memory import ADVICE, check_fits, compare, kv_room, stage_bytes
 from pxd.executors.mlx.batch import (
     Request,
     can_take_back,
@@ -25,7 +26,6 @@ from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.mlx.tensors import from_wire, mlx_dtype, to_wire
 from pxd.executors.mlx.tier import Tier, open_tier
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches, supports_guesses
-from pxd.executors.mlx.trouble import code_of
 from pxd.executors.protocol import (
     ExecutorError,
     LoadSpec,
@@ -38,6 +38,7 @@ from pxd.executors.protocol import (
 from pxd.executors.rows import (
     check_capacity,
     check_copies,
+    check_guesses,
     check_hidden,
     check_output,
     check_rows,
@@ -45,8 +46,7 @@ from pxd.executors.rows import (
     requests_of,
 )
 from pxd.executors.slots import Report
-from pxd.models.describe import Checkpoint, describe_checkpoint
-from pxd.models.errors import ModelError
+from pxd.executors.trouble import code_of
 from pxd.wire import Buffer, Coding, Row, Step, Tensor
 
 log = logging.getLogger("pxd.executors.mlx")
@@ -76,7 +76,7 @@ class MlxEngine:
         """Load layers once. Raises `ExecutorError`, after which another load may be tried."""
         if self._passes is not None:
             raise ExecutorError("this process holds a stage already; start another one")
-        checkpoint = _checkpoint_of(spec)
+        checkpoint = read_checkpoint(spec)
         computed = stage_bytes(checkpoint, spec.start, spec.end)
         check_fits(computed, free_memory(), _advice())
         maybe_set_recommended_wired_limit()
@@ -199,8 +199,9 @@ class MlxEngine:
     def _check(self, stage: Stage, step: Step, body: Buffer) -> None:
         lengths = {number: request.length for number, request in self._requests.items()}
         guessed = {number: request.guessed for number, request in self._requests.items()}
+        samplers = {number: request.sampler for number, request in self._requests.items()}
         lengths = check_rows(step, lengths, guessed)
-        self._check_guesses(step)
+        check_guesses(step, samplers, trims=self._trims)
         if self._prefixes is not None:
             self._prefixes.check(step)
         elif any(opening.cached for opening in step.openings):
@@ -218,21 +219,6 @@ class MlxEngine:
             check_hidden(step, body, width)
         if not stage.last:
             check_output(step, self._hidden_bytes)
-
-    def _check_guesses(self, step: Step) -> None:
-        rows = [row for row in step.rows if row.draws > 1]
-        if rows and not self._trims:
-            raise StepRejected(
-                "bad-step", "this model's caches cannot take guesses back", requests_of(tuple(rows))
-            )
-        histories = {opening.request for opening in step.openings if opening.history is not None}
-        for row in rows:
-            request = self._requests.get(row.request)
-            sampler = request.sampler if request is not None else None
-            if row.request in histories or (sampler is not None and sampler.counts is not None):
-                raise StepRejected(
-                    "bad-step", "penalties depend on what was only guessed", (row.request,)
-                )
 
     def _forget(self, rows: tuple[Row, ...]) -> tuple[int, ...]:
         """Drop the requests of `rows` and all that share a batch with them."""
@@ -271,34 +257,13 @@ class MlxEngine:
         return to_wire(whole, None if carries else self._coding)
 
 
-def _checkpoint_of(spec: LoadSpec) -> Checkpoint:
-    """What the files say. Raises `ExecutorError` where they are not what is to be loaded."""
-    try:
-        checkpoint = describe_checkpoint(Path(spec.path))
-    except ModelError as error:
-        raise ExecutorError(str(error)) from error
-    if spec.fingerprint and spec.fingerprint != checkpoint.fingerprint:
-        raise ExecutorError(
-            f"{spec.path} holds another model than the plan means "
-            f"(fingerprint {checkpoint.fingerprint[:12]}, not {spec.fingerprint[:12]}); "
-            "put the same model on every node"
-        )
-    absent = sorted(set(checkpoint.files_for(spec.start, spec.end)) & set(checkpoint.missing))
-    if absent:
-        raise ExecutorError(
-            f"{spec.path} lacks {', '.join(absent)}, which its index names; fetch the model again"
-        )
-    return checkpoint
-
-
 def _advice() -> str:
-    advice = "close other programs, offer less with --memory, or add a node to the cluster"
     limit = wired_limit()
     if not limit:
-        return advice
+        return ADVICE
     return (
         f"macOS lets the GPU use {limit / (1 << 30):.1f} GiB, which "
-        f"`sudo sysctl iogpu.wired_limit_mb=…` raises; else {advice}"
+        f"`sudo sysctl iogpu.wired_limit_mb=…` raises; else {ADVICE}"
     )
 
 
