@@ -7,7 +7,7 @@ from pxd.cluster.records import Device
 from pxd.executors.protocol import Engine, ExecutorError, ModelDescription
 from pxd.executors.slots import Report
 
-KINDS = ("mlx",)
+KINDS = ("mlx", "torch")
 
 
 class Backend(Protocol):
@@ -28,6 +28,10 @@ def load_backend(kind: str) -> Backend:
     if kind not in KINDS:
         raise ExecutorError(f"no executor kind {kind!r}; there is {', '.join(KINDS)}")
     try:
+        if kind == "torch":
+            from pxd.executors.torch.backend import TorchBackend
+
+            return TorchBackend()
         from pxd.executors.mlx.backend import MlxBackend
 
         return MlxBackend()

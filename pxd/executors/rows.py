@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from pxd.engine.sampling import Sampler
 from pxd.executors.protocol import StepRejected
 from pxd.wire import MAX_DRAWS, Buffer, Row, Step
 
@@ -64,6 +65,24 @@ def check_copies(step: Step, *, has_tier: bool) -> None:
             raise StepRejected("bad-step", "this stage has no second KV tier")
         if len(copy.blocks) != len(copy.slots):
             raise StepRejected("bad-step", f"{len(copy.blocks)} blocks for {len(copy.slots)} slots")
+
+
+def check_guesses(step: Step, samplers: Mapping[int, Sampler | None], *, trims: bool) -> None:
+    """Raises `StepRejected` for rows whose guesses could not be taken back, or whose draws depend
+    on them. `samplers` are those of open requests, on a last stage; `trims` says that positions can
+    be taken back."""
+    rows = [row for row in step.rows if row.draws > 1]
+    if rows and not trims:
+        raise StepRejected(
+            "bad-step", "this model's caches cannot take guesses back", requests_of(tuple(rows))
+        )
+    histories = {opening.request for opening in step.openings if opening.history is not None}
+    for row in rows:
+        sampler = samplers.get(row.request)
+        if row.request in histories or (sampler is not None and sampler.counts is not None):
+            raise StepRejected(
+                "bad-step", "penalties depend on what was only guessed", (row.request,)
+            )
 
 
 def check_capacity(step: Step, lengths: Mapping[int, int], kv_tokens: int) -> None:

@@ -1,5 +1,5 @@
 """A pipeline of engines in one process, driven by a naive scheduler. Used by checks that run in
-processes of their own (`architecture_check.py`)."""
+processes of their own (`architecture_check.py`), too."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,30 +9,43 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.protocol import LoadSpec, StageInfo
-from pxd.wire import Buffer, Coding, History, Opening, Row, Sampling, Step, Tensor
+from pxd.engine.blocks import blocks_for
+from pxd.executors.backends import load_backend
+from pxd.executors.protocol import Engine, LoadSpec, StageInfo
+from pxd.wire import Buffer, Coding, Grant, History, Opening, Row, Sampling, Step, Tensor
 
 GREEDY = Sampling(temperature=0)
+
+
+def new_engine(kind: str) -> Engine:
+    return load_backend(kind).engine(lambda _: None)
 
 
 class Pipeline:
     """Stages in order. Hidden states travel as bytes, so nothing is shared by accident."""
 
-    def __init__(self, engines: Sequence[MlxEngine], infos: Sequence[StageInfo] = ()) -> None:
+    def __init__(self, engines: Sequence[Engine], infos: Sequence[StageInfo] = ()) -> None:
         self.engines = list(engines)
         self.trims = bool(infos) and all(info.trims for info in infos)
         self._steps = itertools.count()
-        self._open: set[int] = set()
+        self._blocks: dict[int, list[int]] = {}
+        self._free = list(reversed(range(64)))
 
     @classmethod
     def load(
-        cls, path: Path, layers: int, cuts: Sequence[int] = (), coding: Coding | None = None
+        cls,
+        path: Path,
+        layers: int,
+        cuts: Sequence[int] = (),
+        coding: Coding | None = None,
+        kinds: Sequence[str] = ("mlx",),
     ) -> "Pipeline":
+        """The stages' engines are of `kinds` by turns."""
         engines, infos = [], []
-        for start, end in itertools.pairwise([0, *cuts, layers]):
-            engines.append(MlxEngine())
-            spec = LoadSpec(path=str(path), start=start, end=end, kv_bytes=1 << 30)
+        ranges = itertools.pairwise([0, *cuts, layers])
+        for (start, end), kind in zip(ranges, itertools.cycle(kinds), strict=False):
+            engines.append(new_engine(kind))
+            spec = LoadSpec(path=str(path), start=start, end=end, kv_bytes=1 << 26)
             infos.append(engines[-1].load(spec, lambda _: None))
             engines[-1].send_as(coding)
         return cls(engines, infos)
@@ -46,9 +59,8 @@ class Pipeline:
     ) -> tuple[Any, ...]:
         """Run rows of (request, position, tokens, draws); returns the drawn tokens."""
         tokens = np.array([token for row in rows for token in row[2]], "<i4")
-        new = dict.fromkeys(row[0] for row in rows if row[0] not in self._open)
-        self._open -= set(releases)
-        self._open |= set(new)
+        self._give_back(releases)
+        new = dict.fromkeys(row[0] for row in rows if row[0] not in self._blocks)
         step = Step(
             pipeline="p",
             session=1,
@@ -59,6 +71,7 @@ class Pipeline:
                 Opening(r, (samplings or {}).get(r, GREEDY), history=(histories or {}).get(r))
                 for r in new
             ),
+            grants=self._grants(rows),
             releases=tuple(releases),
         )
         body: Buffer = tokens.tobytes()
@@ -90,7 +103,22 @@ class Pipeline:
         self.release([request])
         return sequence[len(prompt) :]
 
+    def _grants(self, rows: Sequence[tuple[int, int, Sequence[int], int]]) -> tuple[Grant, ...]:
+        grants = []
+        for request, position, tokens, _ in rows:
+            table = self._blocks.setdefault(request, [])
+            count = blocks_for(position + len(tokens)) - len(table)
+            if count > 0:
+                more = [self._free.pop() for _ in range(count)]
+                grants.append(Grant(request, tuple(more)))
+                table += more
+        return tuple(grants)
+
+    def _give_back(self, requests: Sequence[int]) -> None:
+        for request in requests:
+            self._free += reversed(self._blocks.pop(request, []))
+
     def release(self, requests: Sequence[int]) -> None:
-        self._open -= set(requests)
+        self._give_back(requests)
         for engine in self.engines:
             engine.release(tuple(requests))

@@ -12,9 +12,7 @@ from pxd.executors.slots import Report
 class MlxBackend:
     def __init__(self) -> None:
         """Raises ImportError where there is no MLX."""
-        import mlx.core
-
-        del mlx.core
+        import mlx.core  # noqa: F401
 
     def engine(self, report: Report) -> Engine:
         from pxd.executors.mlx.engine import MlxEngine

@@ -8,6 +8,7 @@ import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from pxd.engine.sampling import Sampler
+from pxd.executors.checkpoints import read_checkpoint
 from pxd.executors.mlx.batch import (
     Request,
     can_take_back,
@@ -22,7 +23,6 @@ from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.mlx.tensors import from_wire, to_wire
 from pxd.executors.mlx.tier import Tier, open_tier
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches
-from pxd.executors.mlx.trouble import code_of
 from pxd.executors.protocol import (
     ExecutorError,
     LoadSpec,
@@ -35,14 +35,14 @@ from pxd.executors.protocol import (
 from pxd.executors.rows import (
     check_capacity,
     check_copies,
+    check_guesses,
     check_hidden,
     check_rows,
     check_tokens,
     requests_of,
 )
 from pxd.executors.slots import Report
-from pxd.models.describe import describe_checkpoint
-from pxd.models.errors import ModelError
+from pxd.executors.trouble import code_of
 from pxd.wire import Buffer, Coding, Row, Step, Tensor
 
 log = logging.getLogger("pxd.executors.mlx")
@@ -71,16 +71,7 @@ class MlxEngine:
         """Load layers once. Raises `ExecutorError`, after which another load may be tried."""
         if self._passes is not None:
             raise ExecutorError("this process holds a stage already; start another one")
-        try:
-            checkpoint = describe_checkpoint(Path(spec.path))
-        except ModelError as error:
-            raise ExecutorError(str(error)) from error
-        if spec.fingerprint and spec.fingerprint != checkpoint.fingerprint:
-            raise ExecutorError(
-                f"{spec.path} holds another model than the plan means "
-                f"(fingerprint {checkpoint.fingerprint[:12]}, not {spec.fingerprint[:12]}); "
-                "put the same model on every node"
-            )
+        checkpoint = read_checkpoint(spec)
         maybe_set_recommended_wired_limit()
         try:
             loaded = load_stage(Path(spec.path), checkpoint, spec.start, spec.end, progress)
@@ -194,8 +185,9 @@ class MlxEngine:
     def _check(self, stage: Stage, step: Step, body: Buffer) -> None:
         lengths = {number: request.length for number, request in self._requests.items()}
         guessed = {number: request.guessed for number, request in self._requests.items()}
+        samplers = {number: request.sampler for number, request in self._requests.items()}
         lengths = check_rows(step, lengths, guessed)
-        self._check_guesses(step)
+        check_guesses(step, samplers, trims=self._trims)
         if self._prefixes is not None:
             self._prefixes.check(step)
         elif any(opening.cached for opening in step.openings):
@@ -209,21 +201,6 @@ class MlxEngine:
             check_tokens(step, body, stage.vocabulary)
         else:
             check_hidden(step, body, stage.hidden_size)
-
-    def _check_guesses(self, step: Step) -> None:
-        rows = [row for row in step.rows if row.draws > 1]
-        if rows and not self._trims:
-            raise StepRejected(
-                "bad-step", "this model's caches cannot take guesses back", requests_of(tuple(rows))
-            )
-        histories = {opening.request for opening in step.openings if opening.history is not None}
-        for row in rows:
-            request = self._requests.get(row.request)
-            sampler = request.sampler if request is not None else None
-            if row.request in histories or (sampler is not None and sampler.counts is not None):
-                raise StepRejected(
-                    "bad-step", "penalties depend on what was only guessed", (row.request,)
-                )
 
     def _forget(self, rows: tuple[Row, ...]) -> tuple[int, ...]:
         """Drop the requests of `rows` and all that share a batch with them."""

@@ -1,30 +1,18 @@
-"""Measures the device: what kind, how much memory, how fast at matrices and at reading memory."""
+"""Measures the device as MLX sees it."""
 
-import time
 from collections.abc import Callable
 
 import mlx.core as mx
 import psutil
 
 from pxd.cluster.records import Device
-
-BUDGET_S = 0.6
-GROWTH = 2
-FIRST_SIDE, LAST_SIDE = 256, 8192
-FIRST_BYTES, LAST_BYTES = 32 << 20, 1 << 30
+from pxd.executors.rates import COLUMNS, measured
 
 
 def measure() -> Device:
-    """Takes one to two seconds. Speeds are the best seen, memory is what the device has in all."""
+    """Takes one to two seconds."""
     kind, name, memory = _identify()
-    return Device(
-        kind=kind,
-        name=name[:128],
-        memory=memory,
-        tflops=round(_best(_matmul_rate, FIRST_SIDE, LAST_SIDE) / 1e12, 4),
-        bandwidth=round(_best(_read_rate, FIRST_BYTES, min(LAST_BYTES, memory // 8)) / 1e9, 2),
-        executors=("mlx",),
-    )
+    return measured(kind=kind, name=name, memory=memory, executor="mlx", matmul=_matmul, read=_read)
 
 
 def _identify() -> tuple[str, str, int]:
@@ -43,34 +31,15 @@ def has_own_memory() -> bool:
     return bool(mx.default_device() == mx.gpu) and not mx.metal.is_available()
 
 
-def _best(rate: Callable[[int], float], first: int, last: int) -> float:
-    """The best rate over growing sizes, until the time is up."""
-    best, size = 0.0, first
-    end = time.perf_counter() + BUDGET_S
-    while size <= last and time.perf_counter() < end:
-        best = max(best, rate(size), rate(size))
-        size *= GROWTH
-    return best
-
-
-def _seconds(make: Callable[[], mx.array]) -> float:
-    begin = time.perf_counter()
-    mx.eval(make())
-    return max(time.perf_counter() - begin, 1e-9)
-
-
-def _matmul_rate(side: int) -> float:
-    """FLOP/s of a square bfloat16 product."""
+def _matmul(side: int) -> Callable[[], None]:
     a = mx.ones((side, side), mx.bfloat16)
     b = mx.ones((side, side), mx.bfloat16)
     mx.eval(a, b)
-    return 2 * side**3 / _seconds(lambda: a @ b)
+    return lambda: mx.eval(a @ b)
 
 
-def _read_rate(size: int) -> float:
-    """Bytes/s of a linear layer on one position, which is what decoding waits for."""
-    columns = 4096
-    weights = mx.ones((size // (4 * columns), columns), mx.float32)
-    position = mx.ones((1, columns), mx.float32)
+def _read(size: int) -> Callable[[], None]:
+    weights = mx.ones((size // (4 * COLUMNS), COLUMNS), mx.float32)
+    position = mx.ones((1, COLUMNS), mx.float32)
     mx.eval(weights, position)
-    return weights.nbytes / _seconds(lambda: position @ weights.T)
+    return lambda: mx.eval(position @ weights.T)

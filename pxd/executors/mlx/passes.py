@@ -12,9 +12,10 @@ import mlx.core as mx
 
 from pxd.executors.mlx.batch import Request, batch_of, own_caches
 from pxd.executors.mlx.decode import Draws
+from pxd.executors.mlx.finite import is_finite, mark_of, not_finite_among
 from pxd.executors.mlx.stage import Caches, Stage
-from pxd.executors.mlx.trouble import NotFinite, is_finite, mark_of, not_finite_among
 from pxd.executors.protocol import Drawn
+from pxd.executors.trouble import NotFinite
 from pxd.wire import Row
 
 MOST_SCORES = 1 << 32

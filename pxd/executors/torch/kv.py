@@ -1,0 +1,152 @@
+"""Keys and values in blocks, and the attention of a batch of rows over them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pxd.engine.blocks import BLOCK_TOKENS
+from pxd.executors.torch.attention import CacheManners, Manner, attention, causal
+
+Shapes = Mapping[int, tuple[int, int, int]]
+"""Of the keys and values of one position by layer: (heads, numbers, numbers)."""
+
+
+def token_numbers(shapes: Shapes) -> int:
+    """How many numbers one position takes in all layers."""
+    return sum(heads * (keys + values) for heads, keys, values in shapes.values())
+
+
+class KvPool:
+    """`blocks` blocks of every layer; a position's slot is the same in all of them."""
+
+    def __init__(
+        self, shapes: Shapes, blocks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Memory of a CPU is taken as slots are written to."""
+        slots = blocks * BLOCK_TOKENS
+        self.device = device
+        self.keys = {
+            layer: torch.empty(slots, heads, numbers, dtype=dtype, device=device)
+            for layer, (heads, numbers, _) in shapes.items()
+        }
+        self.values = {
+            layer: torch.empty(slots, heads, numbers, dtype=dtype, device=device)
+            for layer, (heads, _, numbers) in shapes.items()
+        }
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block in all layers."""
+        tensors = [tensor for part in (self.keys, self.values) for tensor in part.values()]
+        return sum(tensor[:1].nbytes for tensor in tensors) * BLOCK_TOKENS
+
+    def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (from, to), as they all are before."""
+        if not blocks:
+            return
+        sources, targets = torch.tensor(blocks, device=self.device).unbind(1)
+        for part in (self.keys, self.values):
+            for tensor in part.values():
+                view = tensor.view(-1, BLOCK_TOKENS, *tensor.shape[1:])
+                view[targets] = view[sources]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Places [begin, end) of a batch: one row of a request that has `past` positions before it."""
+
+    begin: int
+    end: int
+    past: int
+    slots: torch.Tensor
+
+
+class Rows(CacheManners):
+    """Rows of a step over a pool: who they are and where their positions lie.
+
+    `positions` ``(places,)`` says where each place of the batch is in its sequence. Rows of one
+    position attend together, padded to the longest; the others one by one.
+    """
+
+    def __init__(self, pool: KvPool, rows: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """`rows` are (position, count, table of blocks)."""
+        self._pool, device = pool, pool.device
+        counts = np.array([count for _, count, _ in rows])
+        begins = np.cumsum(counts) - counts
+        lengths = np.array([position + count for position, count, _ in rows])
+        positions = np.concatenate([np.arange(p, p + count) for p, count, _ in rows])
+        tables = np.zeros((len(rows), max(len(table) for _, _, table in rows)), np.int64)
+        for row, (_, _, table) in enumerate(rows):
+            tables[row, : len(table)] = table
+        owners = np.repeat(np.arange(len(rows)), counts)
+        written = tables[owners, positions // BLOCK_TOKENS] * BLOCK_TOKENS
+        self.positions = torch.from_numpy(positions).to(device)
+        self._written = torch.from_numpy(written + positions % BLOCK_TOKENS).to(device)
+        self._spans = [
+            Span(begin, begin + count, position, self._slots(tables[row : row + 1], [length])[0])
+            for row, ((position, count, _), begin, length) in enumerate(
+                zip(rows, begins.tolist(), lengths.tolist(), strict=True)
+            )
+            if count > 1
+        ]
+        self._single = single = np.flatnonzero(counts == 1)
+        self._places = torch.from_numpy(begins[single]).to(device)
+        self._lasts = torch.from_numpy(lengths[single] - 1).to(device)[:, None]
+        if single.size:
+            self._single_slots = self._slots(tables[single], lengths[single])
+
+    def _slots(self, tables: Any, lengths: Any) -> torch.Tensor:
+        """``(rows, longest)``; what is behind a row's end repeats its first slot, for a slot
+        without a number could be anything."""
+        longest = max(lengths)
+        blocks = torch.from_numpy(tables[:, : -(-longest // BLOCK_TOKENS)]).to(self._pool.device)
+        place = torch.arange(longest, device=self._pool.device)
+        slots = blocks[:, place // BLOCK_TOKENS] * BLOCK_TOKENS + place % BLOCK_TOKENS
+        if len(lengths) == 1:
+            return slots
+        ends = torch.as_tensor(lengths, device=self._pool.device)[:, None]
+        return torch.where(place < ends, slots, slots[:, :1])
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._pool.keys[layer][self._written] = keys[0].transpose(0, 1)
+        self._pool.values[layer][self._written] = values[0].transpose(0, 1)
+        return keys, values
+
+    def attend(self, layer: int, queries: torch.Tensor, manner: Manner) -> torch.Tensor:
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        queries = queries[0].transpose(0, 1)
+        out = queries.new_empty(*queries.shape[:2], values.shape[-1])
+        if self._single.size:
+            every = self._single.size == queries.shape[0]
+            own = queries if every else queries[self._places]
+            found = attention(
+                own[:, :, None],
+                _taken(keys, self._single_slots),
+                _taken(values, self._single_slots),
+                manner,
+                self._lasts,
+            )[:, :, 0]
+            if every:
+                return found
+            out[self._places] = found
+        for span in self._spans:
+            own = queries[span.begin : span.end].transpose(0, 1)[None]
+            those = _taken(keys, span.slots[None]), _taken(values, span.slots[None])
+            if span.past:
+                last = self.positions[None, span.begin : span.end]
+                found = attention(own, *those, manner, last)
+            else:
+                found = causal(own, *those, manner)
+            out[span.begin : span.end] = found[0].transpose(0, 1)
+        return out
+
+
+def _taken(numbers: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """``(rows, heads, m, numbers)`` of slots ``(rows, m)``."""
+    found = numbers.index_select(0, slots.flatten())
+    return found.view(*slots.shape, *numbers.shape[1:]).transpose(1, 2)

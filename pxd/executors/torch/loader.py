@@ -1,0 +1,186 @@
+"""Loads a stage through transformers' own loader, so that every safetensors format that it knows
+works here: experts that have to be stacked, names of older releases, quantised weights.
+
+It is given tensors of the files that are there, unread; it reads those that the stage has.
+"""
+
+import contextlib
+import copy
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from pxd.executors.protocol import ExecutorError, Progress
+from pxd.executors.torch.attention import NAME
+from pxd.executors.torch.kv import KvPool, Rows
+from pxd.executors.torch.skeleton import make_skeleton, model_class, read_config
+from pxd.executors.torch.split import CannotSplit, SplitPlan, plan_split
+from pxd.executors.torch.stage import Stage, stage_class
+from pxd.models.describe import Checkpoint
+
+LISTED_NAMES = 5
+TRIAL_TOKENS, TRIAL_CHUNK = 12, 7
+# Shares of the output's norm that rounding explains. A position counted wrongly, or something that
+# a model's own attention does and ours does not, shows as a few per cent at least.
+TOLERANCE_FLOAT32, TOLERANCE = 0.001, 0.03
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_stage(
+    directory: Path,
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    device: torch.device,
+    progress: Progress,
+) -> Stage:
+    """Load layers [start, end). Raises `ExecutorError`, also for a range that may not be cut."""
+    if not 0 <= start < end <= checkpoint.layers:
+        raise ExecutorError(
+            f"there are no layers [{start}, {end}) in a model of {checkpoint.layers}"
+        )
+    config = read_config(directory)
+    plan = _planned(config, checkpoint, start, end)
+    if end < checkpoint.layers:
+        # The weights of the projection are not here to be shared.
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    made = stage_class(model_class(config), plan, start, end)
+    with contextlib.ExitStack() as files:
+        tensors = _Tensors(directory, checkpoint, start, end, files, progress)
+        model, found = made.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors.named,
+            dtype=tensors.dtype,
+            attn_implementation=NAME,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    if found["mismatched_keys"]:
+        names = [name for name, *_ in found["mismatched_keys"]]
+        raise ExecutorError(f"tensors of the wrong shape: {_listed(names)}")
+    if found["missing_keys"]:
+        raise ExecutorError(f"the checkpoint lacks {_listed(found['missing_keys'])}")
+    stage = Stage(model.requires_grad_(False).eval().to(device), plan, start, end)
+    _try_attention(stage)
+    progress(1.0)
+    return stage
+
+
+def _planned(config: Any, checkpoint: Checkpoint, start: int, end: int) -> SplitPlan:
+    try:
+        plan = plan_split(make_skeleton(config), checkpoint.layers)
+    except CannotSplit as error:
+        raise ExecutorError(
+            f"the torch executor cannot run {checkpoint.architecture}: {error}"
+        ) from error
+    for cut in (start, end):
+        if 0 < cut < plan.layers and cut not in plan.splits:
+            allowed = ", ".join(map(str, plan.splits)) or "nowhere"
+            raise ExecutorError(
+                f"{checkpoint.architecture} cannot be cut before layer {cut}; allowed: {allowed}"
+            )
+    return plan
+
+
+class _Tensors:
+    """Tensors by name, those of other layers left out, and the type of most of the own layers'.
+
+    Reports up to 0.99: the trial is still to come.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        checkpoint: Checkpoint,
+        start: int,
+        end: int,
+        files: contextlib.ExitStack,
+        progress: Progress,
+    ) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self._done, self._total = 0, 1
+        self.named: dict[str, _Unread] = {}
+        kinds: Counter[str] = Counter()
+        there = sorted({*checkpoint.shards.values()} - {*checkpoint.missing})
+        for name in there:
+            file = files.enter_context(safe_open(directory / name, framework="pt"))
+            for tensor in file.keys():  # noqa: SIM118 - it is no mapping
+                layer = checkpoint.layer_of(tensor)
+                if layer is None or start <= layer < end:
+                    self.named[tensor] = unread = _Unread(file.get_slice(tensor), self._read)
+                    kinds[unread.get_dtype()] += layer is not None
+        self._total = sum(checkpoint.layer_bytes[start:end]) or 1
+        common = next((kind for kind, _ in kinds.most_common() if kind in _DTYPES), None)
+        self.dtype = _DTYPES[common] if common else getattr(torch, checkpoint.dtype)
+
+    def _read(self, nbytes: int) -> None:
+        # transformers reads from several threads.
+        with self._lock:
+            self._done += nbytes
+            self._progress(min(0.99, self._done / self._total))
+
+
+class _Unread:
+    """A tensor in a file, which is read when it is indexed."""
+
+    def __init__(self, there: Any, read: Any) -> None:
+        self._there, self._read = there, read
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self._there[index]
+        self._read(tensor.nbytes)
+        return tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._there, name)
+
+
+def _listed(names: Any) -> str:
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(sorted(names)[:LISTED_NAMES]) + more
+
+
+def _try_attention(stage: Stage) -> None:
+    """Compare attention over blocks, in two chunks, with the model's own. Raises `ExecutorError`.
+
+    Not all that models do to attention reaches the function that they call, and what does not would
+    make wrong numbers without a word.
+    """
+    inputs = _dummy_inputs(stage, TRIAL_TOKENS)
+    positions = torch.arange(TRIAL_TOKENS, device=stage.device)
+    pool = KvPool(stage.shapes, 1, stage.dtype, stage.device)
+    parts = []
+    for begin, end in ((0, TRIAL_CHUNK), (TRIAL_CHUNK, TRIAL_TOKENS)):
+        rows = Rows(pool, [(begin, end - begin, [0])])
+        wanted = torch.arange(end - begin, device=stage.device)
+        parts.append(stage.forward(inputs[begin:end], rows.positions, rows, wanted))
+    got = torch.cat(parts).float()
+    stage.model.set_attn_implementation("eager")
+    try:
+        wanted_of_all = torch.arange(TRIAL_TOKENS, device=stage.device)
+        own = stage.forward(inputs, positions, None, wanted_of_all).float()
+    finally:
+        stage.model.set_attn_implementation(NAME)
+    error = float(torch.linalg.norm(got - own) / torch.linalg.norm(own))
+    allowed = TOLERANCE_FLOAT32 if stage.dtype == torch.float32 else TOLERANCE
+    if not error <= allowed:  # which also holds for NaN
+        raise ExecutorError(
+            f"{stage.model.config.model_type} attends in a way that the torch executor does not "
+            f"know: its output differs by {error:.3g} of its size"
+        )
+
+
+def _dummy_inputs(stage: Stage, count: int) -> torch.Tensor:
+    """The same every time."""
+    source = torch.Generator().manual_seed(count)
+    if stage.first:
+        made = torch.randint(0, stage.vocabulary, (count,), generator=source)
+    else:
+        made = torch.randn(count, stage.hidden_size, generator=source).to(stage.dtype)
+    return made.to(stage.device)
