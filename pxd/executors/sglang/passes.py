@@ -9,7 +9,7 @@ written before any position attends, and each attends just up to itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -32,17 +32,19 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     table: tuple[int, ...]
 
 
-@dataclass
-class Pass:
+class Pass(msgspec.Struct, frozen=True, array_like=True):
     """`places` are those of the entries' positions in the step's tensor, in order."""
 
     decodes: bool
-    entries: list[Entry] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    entries: tuple[Entry, ...]
+    places: tuple[int, ...]
 
 
-def passes_of(rows: Sequence[Row], tables: Sequence[Sequence[int]]) -> list[Pass]:
-    """The passes of a step, to be run in this order; `tables` has the blocks of each row."""
+def passes_of(
+    rows: Sequence[Row], tables: Sequence[Sequence[int]], most: int = MOST_ENTRIES
+) -> list[Pass]:
+    """The passes of a step, to be run in this order, of at most `most` entries each; `tables` has
+    the blocks of each row."""
     fills: dict[int, tuple[Entry, list[int]]] = {}
     decodes: list[tuple[Entry, list[int]]] = []
     begin = 0
@@ -60,16 +62,16 @@ def passes_of(rows: Sequence[Row], tables: Sequence[Sequence[int]]) -> list[Pass
         for place in range(begin + filled, end):
             decodes.append((Entry(row.position + place - begin, 1, blocks), [place]))
         begin = end
-    return [*_packed(list(fills.values()), False), *_packed(decodes, True)]
+    return [*_packed(list(fills.values()), False, most), *_packed(decodes, True, most)]
 
 
-def _packed(entries: Sequence[tuple[Entry, list[int]]], decodes: bool) -> list[Pass]:
+def _packed(parts: Sequence[tuple[Entry, list[int]]], decodes: bool, most: int) -> list[Pass]:
     passes = []
-    for first in range(0, len(entries), MOST_ENTRIES):
-        passes.append(Pass(decodes))
-        for entry, places in entries[first : first + MOST_ENTRIES]:
-            passes[-1].entries.append(entry)
-            passes[-1].places += places
+    for first in range(0, len(parts), most):
+        some = parts[first : first + most]
+        entries = tuple(entry for entry, _ in some)
+        places = tuple(place for _, those in some for place in those)
+        passes.append(Pass(decodes, entries, places))
     return passes
 
 
