@@ -1,4 +1,4 @@
-"""Describes a model for planning: what its files say, and what SGLang makes of its configuration."""
+"""Describes a model for planning: what its files say, and what SGLang reads in config.json."""
 
 import json
 import tempfile

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -26,6 +27,8 @@ from pxd.executors.sglang.stage import RankStage
 from pxd.wire import Buffer, Row, Tensor
 
 log = logging.getLogger("pxd.executors.sglang")
+
+ResultT = TypeVar("ResultT")
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
@@ -117,10 +120,10 @@ class NodeStage:
         """Of the first GPU, where there are several."""
         return self._rank.active_bytes(used_blocks)
 
-    def _together(self, act: Callable[[], torch.Tensor | None]) -> torch.Tensor:
+    def _together(self, act: Callable[[], ResultT]) -> ResultT:
         """Do what the other ranks do, too. If it fails here alone, they would wait forever."""
         try:
-            return act()  # type: ignore[return-value]
+            return act()
         except Exception as error:
             if self._several:
                 log.exception("a step failed on rank 0")

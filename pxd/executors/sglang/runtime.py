@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -91,8 +90,10 @@ def open_runner(spec: RankSpec) -> Any:
     device = choose_device()
     place, parts = parts_of(spec.start, spec.end, spec.layers)
     os.environ["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, parts))
-    # Ranks meet in a file that only this user can reach, not at a port.
+    # Ranks meet in a file that only this user can reach, not at a port; and orders reach them
+    # otherwise than through SGLang.
     os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{spec.meeting}"
+    os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "0"
 
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap, parallel_state

@@ -238,5 +238,3 @@ def _buffers_of(pool: Any) -> list[torch.Tensor]:
     if type(pool) is MLATokenToKVPool:
         return list(pool.kv_buffer)
     raise ExecutorError(f"it keeps KV in a {type(pool).__name__}, which pxd does not know")
-
-

@@ -1,5 +1,6 @@
-"""Stands for SGLang's CUDA kernels where there is no GPU; it goes before the real ones in the search
-path of tests. Models that run on a CPU in float32 need none of them: what is called fails.
+"""Stands for SGLang's CUDA kernels where there is no GPU: tests find it before the real ones.
+
+Models that run on a CPU in float32 need none of them: what is called fails.
 """
 
 from collections.abc import Callable
