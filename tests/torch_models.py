@@ -29,7 +29,8 @@ def make_torch_model(
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     path = directory / "config.json"
     saved = json.loads(path.read_text())
-    path.write_text(json.dumps({**saved, "eos_token_id": config["eos_token_id"]}))
+    # mlx-lm knows some settings by the names that they have in older files only.
+    path.write_text(json.dumps({**saved, **config}))
     save_tokenizer(directory)
     return directory
 

@@ -4,7 +4,7 @@ A model passes its new keys and values to its cache and then calls the attention
 configuration names. Both lead to the same `Keeper`, which knows whose positions they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -18,13 +18,23 @@ MOST_SCORES = 1 << 28
 """Of heads times positions times those before them: where they are computed, they take 1 GiB."""
 
 
+Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 class Manner(NamedTuple):
-    """How a layer attends. `window` is how many positions it sees, itself included; None is all."""
+    """How a layer attends. `window` is how many positions it sees, itself included; None is all.
+    `expand` makes keys and values of what is kept, where that is something smaller (MLA)."""
 
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    expand: Expand | None = None
+
+    def expanded(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return (keys, values) if self.expand is None else self.expand(keys, values)
 
 
 class Keeper(Protocol):
@@ -87,7 +97,8 @@ def _attend(
     keeper = _keeper.get()
     if keeper is None:
         raise RuntimeError("nobody keeps the keys and values of this pass")
-    manner = Manner(scaling, sliding_window or None, softcap, s_aux)
+    expand = getattr(module, "expand_kv", None)
+    manner = Manner(scaling, sliding_window or None, softcap, s_aux, expand)
     return keeper.attend(module.layer_idx, query, manner)[None], None
 
 
@@ -183,5 +194,5 @@ class Passing(CacheManners):
         return keys, values
 
     def attend(self, layer: int, queries: torch.Tensor, manner: Manner) -> torch.Tensor:
-        keys, values = self._given[layer]
+        keys, values = manner.expanded(*self._given[layer])
         return causal(queries, keys, values, manner)[0].transpose(0, 1)

@@ -56,7 +56,8 @@ class KvPool:
 
 @dataclass(frozen=True)
 class Span:
-    """Places [begin, end) of a batch: one row of a request that has `past` positions before it."""
+    """Places [begin, end) of a batch: one row of a request that has `past` positions before it.
+    `slots` ``(1, past + end - begin)`` are those of all its positions."""
 
     begin: int
     end: int
@@ -86,7 +87,7 @@ class Rows(CacheManners):
         self.positions = torch.from_numpy(positions).to(device)
         self._written = torch.from_numpy(written + positions % BLOCK_TOKENS).to(device)
         self._spans = [
-            Span(begin, begin + count, position, self._slots(tables[row : row + 1], [length])[0])
+            Span(begin, begin + count, position, self._slots(tables[row : row + 1], [length]))
             for row, ((position, count, _), begin, length) in enumerate(
                 zip(rows, begins.tolist(), lengths.tolist(), strict=True)
             )
@@ -118,35 +119,39 @@ class Rows(CacheManners):
         return keys, values
 
     def attend(self, layer: int, queries: torch.Tensor, manner: Manner) -> torch.Tensor:
-        keys, values = self._pool.keys[layer], self._pool.values[layer]
         queries = queries[0].transpose(0, 1)
-        out = queries.new_empty(*queries.shape[:2], values.shape[-1])
+        parts: list[tuple[torch.Tensor | slice, torch.Tensor]] = []
         if self._single.size:
-            every = self._single.size == queries.shape[0]
-            own = queries if every else queries[self._places]
-            found = attention(
-                own[:, :, None],
-                _taken(keys, self._single_slots),
-                _taken(values, self._single_slots),
-                manner,
-                self._lasts,
-            )[:, :, 0]
-            if every:
-                return found
-            out[self._places] = found
+            # Where all places are such rows, there is nothing to pick.
+            own = queries if self._single.size == len(queries) else queries[self._places]
+            kept = self._kept(layer, self._single_slots, manner)
+            found = attention(own[:, :, None], *kept, manner, self._lasts)
+            parts.append((self._places, found[:, :, 0]))
         for span in self._spans:
-            own = queries[span.begin : span.end].transpose(0, 1)[None]
-            those = _taken(keys, span.slots[None]), _taken(values, span.slots[None])
+            where = slice(span.begin, span.end)
+            own = queries[where].transpose(0, 1)[None]
+            kept = self._kept(layer, span.slots, manner)
             if span.past:
-                last = self.positions[None, span.begin : span.end]
-                found = attention(own, *those, manner, last)
+                found = attention(own, *kept, manner, self.positions[None, where])
             else:
-                found = causal(own, *those, manner)
-            out[span.begin : span.end] = found[0].transpose(0, 1)
+                found = causal(own, *kept, manner)
+            parts.append((where, found[0].transpose(0, 1)))
+        if len(parts) == 1:
+            return parts[0][1]
+        out = queries.new_empty(*queries.shape[:2], parts[0][1].shape[-1])
+        for place, found in parts:
+            out[place] = found
         return out
+
+    def _kept(
+        self, layer: int, slots: torch.Tensor, manner: Manner
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of slots ``(rows, m)``, as attention wants them."""
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        return manner.expanded(_taken(keys, slots), _taken(values, slots))
 
 
 def _taken(numbers: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """``(rows, heads, m, numbers)`` of slots ``(rows, m)``."""
+    """``(rows, heads, m, numbers)``."""
     found = numbers.index_select(0, slots.flatten())
     return found.view(*slots.shape, *numbers.shape[1:]).transpose(1, 2)
