@@ -48,6 +48,10 @@ class FrameSocket(Generic[HeaderT]):
                 self._connection.sendall(data)
                 self._connection.sendall(body)
 
+    def close(self) -> None:
+        self._incoming.close()
+        self._connection.close()
+
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)
         if self._incoming.readinto(data) < size:
