@@ -103,7 +103,8 @@ class Node:
             persist=self._persist,
         )
         self.gossip.on_event(self._on_event)
-        self.models = ModelSource(describe_model)
+        [kind] = device.executors
+        self.models = ModelSource(partial(describe_model, kind=kind))
         self.choices = Choices(
             self.gossip, self._save, self.models.describe, settings.model, time.time
         )
@@ -112,7 +113,7 @@ class Node:
         )
         self.plans = PlanSync(self.network, self._members, self._on_plan, lambda: self.gossip.leads)
         self.stages = StageHost(
-            self.network, lambda: open_executor("mlx"), self.models.directory, self._on_stages
+            self.network, partial(open_executor, kind), self.models.directory, self._on_stages
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.stages.send_as(settings.wire_dtype)

@@ -7,7 +7,8 @@ import msgspec
 from pxd import hardware, identity
 from pxd.cluster.bans import BanTable
 from pxd.cluster.records import Device
-from pxd.executors import measure_device
+from pxd.executors import choose_executor
+from pxd.executors.choice import installed_kinds
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.p2p.addressbook import has_met_others
 from pxd.serving.door import read_bans
@@ -32,7 +33,7 @@ class Identity(msgspec.Struct, frozen=True):
 
 def memory_offer(settings: Settings, device: Device) -> int:
     """Bytes of memory for models, of the device's own memory where it has some of its own."""
-    if device.kind == "cuda":
+    if device.kind in ("cuda", "rocm"):
         return hardware.memory_offer(device.memory, device.memory, settings.memory)
     total, available = hardware.memory_total(), hardware.memory_available()
     return hardware.memory_offer(total, available, settings.memory)
@@ -53,16 +54,19 @@ def identify(settings: Settings) -> Identity:
 
 
 async def measured_device(settings: Settings) -> Device:
-    """What this machine can do; measured at the first start and after an upgrade.
+    """What this machine can do with the executor that it is to run, which is named there.
 
-    Raises `StartupError` when no executor works.
+    Measured at the first start, after an upgrade, and when there are other executors to choose
+    from. Raises `StartupError` when none works.
     """
-    path, key = settings.files.hardware, hardware.machine_key()
+    kinds = ", ".join(installed_kinds())
+    path = settings.files.hardware
+    key = f"{hardware.machine_key()}, {settings.executor} of {kinds}"
     device = hardware.load_cached(path, key, Device)
     if device is None:
         log.info("measuring this machine, once")
         try:
-            device = await measure_device()
+            device = await choose_executor(settings.executor)
         except (ExecutorError, ExecutorDied) as error:
             raise StartupError(f"no executor works on this machine: {error}") from error
         hardware.store(path, key, device)

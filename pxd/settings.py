@@ -13,6 +13,7 @@ DEFAULT_MODEL = "demo"
 DEFAULT_REQUEST_TIMEOUT_S = 3600.0
 
 WireDtype = Literal["native", "fp8", "int8", "auto"]
+ExecutorChoice = Literal["auto", "mlx", "torch"]
 
 
 def default_data_dir() -> Path:
@@ -47,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     admission: Literal["reserve", "preempt"] = "preempt"
     speculate: Literal["auto", "on", "off"] = "auto"
     wire_dtype: WireDtype = "native"
+    executor: ExecutorChoice = "auto"
     priority: int = 0
     mdns: bool = True
     relay: bool = False

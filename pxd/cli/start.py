@@ -15,6 +15,7 @@ from pxd.settings import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DEFAULT_REQUEST_TIMEOUT_S,
+    ExecutorChoice,
     Settings,
     WireDtype,
     default_name,
@@ -134,6 +135,15 @@ Wire = Annotated[
         "is slower than the computing. [dim]\\[default: native][/dim]",
     ),
 ]
+Executor = Annotated[
+    ExecutorChoice,
+    _option(
+        "--executor",
+        "KIND",
+        "What runs the model here: mlx, torch (needs pxd[torch]), or auto: what can use a GPU, and "
+        "mlx on a CPU. [dim]\\[default: auto][/dim]",
+    ),
+]
 Priority = Annotated[
     int,
     _option(
@@ -221,6 +231,7 @@ def build_settings(
     admission: Admission = Admission.preempt,
     speculate: Speculate = Speculate.auto,
     wire_dtype: WireDtype = "native",
+    executor: ExecutorChoice = "auto",
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -256,6 +267,7 @@ def build_settings(
         admission=admission.value,
         speculate=speculate.value,
         wire_dtype=wire_dtype,
+        executor=executor,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -277,6 +289,7 @@ def start(
     admission: Admit = Admission.preempt,
     speculate: Speculation = Speculate.auto,
     wire_dtype: Wire = "native",
+    executor: Executor = "auto",
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -297,6 +310,7 @@ def start(
             admission=admission,
             speculate=speculate,
             wire_dtype=wire_dtype,
+            executor=executor,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

@@ -143,7 +143,7 @@ class Doctor:
         ports = firewall.ports_of(*facts.ports)
         device = facts.own.device
         # A graphics card's own memory is not what other programs fill.
-        offered = None if device and device.kind == "cuda" else facts.own.memory
+        offered = None if device and device.kind in ("cuda", "rocm") else facts.own.memory
         look = partial(machine.look, facts.settings.data_dir, offered)
         walls = Part("firewalls", partial(firewall.detect, ports))
         asked = Part("reach", partial(reach.ask, self._network, facts))

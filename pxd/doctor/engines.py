@@ -6,9 +6,10 @@ import shutil
 from pxd.cluster.records import Device
 from pxd.doctor import findings
 from pxd.doctor.findings import Finding
-from pxd.executors import measure_device
+from pxd.executors import choose_executor
 from pxd.executors.backends import KINDS
 from pxd.executors.protocol import ExecutorDied, ExecutorError
+from pxd.settings import ExecutorChoice
 
 CHECK = "executor"
 KNOWN = {"mlx": "mlx", "torch": "torch", "sglang": "sglang"}
@@ -17,10 +18,10 @@ KNOWN = {"mlx": "mlx", "torch": "torch", "sglang": "sglang"}
 GPU_ONLY = frozenset({"sglang"})
 
 
-async def measured(timeout: float) -> tuple[Device | None, str]:
+async def measured(wanted: ExecutorChoice, timeout: float) -> tuple[Device | None, str]:
     """The device as the daemon would measure it; None and why not."""
     try:
-        return await measure_device(timeout=timeout), ""
+        return await choose_executor(wanted, timeout=timeout), ""
     except (ExecutorError, ExecutorDied) as error:
         return None, str(error)
 
@@ -36,7 +37,7 @@ def _why_not(kind: str) -> str:
         return "not installed"
     if kind in GPU_ONLY and shutil.which("nvidia-smi") is None:
         return "no GPU that it could use"
-    return "installed, but it does not work here; the daemon's log says why"
+    return "installed, but not taken; `pxd start --executor` chooses, and its log says what fails"
 
 
 def executors(device: Device | None, failure: str = "") -> list[Finding]:
