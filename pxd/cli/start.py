@@ -15,6 +15,7 @@ from pxd.settings import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DEFAULT_REQUEST_TIMEOUT_S,
+    MAX_RANKS,
     ExecutorChoice,
     Settings,
     WireDtype,
@@ -140,8 +141,18 @@ Executor = Annotated[
     _option(
         "--executor",
         "KIND",
-        "What runs the model here: mlx, torch (needs pxd[torch]), or auto: what can use a GPU, and "
-        "mlx on a CPU. [dim]\\[default: auto][/dim]",
+        "What runs the model here: mlx, torch (needs pxd[torch]), sglang (needs pxd[sglang] and an "
+        "NVIDIA GPU), or auto: mlx or torch, what can use a GPU, and mlx on a CPU. "
+        "[dim]\\[default: auto][/dim]",
+    ),
+]
+TensorParallel = Annotated[
+    int,
+    _option(
+        "--tp",
+        "N",
+        "Spread each stage over N GPUs of this machine; with --executor sglang only. "
+        "[dim]\\[default: 1][/dim]",
     ),
 ]
 Priority = Annotated[
@@ -195,6 +206,13 @@ def _check_ticket(value: str | None) -> None:
             raise BadOption(f"--join: {error}") from error
 
 
+def _check_tensor_parallel(ranks: int, executor: ExecutorChoice) -> None:
+    if not 1 <= ranks <= MAX_RANKS:
+        raise BadOption(f"--tp: {ranks} is not between 1 and {MAX_RANKS}")
+    if ranks > 1 and executor != "sglang":
+        raise BadOption("--tp: only --executor sglang can spread a stage over several GPUs")
+
+
 def _node_name(value: str | None) -> str:
     name = default_name() if value is None else value.strip()
     if not 0 < len(name) <= 64 or not name.isprintable():
@@ -232,6 +250,7 @@ def build_settings(
     speculate: Speculate = Speculate.auto,
     wire_dtype: WireDtype = "native",
     executor: ExecutorChoice = "auto",
+    tensor_parallel: int = 1,
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -251,6 +270,7 @@ def build_settings(
         raise BadOption(
             f"--request-timeout: {request_timeout:g} s is not between 0 and {MAX_TIMEOUT_S:g} s"
         )
+    _check_tensor_parallel(tensor_parallel, executor)
     if not -1000 <= priority <= 1000:
         raise BadOption(f"--priority: {priority} is not between -1000 and 1000")
     return Settings(
@@ -268,6 +288,7 @@ def build_settings(
         speculate=speculate.value,
         wire_dtype=wire_dtype,
         executor=executor,
+        tensor_parallel=tensor_parallel,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -290,6 +311,7 @@ def start(
     speculate: Speculation = Speculate.auto,
     wire_dtype: Wire = "native",
     executor: Executor = "auto",
+    tensor_parallel: TensorParallel = 1,
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -311,6 +333,7 @@ def start(
             speculate=speculate,
             wire_dtype=wire_dtype,
             executor=executor,
+            tensor_parallel=tensor_parallel,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

@@ -1,13 +1,16 @@
 """Which kind of executor a node runs.
 
 A GPU goes before a CPU, and of two kinds that both have the GPU the faster is taken. On a CPU it is
-MLX: there it decodes faster than PyTorch, and it holds quantised weights.
+MLX: there it decodes faster than PyTorch, and it holds quantised weights. SGLang has never been
+seen on a GPU and so is only taken by who asks for it.
 """
 
 import importlib.util
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from pxd.cluster.records import Device
 from pxd.executors.backends import KINDS
@@ -17,6 +20,8 @@ from pxd.settings import ExecutorChoice
 
 GPUS_OF_TORCH = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 """What NVIDIA's driver, that of Windows in a Linux guest, and AMD's show on Linux."""
+
+ONLY_IF_WANTED = frozenset({"sglang"})
 
 Measure = Callable[[str], Awaitable[Device]]
 
@@ -44,8 +49,20 @@ async def choose_executor(
                 f"the {wanted} executor is not installed; pip install 'pxd[{wanted}]'"
             )
         kinds = (wanted,)
+    else:
+        kinds = tuple(kind for kind in kinds if kind not in ONLY_IF_WANTED)
     measure = partial(measure_device, timeout=timeout)
     return await best_device(kinds, lambda kind: measure(kind=kind), compare=has_gpu_for_torch())
+
+
+def spread(device: Device, ranks: int) -> Device:
+    """What `ranks` of this device are together, at best; stages measure what they really do."""
+    return msgspec.structs.replace(
+        device,
+        memory=device.memory * ranks,
+        tflops=device.tflops * ranks,
+        bandwidth=device.bandwidth * ranks,
+    )
 
 
 async def best_device(kinds: Sequence[str], measure: Measure, *, compare: bool) -> Device:

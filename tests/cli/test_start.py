@@ -158,6 +158,8 @@ def test_an_interrupt_before_the_daemon_is_up(node: FakeNode) -> None:
         ("--memory", "-1", "nothing to offer"),
         ("--memory", "nan", "nothing to offer"),
         ("--max-layers", "0", "give 1 or more"),
+        ("--tp", "2", "only --executor sglang"),
+        ("--tp", "0", "not between 1 and 64"),
         ("--priority", "1001", "not between -1000 and 1000"),
         ("--name", "", "1 to 64"),
         ("--name", "a\x1b[31m", "1 to 64"),

@@ -28,7 +28,7 @@ def load(spec: LoadSpec, progress: Progress) -> NodeStage:
     source = Path(spec.path)
     architecture = _prepare(source, checkpoint, spec)
     check_symbols()
-    choose_device()
+    choose_device(spec.tensor_parallel)
     try:
         with tempfile.TemporaryDirectory(prefix="pxd-sglang-") as view:
             make_view(source, Path(view), checkpoint, spec.start, spec.end, architecture)

@@ -47,9 +47,13 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     size: int = 1
 
 
-def choose_device() -> str:
-    """Raises `ExecutorError` where SGLang has nothing to run on."""
+def choose_device(ranks: int = 1) -> str:
+    """Raises `ExecutorError` where SGLang has nothing to run on, or too few GPUs for `ranks`."""
     if torch.cuda.is_available() and torch.version.hip is None:
+        if torch.cuda.device_count() < ranks:
+            raise ExecutorError(
+                f"--tp {ranks} needs as many GPUs, and PyTorch sees {torch.cuda.device_count()}"
+            )
         return "cuda"
     if os.environ.get(CPU_ENGINE) == "1":
         return "cpu"
@@ -87,7 +91,7 @@ def open_runner(spec: RankSpec) -> Any:
 
     Raises whatever SGLang raises. What is set up stays so for the life of the process.
     """
-    device = choose_device()
+    device = choose_device(spec.size)
     place, parts = parts_of(spec.start, spec.end, spec.layers)
     os.environ["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, parts))
     # Ranks meet in a file that only this user can reach, not at a port; and orders reach them
