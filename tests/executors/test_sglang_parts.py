@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pxd.cluster.records import Device
 from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
+from pxd.executors import choice
 from pxd.executors.protocol import ExecutorError
 from pxd.executors.sglang import pinned
 from pxd.executors.sglang.models import DISABLED, architecture_of, find_code, only
@@ -223,3 +225,26 @@ def test_a_release_that_was_changed_is_told_by_what_it_lacks() -> None:
     words = str(caught.value)
     assert "json.burden, json.JSONDecoder.guess, pathlab (" in words
     assert "loads" not in words
+
+
+async def test_sglang_is_only_taken_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    async def measure(*, kind: str, timeout: float) -> Device:
+        measured.append(kind)
+        return Device(kind="cuda", executors=(kind,))
+
+    monkeypatch.setattr(choice, "measure_device", measure)
+    monkeypatch.setattr(choice, "installed_kinds", lambda: ("mlx", "torch", "sglang"))
+    monkeypatch.setattr(choice, "has_gpu_for_torch", lambda: True)
+    assert (await choice.choose_executor("auto")).executors == ("mlx",)
+    assert measured == ["mlx", "torch"]
+    assert (await choice.choose_executor("sglang")).executors == ("sglang",)
+
+
+def test_a_node_offers_what_its_ranks_have_together() -> None:
+    device = Device(kind="cuda", memory=80, tflops=100.0, bandwidth=2.0, executors=("sglang",))
+    assert choice.spread(device, 1) == device
+    assert choice.spread(device, 4) == Device(
+        kind="cuda", memory=320, tflops=400.0, bandwidth=8.0, executors=("sglang",)
+    )
