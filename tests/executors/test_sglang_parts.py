@@ -160,6 +160,9 @@ def code(tmp_path: Path) -> Path:
         "from sglang.srt.models.staged import StagedForCausalLM\n"
         "class DerivedForCausalLM(StagedForCausalLM):\n    pass\n"
     )
+    (directory / "strange.py").write_text(
+        "from sglang.srt.models.strange import Odd\nclass Even(Odd):\n    pass\nOdd = Even\n"
+    )
     return directory
 
 
@@ -169,6 +172,7 @@ def code(tmp_path: Path) -> Path:
         ("PlainForCausalLM", "plain", False),
         ("StagedForCausalLM", "staged", True),
         ("DerivedForCausalLM", "derived", True),
+        ("Even", "strange", False),
     ],
 )
 def test_a_models_code_tells_whether_it_can_be_a_stage(
@@ -180,9 +184,9 @@ def test_a_models_code_tells_whether_it_can_be_a_stage(
 def test_only_the_model_that_is_wanted_is_imported(code: Path) -> None:
     environment: dict[str, str] = {}
     only("staged", code, environment)
-    assert environment == {DISABLED: "derived,plain"}
+    assert environment == {DISABLED: "derived,plain,strange"}
     only("plain", code, environment)
-    assert environment == {DISABLED: "derived,plain"}
+    assert environment == {DISABLED: "derived,plain,strange"}
     with pytest.raises(ExecutorError, match="no model code for Other"):
         find_code("Other", code)
 

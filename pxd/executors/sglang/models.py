@@ -4,6 +4,7 @@ them, which SGLang does by itself, half a minute."""
 import ast
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +34,10 @@ def models_directory() -> Path:
 
 def find_code(architecture: str, directory: Path) -> ModelCode:
     """Raises `ExecutorError` where no module in `directory` has the class `architecture`."""
-    wanted = f"class {architecture}("
+    wanted = re.compile(rf"^class {re.escape(architecture)}\b", re.MULTILINE)
     for path in sorted(directory.glob("*.py")):
         source = path.read_text(encoding="utf-8")
-        if wanted in source:
+        if wanted.search(source):
             return ModelCode(path.stem, _is_staged(architecture, source, directory))
     raise ExecutorError(f"SGLang has no model code for {architecture}")
 
@@ -62,18 +63,23 @@ def architecture_of(config: Mapping[str, Any], known: Mapping[str, str]) -> str:
     raise ExecutorError(f"config.json names no architecture, and none is known for {kind!r}")
 
 
-def _is_staged(name: str, source: str, directory: Path) -> bool:
+MOST_BASES = 16
+
+
+def _is_staged(name: str, source: str, directory: Path, left: int = MOST_BASES) -> bool:
     """Whether the `forward` of a class, or of one that it derives from, takes hidden states."""
+    if not left:
+        return False
     tree = ast.parse(source)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     node = classes.get(name)
     if node is None:
-        return _is_imported_staged(name, tree, directory)
+        return _is_imported_staged(name, tree, directory, left - 1)
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and part.name == "forward":
             arguments = (*part.args.args, *part.args.kwonlyargs)
             return any(argument.arg == "pp_proxy_tensors" for argument in arguments)
-    return any(_is_staged(base, source, directory) for base in _bases(node))
+    return any(_is_staged(base, source, directory, left - 1) for base in _bases(node))
 
 
 def _bases(node: ast.ClassDef) -> Iterator[str]:
@@ -82,11 +88,11 @@ def _bases(node: ast.ClassDef) -> Iterator[str]:
             yield base.id
 
 
-def _is_imported_staged(name: str, tree: ast.Module, directory: Path) -> bool:
+def _is_imported_staged(name: str, tree: ast.Module, directory: Path, left: int) -> bool:
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
             path = directory / f"{node.module.rpartition('.')[2]}.py"
             for alias in node.names:
                 if (alias.asname or alias.name) == name and path.is_file():
-                    return _is_staged(alias.name, path.read_text(encoding="utf-8"), directory)
+                    return _is_staged(alias.name, path.read_text(encoding="utf-8"), directory, left)
     return False

@@ -133,8 +133,14 @@ class NodeStage:
 
 def load_ranks(spec: RankSpec) -> NodeStage:
     """Load a stage; `spec.meeting` is made here. Raises `ExecutorError` as `NodeStage` does."""
-    with tempfile.TemporaryDirectory(prefix="pxd-sglang-") as directory:
-        return NodeStage(msgspec.structs.replace(spec, meeting=str(Path(directory) / "ranks")))
+    # Ranks may meet again later, when they first need a connection of another kind.
+    directory = tempfile.TemporaryDirectory(prefix="pxd-sglang-")
+    _meetings.append(directory)
+    return NodeStage(msgspec.structs.replace(spec, meeting=str(Path(directory.name) / "ranks")))
+
+
+_meetings: list[tempfile.TemporaryDirectory[str]] = []
+"""Kept for the life of the process."""
 
 
 def serve(descriptor: int) -> int:

@@ -6,6 +6,7 @@ group that stands for the pipeline only knows who is where. The runtime can be s
 process.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -105,6 +106,7 @@ def open_runner(spec: RankSpec) -> Any:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.runtime_context import SpawnRanks, get_parallel, publish
 
+    logging.getLogger("sglang").setLevel(logging.WARNING)
     settings = server_settings(spec, device, len(parts))
     ranks = SpawnRanks(world_rank=place * spec.size + spec.rank, gpu_id=spec.rank)
     publish(settings, role="scheduler", ranks=ranks)
