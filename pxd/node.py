@@ -34,6 +34,8 @@ from pxd.selfhood import Identity, identify, measured_device, memory_offer
 from pxd.selfhood import StartupError as StartupError
 from pxd.serving.audit import Audit
 from pxd.serving.choice import Choices, from_state
+from pxd.serving.clients import Clients
+from pxd.serving.departure import Departure
 from pxd.serving.door import Door
 from pxd.serving.drain import Drains
 from pxd.serving.heads import HeadHost
@@ -79,11 +81,14 @@ class Node:
         self._began = time.monotonic()
         self._http_url = ""
         self._stop = trio.Event()
+        self._closing = trio.Event()
         self._http_done = trio.Event()
         self._expects_peers = bool(settings.join) or settings.files.peers.exists()
         self._lives: dict[str, float] = {}
+        self._problems: dict[str, str] = {}
         self._saving = trio.Lock()
         self.changed = Signal()
+        self.clients = Clients(self.changed.notify)
         self.network = Libp2pNetwork(
             node_seed=who.node_seed,
             cluster_key=who.ring.key,
@@ -144,7 +149,9 @@ class Node:
             self._members,
             lambda: self.choices.current,
         )
-        self._audit = Audit(self.network.peer_id, self._own_offer, self._on_audit)
+        self._audit = Audit(
+            self.network.peer_id, self._own_offer, partial(self._on_problem, "audit")
+        )
         self._held = Held(
             lambda: [stage.model for stage in self.gossip.record.stages if stage.state == "ready"],
             lambda models: self.gossip.update(models=models),
@@ -159,6 +166,14 @@ class Node:
         )
         self._report = LoadReport(
             self.gossip, self.heads, self.stages, self._survey, self._partners
+        )
+        self._departure = Departure(
+            self.network.peer_id,
+            settings.leave_timeout,
+            self.gossip,
+            lambda: self.plans.plan,
+            self._members,
+            self.clients,
         )
         self._doctor = Doctor(
             self.network,
@@ -198,7 +213,7 @@ class Node:
             try:
                 await nursery.start(self.network.run)
                 http = endpoint(self.settings.http, DEFAULT_HTTP)
-                server = partial(serve_http, create_app(self), *http, shutdown=self._stop)
+                server = partial(serve_http, create_app(self), *http, shutdown=self._closing)
                 self._http_url = await nursery.start(self._serve_http, server)
             except OSError as error:
                 raise StartupError(str(error)) from error
@@ -223,6 +238,8 @@ class Node:
                 notify(f"READY=1\nSTATUS=API at {self._http_url}")
                 await self._stop.wait()
                 notify("STOPPING=1")
+                await self._departure.prepare(self.changed)
+            self._closing.set()
             log.info("leaving the cluster")
             await self.gossip.leave(LEAVE_DEADLINE_S)
             await self._http_done.wait()
@@ -248,8 +265,12 @@ class Node:
         finally:
             path.unlink(missing_ok=True)
 
-    def stop(self) -> None:
+    def stop(self, *, now: bool = False) -> float:
+        """Begin to leave; returns how many seconds others are waited for at most."""
         self._stop.set()
+        if now:
+            self._departure.hurry()
+        return 0.0 if now else self.settings.leave_timeout
 
     @property
     def ingress(self) -> ChatIngress:
@@ -290,6 +311,7 @@ class Node:
                 uptime=uptime,
                 now=time.time(),
             ),
+            waits_for=self._departure.waits_for,
         )
 
     async def doctor(self) -> Report:
@@ -347,14 +369,23 @@ class Node:
         record = self.gossip.record
         return NodeOffer(id=record.id, memory=record.memory, max_layers=record.max_layers)
 
-    def _on_audit(self, problem: str) -> None:
-        self.gossip.update(problem=problem)
+    def _on_problem(self, source: str, problem: str) -> None:
+        """What `source` finds wrong with this node now, empty if nothing."""
+        self._problems[source] = problem
+        found = "; ".join(filter(None, self._problems.values()))
+        self.gossip.update(problem=found[:2000])
 
     def _on_stages(self, reports: tuple[StageReport, ...]) -> None:
         self.gossip.update(stages=reports)
 
     async def _persist(self, incarnation: int, term: int) -> None:
-        await self._save(incarnation=incarnation, term=term)
+        try:
+            await self._save(incarnation=incarnation, term=term)
+        except OSError as error:
+            reason = error.strerror or error
+            self._on_problem("disk", f"cannot write to {self.settings.data_dir}: {reason}")
+            raise
+        self._on_problem("disk", "")
 
     async def _save(self, **changes: object) -> None:
         async with self._saving:
@@ -401,15 +432,16 @@ class Node:
                 self.heads.cancel(peer, frame)
 
 
-async def _stop_on_signal(stop: Callable[[], None]) -> None:
+async def _stop_on_signal(stop: Callable[[bool], None]) -> None:
+    """`stop` is told whether it is to be at once."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         seen = 0
         async for number in signals:
             seen += 1
-            if seen > 1 and number == signal.SIGINT:
+            if seen > 2 and number == signal.SIGINT:
                 # Executor processes see their pipe close and end by themselves.
                 os._exit(130)
-            stop()
+            stop(seen > 1)
 
 
 def _for_people(group: BaseExceptionGroup[BaseException]) -> Exception | None:
@@ -423,7 +455,8 @@ def _for_people(group: BaseExceptionGroup[BaseException]) -> Exception | None:
 
 
 async def run(settings: Settings, *, started: Callable[[Started], None]) -> None:
-    """Run a daemon until SIGINT, SIGTERM or `Node.stop`; a second SIGINT ends it at once.
+    """Run a daemon until SIGINT, SIGTERM or `Node.stop`; a second signal has it wait for nothing
+    any more, and a third SIGINT ends it without a goodbye.
 
     Raises `IdentityError` and `StartupError` with a message for people.
     """
@@ -440,14 +473,20 @@ async def run(settings: Settings, *, started: Callable[[Started], None]) -> None
 async def _run(settings: Settings, started: Callable[[Started], None]) -> None:
     with identity.lock_data_dir(settings.files.lock):
         who = identify(settings)
+        starting = trio.CancelScope()
+        node: Node | None = None
+
+        def stop(now: bool) -> None:
+            if node is None:
+                starting.cancel()
+            else:
+                node.stop(now=now)
+
         async with trio.open_nursery() as nursery:
-            starting = trio.CancelScope()
-            stop: Callable[[], None] = starting.cancel
-            nursery.start_soon(_stop_on_signal, lambda: stop())
+            nursery.start_soon(_stop_on_signal, stop)
             with starting:
                 device = await measured_device(settings)
             if not starting.cancelled_caught:
                 node = Node(settings, who, device)
-                stop = node.stop
                 await node.run(started)
             nursery.cancel_scope.cancel()

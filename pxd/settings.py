@@ -11,6 +11,7 @@ DEFAULT_HTTP = "127.0.0.1:8470"
 DEFAULT_LISTEN = "*:8471"
 DEFAULT_MODEL = "demo"
 DEFAULT_REQUEST_TIMEOUT_S = 3600.0
+DEFAULT_LEAVE_TIMEOUT_S = 20.0
 
 MAX_RANKS = 64
 
@@ -27,7 +28,8 @@ def default_name() -> str:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """One daemon's settings. Units: `memory`, `kv_tier` GiB, `request_timeout` seconds.
+    """One daemon's settings. Units: `memory`, `kv_tier` GiB; `request_timeout` and
+    `leave_timeout` seconds.
 
     `http` and `listen` are HOST:PORT; None means the default port, or any free one if it is taken.
     `relay`: pass traffic on for members that cannot reach each other. The host `*` of `listen`
@@ -35,7 +37,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `pxd.engine.continuous.ContinuousConfig`, and holds for the pipelines that this node heads.
     `speculate`: guess tokens ahead in pipelines that begin here. `wire_dtype` is for what this node
     sends; all nodes take everything. `tensor_parallel` is over how many GPUs of this machine each
-    stage is spread.
+    stage is spread. `leave_timeout` is for how long others are waited for that are to take over,
+    before this node leaves.
     """
 
     data_dir: Path
@@ -48,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_layers: int | None = None
     kv_tier: float | None = None
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S
+    leave_timeout: float = DEFAULT_LEAVE_TIMEOUT_S
     admission: Literal["reserve", "preempt"] = "preempt"
     speculate: Literal["auto", "on", "off"] = "auto"
     wire_dtype: WireDtype = "native"

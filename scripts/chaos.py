@@ -1,9 +1,9 @@
 """The command line of scripts/chaos."""
 
 import shutil
-import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +11,14 @@ import msgspec
 import trio
 import typer
 
-from scripts.benchmarks.errors import BenchError
+from scripts.benchmarks.errors import BenchError, messages
 from scripts.disorder import report
 from scripts.disorder.cluster import NAMES
 from scripts.disorder.faults import WORDS
-from scripts.disorder.ground import Ground, ground
+from scripts.disorder.ground import ground
 from scripts.disorder.run import Wanted, run
 from scripts.disorder.schedule import CAPACITIES, KINDS
+from scripts.disorder.stopping import until_stopped
 
 EXAMPLES = """
 Examples
@@ -70,10 +71,10 @@ def _chaos(wanted: Wanted, root: Path, json: Path | None) -> int:
     failed = False
     try:
         with ground(root, wanted.names) as found:
-            result = trio.run(_until_told, wanted, found, root)
+            result = trio.run(until_stopped, partial(run, wanted, found, root))
     except* BenchError as group:
         failed = True
-        print("\n".join(_messages(group)), file=sys.stderr)
+        print("\n".join(messages(group)), file=sys.stderr)
     if failed:
         return 2
     if result is None:
@@ -82,29 +83,6 @@ def _chaos(wanted: Wanted, root: Path, json: Path | None) -> int:
     if json:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
     return 0 if result.passed else 1
-
-
-def _messages(group: BaseExceptionGroup[BenchError]) -> list[str]:
-    found = []
-    for error in group.exceptions:
-        found += _messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
-    return found
-
-
-async def _until_told(wanted: Wanted, found: Ground, root: Path) -> report.Report | None:
-    """The report; None if somebody wants an end before there is one."""
-    result: report.Report | None = None
-    async with trio.open_nursery() as nursery:
-
-        async def listen() -> None:
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-
-        nursery.start_soon(listen)
-        result = await run(wanted, found, root)
-        nursery.cancel_scope.cancel()
-    return result
 
 
 if __name__ == "__main__":

@@ -67,14 +67,24 @@ class DemoNode:
         command = [sys.executable, "-m", "pxd", *arguments, "--data-dir", str(self.data_dir)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
-    def stop(self) -> None:
+    def leave(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+
+    def end(self) -> None:
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def stop_all(nodes: list[DemoNode]) -> None:
+    """At once: none of them has to take over from another."""
+    for node in nodes:
+        node.leave()
+    for node in nodes:
+        node.end()
 
 
 def wait_for_url(node: DemoNode) -> str:
@@ -161,12 +171,12 @@ def ask(url: str, question: str) -> str:
 def run(arguments: argparse.Namespace, stack: ExitStack) -> int:
     root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pxd-demo-")))
     nodes: list[DemoNode] = []
+    stack.callback(stop_all, nodes)
 
     def start(name: str, join: str | None) -> str:
         console.print(f"[bold]==>[/bold] starting node [cyan]{name}[/cyan]")
         node = DemoNode(name, root, join, arguments.option)
         nodes.append(node)
-        stack.callback(node.stop)
         return wait_for_url(node)
 
     urls = [start(NAMES[0], None)]

@@ -21,6 +21,7 @@ from pxd.api.chat_request import ChatCall, parse_chat_request
 from pxd.api.daemon import Daemon
 from pxd.api.errors import from_request_error, json_response
 from pxd.api.logprobs import logprobs_object
+from pxd.serving.clients import Clients
 from pxd.serving.requests import (
     Answer,
     Delta,
@@ -31,6 +32,8 @@ from pxd.serving.requests import (
 from pxd.wire import Finish
 
 KEEP_ALIVE_S = 10.0
+BEGIN_S = 40.0
+"""Before that no comment begins a response, so that a failure is still an ordinary HTTP error."""
 
 Begin = Callable[[], Awaitable[Answer]]
 
@@ -58,27 +61,43 @@ def _head(answer: Answer, kind: str) -> dict[str, Any]:
     }
 
 
-async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]) -> bool:
+async def _while_connected(
+    clients: Clients,
+    receive: Receive,
+    work: Callable[[], Awaitable[None]],
+    writing: trio.Lock | None = None,
+) -> bool:
     """Run `work` until it ends or the client is gone; say whether it ended.
 
-    The request's body must have been read. `work` may raise `RequestError`.
+    The request's body must have been read. Raises the `RequestError` that `work` raises, or one
+    that says that this node leaves; `work` holds `writing` while it must not be cut off for that.
     """
+    writing = writing or trio.Lock()
     failure: RequestError | None = None
     ended = False
-    async with trio.open_nursery() as nursery:
+    with clients.request():
+        async with trio.open_nursery() as nursery:
 
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                nursery.cancel_scope.cancel()
+
+            async def part() -> None:
+                nonlocal failure
+                over = await clients.wait_over()
+                async with writing:
+                    failure = over
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            nursery.start_soon(part)
+            try:
+                await work()
+            except RequestError as error:
+                failure = error
+            ended = True
             nursery.cancel_scope.cancel()
-
-        nursery.start_soon(watch)
-        try:
-            await work()
-        except RequestError as error:
-            failure = error
-        ended = True
-        nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
     return ended
@@ -87,16 +106,17 @@ async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]
 class _WholeAnswer(Response):
     """Answers in one piece once everything is there."""
 
-    def __init__(self, call: ChatCall, begin: Begin) -> None:
+    def __init__(self, call: ChatCall, begin: Begin, clients: Clients) -> None:
         super().__init__()
         self._call = call
         self._begin = begin
-        self._completion: dict[str, Any] = {}
+        self._clients = clients
+        self._whole = Response()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The response is sent outside: at its end the server says "disconnect", too.
-        if await _while_connected(receive, self._compute):
-            await json_response(self._completion)(scope, receive, send)
+        if await _while_connected(self._clients, receive, self._compute):
+            await self._whole(scope, receive, send)
 
     async def _compute(self) -> None:
         call = self._call
@@ -119,11 +139,13 @@ class _WholeAnswer(Response):
             "logprobs": logprobs_object(logprobs) if call.wants_logprobs else None,
             "finish_reason": finish,
         }
-        self._completion = {
+        completion = {
             **_head(answer, "chat.completion"),
             "choices": [choice],
             "usage": _usage(answer.prompt_tokens, tokens),
         }
+        # Bytes take far less while they wait for the client than what they are made from.
+        self._whole = json_response(completion)
 
 
 class _Events:
@@ -131,16 +153,18 @@ class _Events:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._turn = trio.Lock()
+        self.turn = trio.Lock()
         self.began = False
         self._last = trio.current_time()
 
     async def write(self, data: bytes) -> None:
         try:
-            self._turn.acquire_nowait()
+            self.turn.acquire_nowait()
         except trio.WouldBlock:
-            await self._turn.acquire()
+            await self.turn.acquire()
         try:
+            # Later than here it would cost the connection.
+            await trio.lowlevel.checkpoint_if_cancelled()
             if not self.began:
                 self.began = True
                 start = {"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS}
@@ -148,10 +172,10 @@ class _Events:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
             self._last = trio.current_time()
         finally:
-            self._turn.release()
+            self.turn.release()
 
     async def keep_alive(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run `work`; whenever it has been silent for `KEEP_ALIVE_S`, write a comment."""
+        """Run `work`; whenever it has been silent for long, write a comment."""
         failure: RequestError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._break_silence)
@@ -160,16 +184,18 @@ class _Events:
             except RequestError as error:
                 failure = error
             # A comment that is being written is never cut off.
-            async with self._turn:
+            async with self.turn:
                 nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
     async def _break_silence(self) -> None:
         while True:
-            await trio.sleep_until(self._last + KEEP_ALIVE_S)
-            if trio.current_time() >= self._last + KEEP_ALIVE_S:
+            due = self._last + (KEEP_ALIVE_S if self.began else BEGIN_S)
+            if trio.current_time() >= due:
                 await self.write(b": keep-alive\n\n")
+            else:
+                await trio.sleep_until(min(due, trio.current_time() + KEEP_ALIVE_S))
 
     async def event(self, content: dict[str, Any]) -> None:
         await self.write(b"data: " + msgspec.json.encode(content) + b"\n\n")
@@ -231,24 +257,23 @@ class _StreamedAnswer(Response):
     what fails later is a last event, and `[DONE]` stays away.
     """
 
-    def __init__(self, call: ChatCall, begin: Begin) -> None:
+    def __init__(self, call: ChatCall, begin: Begin, clients: Clients) -> None:
         super().__init__()
         self._call = call
         self._begin = begin
+        self._clients = clients
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         events = _Events(send)
-
-        async def work() -> None:
-            try:
-                await events.keep_alive(partial(self._relay, events))
-            except RequestError as error:
-                if not events.began:
-                    raise
-                await events.event(from_request_error(error).body())
-
-        if await _while_connected(receive, work):
-            await events.end()
+        work = partial(events.keep_alive, partial(self._relay, events))
+        try:
+            if not await _while_connected(self._clients, receive, work, events.turn):
+                return
+        except RequestError as error:
+            if not events.began:
+                raise
+            await events.event(from_request_error(error).body())
+        await events.end()
 
     async def _relay(self, events: _Events) -> None:
         call = self._call
@@ -280,7 +305,7 @@ class ChatCompletions:
             self._client(request, call.user),
             request.headers.get("x-session-id", "") or call.user,
         )
-        return kind(call, begin)
+        return kind(call, begin, self._daemon.clients)
 
     def _client(self, request: Request, user: str) -> str:
         """A name for whoever takes turns with others; other nodes learn nothing else from it."""

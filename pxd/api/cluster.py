@@ -1,13 +1,21 @@
 """Health, readiness, the cluster's status, and the control routes."""
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pxd.api.body import read_json_body
 from pxd.api.control import require_control
 from pxd.api.daemon import Daemon
+from pxd.api.door import parse_body
 from pxd.api.errors import SERVER, ApiError, json_response
+from pxd.serving.status import Leaving
 
 RETRY_AFTER_S = 5
+
+
+class LeaveBody(msgspec.Struct, forbid_unknown_fields=True):
+    now: bool = False
 
 
 class Cluster:
@@ -20,20 +28,20 @@ class Cluster:
         return json_response({"status": "ok"})
 
     async def readyz(self, _: Request) -> Response:
-        """200 when some model is served; else 503 and why not."""
-        models = self._daemon.status().models
+        """200 when some model is served and this node stays; else 503 and why not."""
+        status = self._daemon.status()
+        models = status.models
+        if any(node.leaving for node in status.nodes if node.id == status.self_id):
+            return _not_ready("this node is leaving the cluster")
         if any(model.state == "serving" for model in models):
             return json_response({"status": "ready"})
         reasons = [
             f"{model.name} is {model.state}" + (f": {model.reason}" if model.reason else "")
             for model in models
         ]
-        planned = self._daemon.status().epoch is not None
+        planned = status.epoch is not None
         nothing = "no model is chosen to be served" if planned else "the cluster has no plan yet"
-        reason = "; ".join(reasons) or nothing
-        return json_response(
-            {"status": "not ready", "reason": reason}, 503, {"retry-after": str(RETRY_AFTER_S)}
-        )
+        return _not_ready("; ".join(reasons) or nothing)
 
     async def status(self, _: Request) -> Response:
         return json_response(self._daemon.status(), headers={"cache-control": "no-store"})
@@ -64,5 +72,10 @@ class Cluster:
 
     async def stop(self, request: Request) -> Response:
         require_control(request, self._daemon.control_token)
-        self._daemon.stop()
-        return json_response({"status": "stopping"}, 202)
+        body = parse_body(await read_json_body(request) or b"{}", LeaveBody)
+        return json_response(Leaving(self._daemon.stop(now=body.now)), 202)
+
+
+def _not_ready(reason: str) -> Response:
+    content = {"status": "not ready", "reason": reason}
+    return json_response(content, 503, {"retry-after": str(RETRY_AFTER_S)})

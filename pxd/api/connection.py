@@ -12,6 +12,7 @@ from hypercorn.typing import AppWrapper, ConnectionState
 from hypercorn.utils import parse_socket_addr
 
 SEND_TIMEOUT_S = 30.0
+PIECE_BYTES = 64 << 10
 
 
 class _Http11(H11Protocol):
@@ -54,7 +55,8 @@ class Connection(TCPServer):
             await self._read_data()
 
     async def protocol_send(self, event: Event) -> None:
-        """A client that takes nothing for `SEND_TIMEOUT_S` is dropped.
+        """A client that takes less than `PIECE_BYTES`, or what there is, in `SEND_TIMEOUT_S` is
+        dropped.
 
         hypercorn waits for it forever, and shields that wait from the daemon's own end.
         """
@@ -63,8 +65,9 @@ class Connection(TCPServer):
             return
         async with self.send_lock:
             try:
-                with trio.fail_after(SEND_TIMEOUT_S):
-                    await self.stream.send_all(event.data)
+                for begin in range(0, len(event.data), PIECE_BYTES):
+                    with trio.fail_after(SEND_TIMEOUT_S):
+                        await self.stream.send_all(event.data[begin : begin + PIECE_BYTES])
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                 await trio.aclose_forcefully(self.stream)
                 await self.protocol.handle(Closed())

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from pxd.doctor.findings import Report
 from pxd.serving.choice import Choices
+from pxd.serving.clients import Clients
 from pxd.serving.door import Door
 from pxd.serving.drain import Drains
 from pxd.serving.requests import Ingress
@@ -14,6 +15,10 @@ from pxd.serving.view import Planning
 class Daemon(Protocol):
     @property
     def ingress(self) -> Ingress: ...
+
+    @property
+    def clients(self) -> Clients:
+        """Counts the requests of clients here."""
 
     @property
     def door(self) -> Door:
@@ -42,5 +47,8 @@ class Daemon(Protocol):
     def ticket(self) -> str:
         """The line that lets another machine join. Holds the cluster key: never log it."""
 
-    def stop(self) -> None:
-        """Begin a graceful stop; returns at once."""
+    def stop(self, *, now: bool = False) -> float:
+        """Begin to leave; returns at once how many seconds that takes at most.
+
+        With `now` nothing is waited for; it may be called again with it.
+        """

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from pxd.doctor.findings import Report
-from pxd.serving.status import ClusterStatus
+from pxd.serving.status import ClusterStatus, Leaving
 from pxd.wire import DECODE_ERRORS
 
 TIMEOUT_S = 10.0
@@ -134,8 +134,8 @@ class Client:
             self._read("GET", "/cluster/doctor", self._control, DOCTOR_TIMEOUT_S), Report
         )
 
-    def stop(self) -> None:
-        self._read("POST", "/cluster/stop", self._control)
+    def stop(self, *, now: bool = False) -> Leaving:
+        return self.control("POST", "/cluster/stop", Leaving, {"now": now})
 
     def control(self, method: str, path: str, kind: type[AnswerT], body: object = None) -> AnswerT:
         """What a control route answers, as `kind`. Waits while members are told."""

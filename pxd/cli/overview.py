@@ -1,7 +1,7 @@
 """What `pxd status` says of a cluster, before it is drawn for a terminal or written for a pipe."""
 
 from collections import Counter
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
 import msgspec
 
@@ -9,6 +9,7 @@ from pxd.cli.words import clean, device, duration, layers, memory, speed
 from pxd.cluster.plans import SPARE_PREFIX
 from pxd.serving.status import (
     ClusterStatus,
+    KvView,
     ModelView,
     NodeView,
     PipelineFigures,
@@ -37,8 +38,8 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """`roles` is empty or says "leader", "this node", "drained". `words` is the state, with age if
-    bad."""
+    """`roles` is empty or says "leader", "this node", "drained", "leaving". `words` is the state,
+    with age if bad."""
 
     name: str
     roles: str
@@ -139,6 +140,7 @@ class _Reader:
             if peer == node.id
         ]
         roles += ["drained"] if node.drained else []
+        roles += ["leaving"] if node.leaving else []
         bad = node.state != "alive"
         return Node(
             name=self.name(node.id),
@@ -174,9 +176,9 @@ class _Reader:
             reason=clean(model.reason),
             pipelines=[[self.link(model, stage) for stage in chain] for chain in model.pipelines],
             figures=[
-                self.figures(figures)
-                for _, figures in zip_longest(
-                    model.pipelines, model.figures, fillvalue=PipelineFigures()
+                " · ".join(filter(None, (self.figures(figures), _blocks(kv))))
+                for _, figures, kv in islice(
+                    zip_longest(model.pipelines, model.figures, model.kv), len(model.pipelines)
                 )
             ],
             spares=", ".join(
@@ -186,7 +188,9 @@ class _Reader:
             retiring=[[self.link(model, stage) for stage in chain] for chain in model.retiring],
         )
 
-    def figures(self, figures: PipelineFigures) -> str:
+    def figures(self, figures: PipelineFigures | None) -> str:
+        if figures is None:
+            return ""
         known = (("predicted", figures.predicted), ("measured", figures.measured))
         words = [f"{label} {speed(given)}" for label, given in known if given is not None]
         if figures.predicted is not None and figures.predicted.bottleneck is not None:
@@ -197,6 +201,8 @@ class _Reader:
         """(node, what is wrong with it)"""
         own = self.name(self._status.self_id)
         found = [(own, clean(hint)) for hint in self._status.hints]
+        if self._status.waits_for:
+            found.append((own, f"is about to leave and waits for {clean(self._status.waits_for)}"))
         for node in self._status.nodes:
             name = self.name(node.id)
             if node.state == "suspect":
@@ -210,6 +216,10 @@ class _Reader:
                 found.append((name, clean(node.problem)))
             found += [(name, words) for stage in node.stages for words in _troubles(stage)]
         return found
+
+
+def _blocks(kv: KvView | None) -> str:
+    return f"{kv.total - kv.free:,} of {kv.total:,} KV blocks held" if kv and kv.total else ""
 
 
 def _troubles(stage: StageView) -> list[str]:

@@ -45,6 +45,7 @@ def one_more(
                 tokens_per_s=tokens_per_s(then),
                 gain=tokens_per_s(then) - now,
                 missing_gib=None if shortage is None else shortage.missing_bytes / _GIB,
+                pipelines=len(then.pipelines),
             )
         )
     candidates.sort(key=lambda each: (-each.tokens_per_s, each.missing_gib or 0, each.machine))

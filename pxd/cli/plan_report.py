@@ -66,8 +66,9 @@ class NodeFigures(msgspec.Struct, frozen=True):
 class Candidate(msgspec.Struct, frozen=True):
     """What one more `machine` does; `like` is a node that it equals, if there is one.
 
-    `machine` is empty where `like` says more than any name. `gain` is in tokens/s, `missing_gib`
-    what is still missing if the model does not fit then.
+    `machine` is empty where `like` says more than any name. `gain` is in tokens/s, and may be below
+    zero where one pipeline becomes several; `missing_gib` is what is still missing if the model
+    does not fit then.
     """
 
     machine: str
@@ -76,6 +77,7 @@ class Candidate(msgspec.Struct, frozen=True):
     tokens_per_s: float
     gain: float
     missing_gib: float | None
+    pipelines: int
 
 
 class OneMore(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ class Words:
     def __init__(self, report: Report, names: Mapping[str, str]) -> None:
         self._names = names
         self._fits = report.reason is None
+        self._now = len(report.pipelines)
 
     def name(self, node: str) -> str:
         return clean(self._names.get(node, node))
@@ -33,7 +34,11 @@ class Words:
             return f"fits, {rate}"
         before = candidate.tokens_per_s - candidate.gain
         percent = round(100 * candidate.gain / before) if before else 0
-        return f"{rate} ({percent:+d}%)" if percent else f"{rate} (no more than now)"
+        change = f"{percent:+d}%" if percent else "no more than now"
+        second = (
+            f", {candidate.pipelines} pipelines" if candidate.pipelines > 1 == self._now else ""
+        )
+        return f"{rate} ({change}{second})"
 
 
 def summary(report: Report) -> str:

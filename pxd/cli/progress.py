@@ -31,7 +31,7 @@ class Stuck(Exception):
 
 
 @contextlib.contextmanager
-def _shown(*, quiet: bool) -> Iterator[Show]:
+def shown(*, quiet: bool = False) -> Iterator[Show]:
     """Shows where things stand on stderr: in one line on a terminal, else line by line."""
     terminal = sys.stderr.isatty()
     last = ""
@@ -63,7 +63,7 @@ def wait(
 
     Ends the command if it stays stuck, if the daemon goes away, and at Ctrl-C.
     """
-    with _shown(quiet=quiet) as show:
+    with shown(quiet=quiet) as show:
         _watch(node, data_dir, left, show)
 
 

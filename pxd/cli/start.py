@@ -12,6 +12,7 @@ from pxd.cli.find import data_dir_of_environment
 from pxd.cli.options import fail, with_examples
 from pxd.settings import (
     DEFAULT_HTTP,
+    DEFAULT_LEAVE_TIMEOUT_S,
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DEFAULT_REQUEST_TIMEOUT_S,
@@ -23,6 +24,8 @@ from pxd.settings import (
     parse_endpoint,
 )
 from pxd.wire import MAX_TIMEOUT_S
+
+MAX_LEAVE_TIMEOUT_S = 3600.0
 
 HELP = with_examples(
     "Run a node here, in the foreground, until Ctrl-C or `pxd stop`. "
@@ -115,6 +118,15 @@ RequestTimeout = Annotated[
         "SECONDS",
         "Give up requests to this node's API that take longer. "
         f"[dim]\\[default: {DEFAULT_REQUEST_TIMEOUT_S:g}][/dim]",
+    ),
+]
+LeaveTimeout = Annotated[
+    float,
+    _option(
+        "--leave-timeout",
+        "SECONDS",
+        "When told to stop, wait up to this long for others to take over; 0 is at once. "
+        f"[dim]\\[default: {DEFAULT_LEAVE_TIMEOUT_S:g}][/dim]",
     ),
 ]
 Speculation = Annotated[
@@ -246,6 +258,7 @@ def build_settings(
     max_layers: int | None = None,
     kv_tier: float | None = None,
     request_timeout: float = DEFAULT_REQUEST_TIMEOUT_S,
+    leave_timeout: float = DEFAULT_LEAVE_TIMEOUT_S,
     admission: Admission = Admission.preempt,
     speculate: Speculate = Speculate.auto,
     wire_dtype: WireDtype = "native",
@@ -271,6 +284,10 @@ def build_settings(
             f"--request-timeout: {request_timeout:g} s is not between 0 and {MAX_TIMEOUT_S:g} s"
         )
     _check_tensor_parallel(tensor_parallel, executor)
+    if not 0 <= leave_timeout <= MAX_LEAVE_TIMEOUT_S:
+        raise BadOption(
+            f"--leave-timeout: {leave_timeout:g} s is not between 0 and {MAX_LEAVE_TIMEOUT_S:g} s"
+        )
     if not -1000 <= priority <= 1000:
         raise BadOption(f"--priority: {priority} is not between -1000 and 1000")
     return Settings(
@@ -284,6 +301,7 @@ def build_settings(
         max_layers=max_layers,
         kv_tier=kv_tier,
         request_timeout=request_timeout,
+        leave_timeout=leave_timeout,
         admission=admission.value,
         speculate=speculate.value,
         wire_dtype=wire_dtype,
@@ -307,6 +325,7 @@ def start(
     max_layers: MaxLayers = None,
     kv_tier: KvTier = None,
     request_timeout: RequestTimeout = DEFAULT_REQUEST_TIMEOUT_S,
+    leave_timeout: LeaveTimeout = DEFAULT_LEAVE_TIMEOUT_S,
     admission: Admit = Admission.preempt,
     speculate: Speculation = Speculate.auto,
     wire_dtype: Wire = "native",
@@ -329,6 +348,7 @@ def start(
             max_layers=max_layers,
             kv_tier=kv_tier,
             request_timeout=request_timeout,
+            leave_timeout=leave_timeout,
             admission=admission,
             speculate=speculate,
             wire_dtype=wire_dtype,

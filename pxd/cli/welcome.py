@@ -45,4 +45,4 @@ def welcome(settings: Settings, started: "Started") -> None:
     # A journal is kept, and read by more people than the ticket is meant for.
     print(text(settings, started, show_ticket=not is_journal(sys.stdout)), flush=True)
     if sys.stdout.isatty():
-        print("Ctrl-C leaves the cluster.", flush=True)
+        print("Ctrl-C leaves the cluster; a second one does not wait for others.", flush=True)

@@ -29,6 +29,15 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     executors: Annotated[tuple[Identifier, ...], msgspec.Meta(max_length=8)] = ()
 
 
+class KvBlocks(msgspec.Struct, frozen=True, array_like=True):
+    """The KV blocks of a pipeline as its head counts them: `free` are those that no request holds;
+    `cached` of these keep a prefix that can be used again, until they are needed."""
+
+    total: Count
+    free: Count
+    cached: Count
+
+
 class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     """State of one stage on its node. `progress` runs from 0 to 1 while loading.
 
@@ -36,13 +45,15 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     `prefix_cache` whether requests can begin with blocks that others have left, and `trims` whether
     positions can be taken back; `tier_slots` is how many blocks its second KV tier keeps. `coding`
     is how it sends hidden states on, None for as they are. While a pipeline retires, stage 0 tells
-    in `requests` how many its head holds. What follows is measured while the stage serves, in
-    seconds, 0 until then: `decode_s` is one decode step of one request and `prefill_s` one prompt
-    token within a long chunk, both from the step's arrival at the idle stage to its result. Stage 0
-    alone, being at the head, tells of its whole pipeline: `token_s` per token and `ttft_s` to the
-    first token of a prompt of about `ttft_tokens`, both for one request alone, and `tokens_per_s`
-    while it works. These figures are from when it works as usual: while it is `slow`, its steps
-    take so many times longer; 0 means that it is not.
+    in `requests` how many its head holds. Stage 0 also tells in `kv` of its pipeline's KV blocks
+    while that takes requests; `kv_held` and `kv_kept` are what the stage itself holds, in blocks,
+    of requests that have not ended and of those that have. What follows is measured while the stage
+    serves, in seconds, 0 until then: `decode_s` is one decode step of one request and `prefill_s`
+    one prompt token within a long chunk, both from the step's arrival at the idle stage to its
+    result. Stage 0 alone, being at the head, tells of its whole pipeline: `token_s` per token and
+    `ttft_s` to the first token of a prompt of about `ttft_tokens`, both for one request alone, and
+    `tokens_per_s` while it works. These figures are from when it works as usual: while it is
+    `slow`, its steps take so many times longer; 0 means that it is not.
 
     `restarts` counts its executor's deaths, of which in `hangs` it gave no answer and was killed;
     `out_of_memory` and `not_finite` the steps that failed so.
@@ -65,6 +76,9 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     trims: bool = False
     coding: Coding | None = None
     requests: Count | None = None
+    kv: KvBlocks | None = None
+    kv_held: Count = 0
+    kv_kept: Count = 0
     decode_s: Measure = 0.0
     prefill_s: Measure = 0.0
     token_s: Measure = 0.0
@@ -123,12 +137,13 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     `running`, `waiting` and `kv_tier` are of the pipelines that begin here: their requests, and how
     short the fullest is of KV blocks, from 0 (plenty) to 3 (almost none).
     `links` are those to the peers that matter most to this node. `relay` says that it passes
-    traffic on for members that cannot reach each other. `leaving` says that it is about to go: it
-    is no candidate for leadership and takes no part in new plans. One that is `drained` takes no
-    part in them either, but stays a member and goes on answering clients. `unfit` are the models
-    in whose plans it takes no part. `slow` is how many times slower than usual it works, 0 for
-    none; it stays for a while after the stage that showed it has gone. `door` is a digest of its
-    keys and bans: where two differ, one is behind. `keys` is the generation of its cluster key.
+    traffic on for members that cannot reach each other. `leaving` says that it goes once others
+    serve in its place: it is no candidate for leadership and takes no part in new plans. One that
+    is `drained` takes no part in them either, but stays a member and goes on answering clients.
+    `unfit` are the models in whose plans it takes no part. `slow` is how many times slower than
+    usual it works, 0 for none; it stays for a while after the stage that showed it has gone. `door`
+    is a digest of its keys and bans: where two differ, one is behind. `keys` is the generation of
+    its cluster key.
     """
 
     id: Identifier

@@ -40,6 +40,11 @@ class BlockPool:
         return self.capacity - self.free
 
     @property
+    def idle(self) -> int:
+        """Those of the `free` that `find` may return."""
+        return len(self._idle)
+
+    @property
     def cached(self) -> int:
         """Blocks that `find` may return, held or not."""
         return len(self._by_hash)

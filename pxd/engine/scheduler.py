@@ -182,6 +182,7 @@ class Scheduler:
         self._doomed: set[int] = set()
         self._settling = False
         self._next_step = 0
+        self._greets = False
         self._admitted = 0
         self._refused: list[tuple[int, str]] = []
         self._deadlines = Deadlines(
@@ -221,6 +222,11 @@ class Scheduler:
     def admitted(self) -> list[int]:
         """Numbers of those that run, in order of admission."""
         return [s.number for s in sorted(self._running.values(), key=lambda s: s.admitted)]
+
+    def greet(self) -> None:
+        """Have a step sent even if there is nothing to do: stages then forget all that was before
+        this scheduler."""
+        self._greets = True
 
     def add(self, request: NewRequest) -> None:
         """Queue a request. Raises `NeverFits` at once for one that no amount of waiting would let
@@ -269,8 +275,9 @@ class Scheduler:
         batch = Batch()
         for sequence in self.policy.compose(self._running, batch):
             self._preempt(sequence)
-        if batch.is_empty and not self._releases:
+        if batch.is_empty and not self._releases and not self._greets:
             return None
+        self._greets = False
         step = self._step(batch)
         self._in_flight[step.number] = step
         return step

@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 
-from pxd.wire import Buffer, Coding, Logprobs, Nack, NackCode, Reason, Sampled, Step, Tensor
+from pxd.wire import Buffer, Coding, Count, Logprobs, Nack, NackCode, Reason, Sampled, Step, Tensor
 
 
 class ExecutorError(Exception):
@@ -58,11 +58,17 @@ class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes in use: by tensors (weights and caches), and the process's resident set."""
+    """Bytes in use: by tensors (weights and caches), and the process's resident set.
+
+    `held` is how many blocks of KV the `requests` hold that have not ended, and `kept` how many
+    are kept of those that have.
+    """
 
     active: int
     resident: int
     requests: int
+    held: Count = 0
+    kept: Count = 0
 
 
 class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):

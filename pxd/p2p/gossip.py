@@ -30,7 +30,8 @@ log = logging.getLogger("pxd.p2p.gossip")
 
 GossipEvent = MemberEvent | LeadershipEvent
 Persist = Callable[[int, int], Awaitable[None]]
-"""Store (incarnation, term) durably. Called from a task of its own, one call at a time."""
+"""Store (incarnation, term) durably. Called from a task of its own, one call at a time; again and
+again after an `OSError`."""
 
 # A union of structs is what msgspec decodes, though no `type` in the eyes of a type checker.
 GOSSIP: Method[GossipMessage, None] = Method(
@@ -42,6 +43,7 @@ GOSSIP: Method[GossipMessage, None] = Method(
 
 HAND_OVER_S = 1.0
 """How long one that leads and leaves waits for its successor."""
+PERSIST_AGAIN_S = (1.0, 2.0, 5.0, 15.0, 60.0)
 _SAY_FULL_EVERY_S = 60.0
 
 
@@ -79,7 +81,7 @@ class Gossip:
         self._running = False
         self._dispatching = False
         self._synced = False
-        self._persisted_term = term
+        self._usable_term = term
         self._said_full_at = -math.inf
         self._changed = trio.Event()
         self._wake = trio.Event()
@@ -109,10 +111,11 @@ class Gossip:
     def leads(self) -> int:
         """The term in which this node is in office, 0 if it is not.
 
-        A term counts only once it is persisted, so that no later life can use it again.
+        A term counts only once it is persisted, so that no later life can use it again, or was
+        found to be impossible to persist for now.
         """
         leads = self._leadership.leads
-        return leads if leads <= self._persisted_term else 0
+        return leads if leads <= self._usable_term else 0
 
     @property
     def health(self) -> int:
@@ -229,19 +232,30 @@ class Gossip:
             self._dispatch()
 
     async def _keep_persisted(self) -> None:
+        failures = 0
         while True:
-            await self._to_persist.wait()
+            again = (
+                PERSIST_AGAIN_S[min(failures, len(PERSIST_AGAIN_S)) - 1] if failures else math.inf
+            )
+            with trio.move_on_after(again):
+                await self._to_persist.wait()
             self._to_persist = trio.Event()
-            term = self._leadership.term
-            try:
-                await self._persist(self._membership.record.incarnation, term)
-            except OSError as error:
-                # Better to serve on with counters that a restart may have to catch up with.
-                log.error("cannot store incarnation and term: %s; check the data directory", error)
-            before, self._persisted_term = self._persisted_term, term
-            if before < self._leadership.leads <= term:
-                self._tell(TookOffice(self._leadership.leader, self._leadership.leads))
-            self._dispatch()
+            failures = 0 if await self._store() else failures + 1
+
+    async def _store(self) -> bool:
+        """Say whether that went well."""
+        term, stored = self._leadership.term, True
+        try:
+            await self._persist(self._membership.record.incarnation, term)
+        except OSError as error:
+            # Better to serve on with counters that a restart may have to catch up with.
+            log.error("cannot store incarnation and term: %s; check the data directory", error)
+            stored = False
+        before, self._usable_term = self._usable_term, term
+        if before < self._leadership.leads <= term:
+            self._tell(TookOffice(self._leadership.leader, self._leadership.leads))
+        self._dispatch()
+        return stored
 
     def _dispatch(self) -> None:
         """Act on all that the state machines have to say. Re-entrant calls leave it to the first.

@@ -1,12 +1,13 @@
 """Plans for a whole cluster: how many pipelines, which nodes in which order, with what ranges.
 
 `auto` maximises the sum over pipelines of their peak tokens/s, where a pipeline slower than the
-workload's latency bound counts for less. Few nodes, or few kinds of nodes, are divided exactly;
-otherwise the classic allocators and groups of near nodes give beginnings for a local search. The
-classic allocators' own plans are always among the candidates, so `auto` is never worse than they.
+workload's latency bound counts for less; but it takes two pipelines or more rather than one where
+that costs no more than `auto.redundancy.REDUNDANCY_SHARE` of the sum. Few nodes, or few kinds of
+nodes, are divided exactly; otherwise the classic allocators and groups of near nodes give
+beginnings for a local search. The classic allocators' own plans are always among the candidates, so
+`auto` is never worse than they, but for what a second pipeline may cost.
 """
 
-import math
 from collections.abc import Sequence
 from types import MappingProxyType
 
@@ -14,8 +15,9 @@ from pxd.planning.auto.cutting import Cut, best_cuts
 from pxd.planning.auto.estimate import estimate, score
 from pxd.planning.auto.improve import Improver
 from pxd.planning.auto.orders import orders
-from pxd.planning.auto.partition import best_partition, effort_of
+from pxd.planning.auto.partition import best_partitions, effort_of
 from pxd.planning.auto.problem import Problem
+from pxd.planning.auto.redundancy import is_redundant, preferred, value_of
 from pxd.planning.auto.regions import regions
 from pxd.planning.classic.dynamic import dynamic
 from pxd.planning.classic.farthest import farthest_chain
@@ -59,24 +61,28 @@ def plan_chain(inputs: PlanInputs, order: Sequence[str]) -> ClusterPlan:
     return describe_plan(problem, [as_cut(problem, chain)] if chain else [])
 
 
-def divide(problem: Problem, nodes: Sequence[int]) -> list[Cut]:
-    """The pipelines of `auto` over some nodes of the problem, best first."""
+def divide(problem: Problem, nodes: Sequence[int], *, redundant: bool = True) -> list[Cut]:
+    """The pipelines of `auto` over some nodes of the problem, best first.
+
+    Without `redundant` a second pipeline is worth no more than the tokens/s that it adds.
+    """
     classic = [allocate(problem, nodes, "greedy"), allocate(problem, nodes, "dp")]
     if effort_of(problem, nodes) <= EXACT_EFFORT:
-        candidates = [best_partition(problem, nodes), *classic]
+        candidates = [*best_partitions(problem, nodes), *classic]
     else:
         improver = Improver(problem, nodes)
         seeds = [*classic, *(_by_region(problem, groups) for groups in regions(problem, nodes))]
-        begun = sorted(seeds, key=value_of, reverse=True)[:SEARCHES]
+        begun = sorted(seeds, key=lambda cuts: (is_redundant(cuts), value_of(cuts)), reverse=True)
+        begun = begun[:SEARCHES]
         effort = (SEARCH_EFFORT + EFFORT_PER_NODE * len(nodes)) // len(begun)
         improved = (
             improver.improve([_recut(improver, cut) for cut in seed], effort) for seed in begun
         )
         candidates = [*improved, *seeds]
         if effort_of(problem, nodes, thrifty=True) <= EXACT_EFFORT:
-            candidates.append(best_partition(problem, nodes, thrifty=True))
-    best = max(candidates, key=value_of) or _only_chain(problem, nodes)
-    return sorted(best, key=lambda cut: (-cut.value, cut.order))
+            candidates += best_partitions(problem, nodes, thrifty=True)
+    best = preferred(candidates) if redundant else max(candidates, key=value_of)
+    return sorted(best or _only_chain(problem, nodes), key=lambda cut: (-cut.value, cut.order))
 
 
 def allocate(problem: Problem, nodes: Sequence[int], strategy: Strategy) -> list[Cut]:
@@ -137,10 +143,6 @@ def _only_chain(problem: Problem, nodes: Sequence[int]) -> list[Cut]:
     order = tuple(problem.place_of[name] for name in names)
     [cut] = best_cuts(problem, [[order, *orders(problem, order)]], thorough=True)
     return [] if cut is None else [cut]
-
-
-def value_of(cuts: Sequence[Cut]) -> float:
-    return math.fsum(cut.value for cut in cuts)
 
 
 def _allocation(problem: Problem, cut: Cut) -> Allocation:

@@ -2,7 +2,7 @@
 
 Pipelines that lost a node, and nodes that are free, are planned anew; the others stay as they are,
 unless a free node would make one of them so much faster that reloading it pays. Whether a plan
-from scratch would be better still is told apart, since it would interrupt everything.
+from scratch would be better still is told apart, since it may interrupt everything.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ import msgspec
 from pxd.planning.auto.cutting import Cut, best_cuts
 from pxd.planning.auto.orders import few_orders
 from pxd.planning.auto.problem import Problem
+from pxd.planning.auto.redundancy import is_near, is_redundant, preferred, value_of
 from pxd.planning.model import Chain
-from pxd.planning.planner import allocate, as_cut, describe_plan, divide, value_of
+from pxd.planning.planner import allocate, as_cut, describe_plan, divide
 from pxd.planning.result import Basis, ClusterPlan, PlanInputs, Spare, Strategy
 from pxd.planning.spares import Held
 
@@ -27,8 +28,8 @@ Chains = Sequence[Chain]
 class Move(msgspec.Struct, frozen=True):
     """A plan, what it gains over the one before as a share of its objective, and what it costs.
 
-    `gain` is infinite where nothing was served before. `moved_bytes` of weights are loaded by
-    nodes that do not hold them yet.
+    `gain` is infinite where nothing was served before, and may be below zero where one pipeline
+    becomes several. `moved_bytes` of weights are loaded by nodes that do not hold them yet.
     """
 
     plan: ClusterPlan
@@ -37,7 +38,8 @@ class Move(msgspec.Struct, frozen=True):
 
 
 class Replan(msgspec.Struct, frozen=True):
-    """`move` is to be made. `rebalance` is a plan from scratch, where that gains a lot more."""
+    """`move` is to be made. `rebalance` is a plan from scratch, where that gains a lot more, or has
+    several pipelines where `move` has one and is near it in value."""
 
     move: Move
     rebalance: Move | None
@@ -69,16 +71,25 @@ def replan(
         cuts = kept + allocate(problem, free, strategy)
         return Replan(_move(problem, held, kept, cuts), None)
     fresh = divide(problem, everything) if grow or broken or not previous else kept
-    choices = [kept + cuts for cuts in _for_free(problem, previous, held, free)]
+    beside = _for_free(problem, previous, held, free, redundant=not kept)
+    choices = [kept + cuts for cuts in beside]
     if _contains(fresh, kept):
         choices.insert(0, fresh)
     cuts = _cheapest_of_best(problem, held, choices, broken=broken)
     if grow and not broken:
         cuts = _with_one_more(problem, kept, cuts)
     move = _move(problem, held, kept, cuts)
-    if value_of(fresh) <= value_of(cuts) * (1 + REBALANCE_GAIN):
-        return Replan(move, None)
-    return Replan(move, _move(problem, held, cuts, fresh))
+    return Replan(move, _move(problem, held, cuts, fresh) if _pays(fresh, cuts) else None)
+
+
+def _pays(fresh: Sequence[Cut], cuts: Sequence[Cut]) -> bool:
+    """Whether `cuts` are worth being interrupted for `fresh`.
+
+    The share that a second pipeline may cost is less than what it takes to give it up again.
+    """
+    if is_redundant(fresh) and not is_redundant(cuts):
+        return is_near(fresh, cuts)
+    return value_of(fresh) > value_of(cuts) * (1 + REBALANCE_GAIN)
 
 
 def decide(basis: Basis) -> Move:
@@ -147,9 +158,12 @@ def _contains(cuts: Sequence[Cut], kept: Sequence[Cut]) -> bool:
     return all((cut.order, cut.ends) in there for cut in kept)
 
 
-def _for_free(problem: Problem, previous: Chains, held: Held, free: list[int]) -> list[list[Cut]]:
-    best = divide(problem, free)
-    return [best, _renamed(problem, held, best, free), _mended(problem, previous, held, free)]
+def _for_free(
+    problem: Problem, previous: Chains, held: Held, free: list[int], *, redundant: bool
+) -> list[list[Cut]]:
+    best = divide(problem, free, redundant=redundant)
+    mended = _mended(problem, previous, held, free, redundant=redundant)
+    return [best, _renamed(problem, held, best, free), mended]
 
 
 def _renamed(problem: Problem, held: Held, cuts: Sequence[Cut], free: list[int]) -> list[Cut]:
@@ -175,7 +189,9 @@ def _renamed(problem: Problem, held: Held, cuts: Sequence[Cut], free: list[int])
     return renamed
 
 
-def _mended(problem: Problem, previous: Chains, held: Held, free: list[int]) -> list[Cut]:
+def _mended(
+    problem: Problem, previous: Chains, held: Held, free: list[int], *, redundant: bool
+) -> list[Cut]:
     """Broken pipelines with spares in the places of lost nodes, as far as there are any."""
     names = {problem.nodes[node] for node in free}
     survivors = {node for chain in previous for node, _, _ in chain}
@@ -196,7 +212,8 @@ def _mended(problem: Problem, previous: Chains, held: Held, free: list[int]) -> 
         if len(whole) == len(chain) and is_served(problem, tuple(whole)):
             mended.append(as_cut(problem, tuple(whole)))
     used = {node for cut in mended for node in cut.order}
-    return mended + divide(problem, [node for node in free if node not in used])
+    left = [node for node in free if node not in used]
+    return mended + divide(problem, left, redundant=redundant and not mended)
 
 
 def _fits(problem: Problem, name: str, start: int, end: int) -> bool:
@@ -207,16 +224,23 @@ def _cheapest_of_best(
     problem: Problem, held: Held, choices: Sequence[list[Cut]], *, broken: bool
 ) -> list[Cut]:
     """What serves at once is taken even if another choice would gain a little."""
-    best = max(value_of(cuts) for cuts in choices)
+    best = preferred(choices)
     at_once = [
         cuts
         for cuts in choices
         if broken
-        and value_of(cuts) * (1 + INSERT_GAIN) > best
+        and value_of(cuts) * (1 + INSERT_GAIN) > value_of(best)
         and not moved_bytes(problem, held, cuts)
     ]
-    equal = [cuts for cuts in choices if value_of(cuts) >= best * (1 - _TIE)]
-    return min(at_once or equal, key=lambda cuts: moved_bytes(problem, held, cuts))
+    if at_once:
+        return preferred(at_once)
+    equal = [
+        cuts
+        for cuts in choices
+        if value_of(cuts) >= value_of(best) * (1 - _TIE)
+        and is_redundant(cuts) == is_redundant(best)
+    ]
+    return min(equal, key=lambda cuts: moved_bytes(problem, held, cuts))
 
 
 def _with_one_more(problem: Problem, kept: Sequence[Cut], cuts: Sequence[Cut]) -> list[Cut]:

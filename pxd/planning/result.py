@@ -74,8 +74,9 @@ class Spare(msgspec.Struct, frozen=True):
 class ClusterPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Node-disjoint pipelines, one estimate for each, and the nodes left over.
 
-    `objective` is what `auto` maximises: the sum of the pipelines' peak tokens/s, with those that
-    break the latency bound counted for less. Without pipelines `shortage` says why.
+    `objective` is the sum of the pipelines' peak tokens/s, with those that break the latency bound
+    counted for less: what `auto` maximises, but for a share that it gives up rather than have one
+    pipeline alone. Without pipelines `shortage` says why.
     """
 
     pipelines: tuple[Allocation, ...] = ()

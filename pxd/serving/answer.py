@@ -46,7 +46,9 @@ DEFAULT_MAX_TOKENS = 4096
 # Four of the head's heartbeats.
 STALL_S = 60.0
 PATIENCE_S = 120.0
-HOPELESS_S = 5.0
+HOPELESS_S = 30.0
+"""How long an answer without a token waits when all that could serve it is lost: a node that was
+killed and is started again may be back by then, and in a part that is cut off nothing changes."""
 WORD_S = 1.0
 """How long after the deadline the head may still say why it was not kept."""
 
@@ -125,8 +127,8 @@ class ChatAnswer:
         """Submit what there is so far to a ready pipeline; wait for one for `patience` seconds.
 
         Where one has no room, all others are tried before anybody waits; a new request is refused
-        then. It does not wait long for a model that the plan has no pipeline for, either. Raises
-        `NotReady`, `InvalidRequest`, `UnknownModel`, `GenerationFailed`, `DeadlineExceeded`.
+        then. Raises `NotReady`, `InvalidRequest`, `UnknownModel`, `GenerationFailed`,
+        `DeadlineExceeded`.
         """
         began = trio.current_time()
         tries = 0
@@ -145,7 +147,7 @@ class ChatAnswer:
                 tries += 1
                 if first and isinstance(error, Overloaded):
                     raise
-                if trio.current_time() >= began + min(patience, self._hope(first=first)):
+                if trio.current_time() >= began + min(patience, self._hope()):
                     raise
                 waits = 1 if isinstance(error, _NotItsTurn) else tries
                 pause = RETRY_S[min(waits, len(RETRY_S)) - 1]
@@ -159,11 +161,14 @@ class ChatAnswer:
         pipelines = find_model(self._dispatch.plan(), self.model).all_pipelines
         return {each.id for each in pipelines if readiness(each, members).ready}
 
-    def _hope(self, *, first: bool) -> float:
+    def _hope(self) -> float:
         """How many seconds of waiting make sense, as the plan is."""
-        plan = self._dispatch.plan()
-        planned = any(model.all_pipelines for model in (plan.models if plan else ()))
-        return HOPELESS_S if first and not planned else math.inf
+        if self._generated:
+            return math.inf
+        plan, members = self._dispatch.plan(), self._dispatch.members()
+        models = (model for model in (plan.models if plan else ()) if model.name == self.model)
+        lines = (line for model in models for line in model.all_pipelines)
+        return HOPELESS_S if all(readiness(line, members).lost for line in lines) else math.inf
 
     def _set_limit(self, pipeline: PipelinePlan) -> None:
         """Once, at the first placement: a replay must end where the first try would have."""
@@ -247,6 +252,8 @@ class ChatAnswer:
         fault = fault_of(reason)
         if fault == "time" or self._terms.left <= 0:
             raise self._terms.over(f"{reason}, with {self._generated} tokens generated")
+        if fault == "reader":
+            raise GenerationFailed(reason)
         self._blame(attempt)
         if fault == "executor" and not attempt.fruitful:
             self._deaths.add((attempt.pipeline, attempt.lives))
@@ -265,6 +272,8 @@ class ChatAnswer:
         except GenerationFailed:
             raise
         except RequestError as error:
+            if isinstance(error, NotReady) and not self._generated:
+                raise
             raise GenerationFailed(f"{reason}; then: {error}") from error
 
     async def _place_again(self) -> None:
@@ -280,10 +289,10 @@ class ChatAnswer:
     async def _next_output(self, attempt: Attempt) -> Output:
         with contextlib.suppress(trio.WouldBlock):
             # For who reads slowly, all may be here though the time is over.
-            return attempt.outputs.receive_nowait()
+            return attempt.get_nowait()
         patience = max(min(STALL_S, self._terms.left + WORD_S), 0.0)
         with trio.move_on_after(patience):
-            return await attempt.outputs.receive()
+            return await attempt.get()
         return Output(request=attempt.name, index=0, failure=f"no word for {patience:g} s")
 
     async def __aiter__(self) -> AsyncIterator[Delta]:

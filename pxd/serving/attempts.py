@@ -1,5 +1,6 @@
 """The submissions of this node's requests that are under way, and what heads send for them."""
 
+import contextlib
 import logging
 import math
 
@@ -7,6 +8,8 @@ import trio
 
 from pxd.cluster.plans import PipelinePlan
 from pxd.p2p.network import Network, NetworkError
+from pxd.serving.failures import TOO_SLOW
+from pxd.serving.quota import Quota
 from pxd.serving.readiness import Members, stage_report
 from pxd.wire import Cancel, Output
 
@@ -16,6 +19,11 @@ SUBMIT_TIMEOUT_S = 10.0
 STRAY_S = 5.0
 MAX_STRAYS = 1024
 MAX_REFUSING = 64
+
+MAX_UNREAD = 256 << 20
+OUTPUT_BYTES, TOKEN_BYTES, SCORE_BYTES = 240, 40, 120
+"""Of memory that an output of a head takes here: itself, each of its tokens, and each of their
+log probabilities."""
 
 Lives = tuple[tuple[float, int], ...]
 """Per stage, when its node was started and how often its executor was restarted."""
@@ -28,7 +36,8 @@ class Attempt:
     has seen one death, told twice.
     """
 
-    def __init__(self, name: str, pipeline: PipelinePlan, members: Members) -> None:
+    def __init__(self, name: str, pipeline: PipelinePlan, members: Members, unread: Quota) -> None:
+        """`unread` bounds what all attempts of this node have not taken yet, in bytes."""
         self.name = name
         self.pipeline = pipeline.id
         self.head = pipeline.head
@@ -37,14 +46,53 @@ class Attempt:
         self.began = trio.current_time()
         self.fruitful = False
         self.lost = False
-        # Not a leak: at most max_new tokens ever come, and the client pays for reading slowly.
-        self.send, self.outputs = trio.open_memory_channel[Output](math.inf)
+        self._unread = unread
+        self._send, self._outputs = trio.open_memory_channel[Output](math.inf)
 
-    def fail(self, reason: str) -> None:
+    def put(self, output: Output) -> None:
+        """For `get` to return. Where its client does not take what is there already, and others
+        want room for what they have not taken, all of it is given up."""
         if self.lost:
             return
+        if output.failure is not None or self._unread.take(self.name, _size(output)):
+            self._send.send_nowait(output)
+        else:
+            log.warning("request %s is given up: its client is too slow", self.name)
+            self._forget()
+            self.fail(f"{TOO_SLOW}: the client takes its answer too slowly")
+
+    def fail(self, reason: str) -> None:
+        """Nothing follows what is there already."""
+        if not self.lost:
+            self.lost = True
+            self._send.send_nowait(Output(request=self.name, index=0, failure=reason))
+
+    def get_nowait(self) -> Output:
+        """Raises `trio.WouldBlock`."""
+        return self._took(self._outputs.receive_nowait())
+
+    async def get(self) -> Output:
+        return self._took(await self._outputs.receive())
+
+    def _took(self, output: Output) -> Output:
+        if output.failure is None:
+            self._unread.give_back(self.name, _size(output))
+        return output
+
+    def close(self) -> None:
         self.lost = True
-        self.send.send_nowait(Output(request=self.name, index=0, failure=reason))
+        self._forget()
+
+    def _forget(self) -> None:
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                self.get_nowait()
+
+
+def _size(output: Output) -> int:
+    """About how many bytes it takes."""
+    scores = sum(1 + len(each.top) for each in output.logprobs)
+    return OUTPUT_BYTES + TOKEN_BYTES * len(output.tokens) + SCORE_BYTES * scores
 
 
 def _lives(pipeline: PipelinePlan, members: Members) -> Lives:
@@ -59,6 +107,7 @@ class Attempts:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._open: dict[str, Attempt] = {}
+        self._unread = Quota(MAX_UNREAD)
         self._strays: dict[str, float] = {}
         self._refusing = 0
         self._nursery: trio.Nursery | None = None
@@ -77,10 +126,11 @@ class Attempts:
                 self._nursery = None
 
     def open(self, name: str, pipeline: PipelinePlan, members: Members) -> Attempt:
-        attempt = self._open[name] = Attempt(name, pipeline, members)
+        attempt = self._open[name] = Attempt(name, pipeline, members, self._unread)
         return attempt
 
     def close(self, attempt: Attempt, *, cancel: bool) -> None:
+        attempt.close()
         self._open.pop(attempt.name, None)
         if cancel and self._nursery is not None:
             self._nursery.start_soon(self._cancel, attempt.head, attempt.name)
@@ -106,7 +156,7 @@ class Attempts:
             if frame.finish is None and frame.failure is None:
                 self._refuse_stray(peer, frame.request)
         elif attempt.head == peer:
-            attempt.send.send_nowait(frame)
+            attempt.put(frame)
 
     def _refuse_stray(self, peer: str, request: str) -> None:
         """A head works for nobody: the cancellation was lost, or was faster than the submission."""

@@ -70,6 +70,21 @@ def offers_key(inputs: PlanInputs) -> Key:
     return frozenset((o.id, o.memory, o.max_layers, o.slow) for o in inputs.offers)
 
 
+def taking_part(members: Members) -> frozenset[tuple[object, ...]]:
+    """Who takes part in plans with what, for which models; while that stays, so do the keys of all
+    inputs."""
+    return frozenset(
+        (
+            record.id,
+            record.memory,
+            record.max_layers,
+            record.slow > 0,
+            tuple(unfit.model for unfit in record.unfit),
+        )
+        for record in _present(members)
+    )
+
+
 def unfit_for(record: NodeRecord) -> dict[str, str]:
     """The models that the node leaves to others, and why."""
     return {unfit.model: unfit.reason for unfit in record.unfit}

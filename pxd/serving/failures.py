@@ -2,12 +2,16 @@
 
 from typing import Literal
 
-Fault = Literal["pool", "client", "busy", "executor", "time"]
+Fault = Literal["pool", "client", "busy", "executor", "time", "reader"]
 """pool: the request goes on elsewhere. client: it could never be served. busy: the pipeline is well
-and has no room. executor: a process died over it, which may be its doing. time: it is too late."""
+and has no room. executor: a process died over it, which may be its doing. time: it is too late.
+reader: the client does not take its answer."""
+
+TOO_SLOW = "too-slow"
 
 _FAULTS: dict[str, Fault] = {
     "never-fits": "client",
+    TOO_SLOW: "reader",
     "overloaded": "busy",
     "one-at-a-time": "busy",
     "executor-died": "executor",

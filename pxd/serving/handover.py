@@ -5,6 +5,7 @@ no other pipeline is ready, and then the few that still run may end there. They 
 their nodes have no memory for both, or where the others need nothing loaded but their very stages.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -17,6 +18,8 @@ from pxd.serving.readiness import Members, readiness, stage_report
 
 GRACE_S = 30.0
 """How long requests may go on where they are before they are moved to another pipeline."""
+LEAVE_GRACE_S = 10.0
+"""The same where a node waits to leave."""
 STOP_GRACE_S = 60.0
 """How long requests to a model that was stopped may go on before they end with an error."""
 
@@ -39,6 +42,7 @@ class Handover:
         claims = sum((claims_of(model, model.pipelines) for model in models), Claims())
         retiring: dict[str, list[PipelinePlan]] = {}
         done: dict[str, float] = {}
+        rest = math.inf
         for model in models:
             kept = retiring.setdefault(model.name, [])
             for pipeline in _candidates(model, old.get(model.name), members):
@@ -47,8 +51,10 @@ class Handover:
                     continue
                 if is_replaced(model, members):
                     done[pipeline.id] = self._done.get(pipeline.id, now)
-                    if _may_go(pipeline, members, now - done[pipeline.id], _grace(model)):
+                    left = done[pipeline.id] + _grace(model, pipeline, members) - now
+                    if left <= 0 or _has_ended(pipeline, members):
                         continue
+                    rest = min(rest, left)
                 kept.append(pipeline)
                 claims = more
         self._done = done
@@ -58,8 +64,7 @@ class Handover:
             lines = tuple(retiring[model.name])
             if lines or model.state not in ("outgoing", "stopped"):
                 arranged.append(msgspec.structs.replace(model, spares=spares, retiring=lines))
-        ends = [done[p.id] + _grace(m) - now for m in arranged for p in m.retiring if p.id in done]
-        return arranged, max(0.0, min(ends, default=float("inf")))
+        return arranged, rest
 
     def _fits(self, claims: Claims, pipeline: PipelinePlan, members: Members) -> bool:
         return all(
@@ -92,14 +97,17 @@ def is_replaced(model: ModelPlan, members: Members) -> bool:
     )
 
 
-def _grace(model: ModelPlan) -> float:
-    return STOP_GRACE_S if model.state == "stopped" else GRACE_S
+def _grace(model: ModelPlan, pipeline: PipelinePlan, members: Members) -> float:
+    if model.state == "stopped":
+        return STOP_GRACE_S
+    nodes = (members.get(stage.node) for stage in pipeline.stages)
+    return LEAVE_GRACE_S if any(node and node.record.leaving for node in nodes) else GRACE_S
 
 
-def _may_go(pipeline: PipelinePlan, members: Members, since: float, grace: float) -> bool:
+def _has_ended(pipeline: PipelinePlan, members: Members) -> bool:
     head = members.get(pipeline.head)
     report = stage_report(head.record, pipeline.id) if head else None
-    return since >= grace or (report is not None and report.requests == 0)
+    return report is not None and report.requests == 0
 
 
 def _candidates(
@@ -113,17 +121,13 @@ def _candidates(
     for pipeline in old.pipelines:
         if pipeline.id not in current and not at_once & set(pipeline.chain):
             states = readiness(pipeline, members).states
-            if {"ready", "restarting"} >= set(states) and not _is_leaving(pipeline, members):
+            if {"ready", "restarting"} >= set(states):
                 yield pipeline
     for pipeline in old.retiring:
         state = readiness(pipeline, members)
-        gone = state.lost or "failed" in state.states or _is_leaving(pipeline, members)
+        gone = state.lost or "failed" in state.states
         if pipeline.id not in current and not gone:
             yield pipeline
-
-
-def _is_leaving(pipeline: PipelinePlan, members: Members) -> bool:
-    return any(members[stage.node].record.leaving for stage in pipeline.stages)
 
 
 def _needed_to_start(model: ModelPlan, old: ModelPlan) -> set[tuple[str, int, int]]:

@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from pxd.cluster.plans import PipelinePlan
+from pxd.cluster.records import KvBlocks
 from pxd.engine.continuous import Admission, Continuous, ContinuousConfig
 from pxd.engine.history import has_penalties
 from pxd.engine.scheduler import (
@@ -28,7 +29,6 @@ from pxd.engine.scheduler import (
     Scheduler,
 )
 from pxd.p2p.network import CallFailed, Method
-from pxd.planning.routing.replicas import tier_of
 from pxd.serving.quota import Quota
 from pxd.serving.readiness import Members, Readiness, readiness
 from pxd.serving.speculation import Speculate, Speculation
@@ -164,10 +164,10 @@ class Head:
         return self._scheduler.waiting if self._scheduler else 0
 
     @property
-    def kv_tier(self) -> int:
-        """How short it is of KV blocks; see `NodeRecord`."""
+    def blocks(self) -> KvBlocks | None:
+        """None while it has no session."""
         pool = self._policy.pool
-        return tier_of(pool.used, pool.capacity) if self._scheduler and pool.capacity else 0
+        return KvBlocks(pool.capacity, pool.free, pool.idle) if self._scheduler else None
 
     @property
     def figures(self) -> HeadFigures:
@@ -202,7 +202,9 @@ class Head:
         for _ in range(2 * sum(now - death < CAUTION_S for death in self._deaths)):
             self._policy.be_careful()
         self._scheduler = Scheduler(self._policy)
+        self._scheduler.greet()
         self._session = secrets.randbits(47)
+        self._wake.set()
         self._timings = PipelineTimings()
         self._policy.guesses = self._speculation.most()
         log.info(

@@ -5,8 +5,10 @@ import logging
 import trio
 
 from pxd.cluster.plans import Plan
+from pxd.cluster.records import KvBlocks
 from pxd.engine.continuous import Admission
 from pxd.p2p.network import CallFailed, Network, NetworkError
+from pxd.planning.routing.replicas import tier_of
 from pxd.serving.head import MAX_REQUESTS, SUBMIT, Accepted, Feed, FeedNow, Head, Submission
 from pxd.serving.outbox import Outbox
 from pxd.serving.readiness import Members
@@ -55,11 +57,16 @@ class HeadHost:
     @property
     def kv_tier(self) -> int:
         """How short the fullest is of KV blocks; see `NodeRecord`."""
-        return max((head.kv_tier for head in self._heads.values()), default=0)
+        found = (blocks for blocks in self.blocks().values() if blocks and blocks.total)
+        return max((tier_of(each.total - each.free, each.total) for each in found), default=0)
 
     def figures(self) -> dict[str, HeadFigures]:
         """What has been measured of every headed pipeline, by its id."""
         return {key: head.figures for key, head in self._heads.items()}
+
+    def blocks(self) -> dict[str, KvBlocks | None]:
+        """The KV blocks of every headed pipeline, by its id."""
+        return {key: head.blocks for key, head in self._heads.items()}
 
     def loads(self) -> dict[str, int]:
         """How many requests every headed pipeline holds, by its id."""

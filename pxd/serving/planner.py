@@ -12,17 +12,27 @@ from pxd.cluster.plans import Epoch, ModelPlan, Plan
 from pxd.cluster.records import ModelChoice
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.models.errors import ModelError
-from pxd.serving.basis import PLAN_SETTINGS, Key, basis_of, inputs_of, left_out, offers_key
+from pxd.serving.basis import (
+    PLAN_SETTINGS,
+    Key,
+    basis_of,
+    inputs_of,
+    left_out,
+    offers_key,
+    taking_part,
+)
 from pxd.serving.beside import Order, plan_beside
 from pxd.serving.handover import Handover, end_unwanted
 from pxd.serving.models import ModelSource
 from pxd.serving.plansync import PlanSync
-from pxd.serving.readiness import Members, readiness
+from pxd.serving.readiness import Members, is_coming, is_stranded, readiness
+from pxd.serving.settling import Settling
 from pxd.serving.signal import Signal
 
 log = logging.getLogger("pxd.serving.planner")
 
-BURST_S = 1.0
+LOOK_S = 0.1
+"""Between looks at whether a burst of changes is over."""
 RETRY_S = 30.0
 
 
@@ -72,8 +82,26 @@ class Planner:
             rest = await self._replan() if self._office().held else float("inf")
             with trio.move_on_after(rest):
                 await event.wait()
-            # Nodes start and records change in bursts; one plan for all of them is enough.
-            await trio.sleep(BURST_S)
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """Wait for the end of a burst of changes; only while this node leads."""
+        settling = Settling(trio.current_time(), self._view())
+        while self._office().held:
+            stranded = self._is_stranded()
+            rest = settling.rest(trio.current_time(), self._view(), stranded=stranded)
+            if not rest:
+                break
+            await trio.sleep(min(rest, LOOK_S))
+
+    def _view(self) -> tuple[object, ...]:
+        """What is different when another plan may be due, but for figures and readiness."""
+        return self._chosen(), taking_part(self._members())
+
+    def _is_stranded(self) -> bool:
+        models = self._sync.plan.models if self._sync.plan else ()
+        chosen, members = self._chosen().names, self._members()
+        return any(model.name in chosen and is_stranded(model, members) for model in models)
 
     async def _replan(self) -> float:
         """Publish a plan if it differs from the one in force; say in how many seconds to look again
@@ -177,7 +205,8 @@ class Planner:
 
     def _may_rebalance(self, name: str, key: Key, current: ModelPlan | None) -> bool:
         """A look from scratch once for every set of nodes, of which those that are slow are other
-        nodes, and when another model has left them, while all that serves goes on anyway.
+        nodes, and when another model has left them, while all that serves goes on anyway. What is
+        being loaded comes first: it would be given up for what nobody has loaded either.
 
         A new leader takes over what its predecessor has looked at.
         """
@@ -190,9 +219,13 @@ class Planner:
         look = msgspec.structs.replace(look, others=look.others | others)
         self._balanced[name] = look
         there = {node for node, *_ in key}
-        stages = [stage for p in current.pipelines for stage in p.stages] if current else []
+        pipelines = current.pipelines if current else ()
         news = key != look.key or look.others != others
-        return news and all(stage.node in there for stage in stages)
+        return (
+            news
+            and all(stage.node in there for pipeline in pipelines for stage in pipeline.stages)
+            and not any(is_coming(pipeline, self._members()) for pipeline in pipelines)
+        )
 
     def _others(self, name: str) -> frozenset[str]:
         """The other models that have stages somewhere."""

@@ -3,7 +3,7 @@
 import msgspec
 
 from pxd.cluster.adoption import Members as Members
-from pxd.cluster.plans import PipelinePlan, StagePlan
+from pxd.cluster.plans import ModelPlan, PipelinePlan, StagePlan
 from pxd.cluster.records import NodeRecord, StageReport
 
 
@@ -67,3 +67,14 @@ def readiness(pipeline: PipelinePlan, members: Members) -> Readiness:
         trims=ready and all(report.trims for report in reports),
         decode_s=sum(decode_s) if ready and all(decode_s) else 0.0,
     )
+
+
+def is_coming(pipeline: PipelinePlan, members: Members) -> bool:
+    """Whether some stage of it is yet to be loaded."""
+    return not {"planned", "loading"}.isdisjoint(readiness(pipeline, members).states)
+
+
+def is_stranded(model: ModelPlan, members: Members) -> bool:
+    """Whether nothing of the model is served, and nodes that the plan needs for it are gone."""
+    states = [readiness(pipeline, members) for pipeline in model.all_pipelines]
+    return any(state.lost for state in states) and not any(state.ready for state in states)

@@ -44,6 +44,7 @@ class LoadReport:
         while True:
             await trio.sleep(LOAD_EVERY_S)
             self._stages.publish_figures(self._heads.figures())
+            self._stages.tell_blocks(self._heads.blocks())
             self._records.update(
                 running=self._heads.running,
                 waiting=self._heads.waiting,

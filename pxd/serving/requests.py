@@ -111,7 +111,8 @@ class Answer(Protocol):
     """An accepted request. Iterate to its end, or leave the context to cancel it everywhere.
 
     `model` is the served model's full name and `prompt_tokens` the length of the templated prompt.
-    Iteration raises `GenerationFailed` or `DeadlineExceeded`. `recoveries` counts resubmissions
+    Iteration raises `GenerationFailed`, `DeadlineExceeded`, or `NotReady` where nothing has been
+    generated. `recoveries` counts resubmissions
     after failures.
     """
 

@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from pxd.cluster.plans import ModelPlan, PipelinePlan, StagePlan
-from pxd.cluster.records import StageReport
+from pxd.cluster.records import KvBlocks, StageReport
 from pxd.executors.protocol import (
     ExecutorDied,
     ExecutorError,
@@ -28,9 +28,14 @@ from pxd.p2p.network import Network, NetworkError
 from pxd.serving.coding import choose_coding
 from pxd.serving.fitness import Fitness
 from pxd.serving.slowness import Slowness, Weights
-from pxd.serving.timings import HeadFigures, StageTimings, figures_to_publish
+from pxd.serving.timings import (
+    HeadFigures,
+    StageTimings,
+    blocks_are_news,
+    figures_to_publish,
+)
 from pxd.settings import WireDtype
-from pxd.wire import Buffer, Coding, Copied, Nack, NackCode, Sampled, Step
+from pxd.wire import Buffer, Coding, Copied, Nack, NackCode, Sampled, Step, Tensor
 
 log = logging.getLogger("pxd.serving.stage")
 
@@ -39,6 +44,8 @@ RETRY_FAILED_S = 30.0
 FETCH_SHARE = 0.5
 BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 STABLE_AFTER_S = 60.0
+MEMORY_EVERY_S = 5.0
+NO_TOKENS = Tensor("i32", (0,))
 
 
 class RunningExecutor(Protocol):
@@ -110,7 +117,8 @@ class StageRunner:
         self._hangs = self._out_of_memory = self._not_finite = 0
         self._hidden_bytes = 0
         self._told_coding: Coding | None = None
-        self._published_at = -math.inf
+        self._published_at = self._blocks_told_at = -math.inf
+        self._submitted = 0
         self.bind(pipeline)
         self.report = StageReport(
             model=model.name,
@@ -139,7 +147,18 @@ class StageRunner:
         self.bind(pipeline)
         # How fast the old pipeline was as a whole says nothing about this one.
         head = msgspec.structs.asdict(HeadFigures())
-        self._set(pipeline=pipeline.id, coding=self._coding, **head)
+        self._set(pipeline=pipeline.id, coding=self._coding, kv=None, **head)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Have the executor give up what requests of the old pipeline have left: a spare may get no
+        step for long. Another session makes it do so."""
+        if self._executor is None:
+            return
+        step = Step(pipeline=self.pipeline.id, session=0, step=0, rows=(), tensor=NO_TOKENS)
+        self._submitted += 1
+        with contextlib.suppress(ExecutorDied):
+            self._executor.submit(step, b"", lambda _: None)
 
     def follow_links(self, bandwidths: Mapping[str, float]) -> None:
         """`bandwidths` to other nodes in GB/s, as far as they are measured."""
@@ -178,6 +197,12 @@ class StageRunner:
             self._published_at = now
             self._set(**news)
 
+    def tell_blocks(self, blocks: KvBlocks | None) -> None:
+        now = trio.current_time()
+        if blocks_are_news(self.report.kv, blocks, since=now - self._blocks_told_at):
+            self._blocks_told_at = now
+            self._set(kv=blocks)
+
     def tell_requests(self, requests: int | None) -> None:
         self._set(requests=requests)
 
@@ -204,6 +229,7 @@ class StageRunner:
         return True
 
     def _submit(self, step: Step, body: Buffer) -> None:
+        self._submitted += 1
         self._running.append((step, trio.current_time()))
         # Where the executor has died, all of its steps are answered for together.
         with contextlib.suppress(ExecutorDied):
@@ -321,11 +347,14 @@ class StageRunner:
             prefix_cache=info.prefix_cache,
             tier_slots=info.tier_slots,
             trims=info.trims,
+            kv_held=0,
+            kv_kept=0,
             reason="",
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pass_on)
             nursery.start_soon(self._report_copies, executor)
+            nursery.start_soon(self._watch_memory, executor)
             death = await executor.wait_died()
             nursery.cancel_scope.cancel()
         raise ExecutorDied(death)
@@ -366,6 +395,23 @@ class StageRunner:
             except NetworkError as error:
                 # The head ends its session when it loses a stage, and waits for nothing then.
                 log.warning("the head of %s is unreachable: %s", self._label(), error)
+
+    async def _watch_memory(self, executor: RunningExecutor) -> None:
+        """Report what the executor holds, as long as steps change that."""
+        asked = self._submitted
+        while True:
+            await trio.sleep(MEMORY_EVERY_S)
+            if asked == self._submitted:
+                continue
+            asked = self._submitted
+            try:
+                memory = await executor.memory()
+            except ExecutorDied:
+                return  # `_serve` learns of it, too.
+            except ExecutorError as error:
+                log.warning("stage %s does not say what it holds: %s", self._label(), error)
+            else:
+                self._set(kv_held=memory.held, kv_kept=memory.kept)
 
     async def _nack(
         self, step: Step, code: NackCode, reason: str, requests: tuple[int, ...] = ()

@@ -7,7 +7,7 @@ from pathlib import Path
 import trio
 
 from pxd.cluster.plans import Plan, spare_stages
-from pxd.cluster.records import PeerLink, StageReport, Unfit
+from pxd.cluster.records import KvBlocks, PeerLink, StageReport, Unfit
 from pxd.p2p.network import Network, NetworkError
 from pxd.serving.fitness import Fitness
 from pxd.serving.runner import FindDirectory, OpenExecutor, StageRunner
@@ -100,6 +100,12 @@ class StageHost:
         for runner in self._runners.values():
             at_head = runner.pipeline.id in retiring and runner.stage.start == 0
             runner.tell_requests(loads.get(runner.pipeline.id, 0) if at_head else None)
+
+    def tell_blocks(self, blocks: Mapping[str, KvBlocks | None]) -> None:
+        """Report the KV blocks of the pipelines that begin here, by pipeline id, where that is
+        news. To be called about once a second."""
+        for runner in self._runners.values():
+            runner.tell_blocks(blocks.get(runner.pipeline.id))
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -15,7 +15,9 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     `wire_dtype` is how it sends hidden states to the next stage: "native", "fp8" or "int8".
     `restarts` counts deaths of its executor, of which in `hangs` it gave no answer and was killed;
     `out_of_memory` and `not_finite` count steps that had no memory, or gave NaN or infinity. `slow`
-    is how many times longer than usual its steps take, 0 while that is not far.
+    is how many times longer than usual its steps take, 0 while that is not far. `kv_held` and
+    `kv_kept` are blocks of KV that it holds of requests that have not ended, and of others that
+    have; some seconds old.
     """
 
     model: str
@@ -31,6 +33,8 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     out_of_memory: int = 0
     not_finite: int = 0
     slow: float = 0.0
+    kv_held: int = 0
+    kv_kept: int = 0
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +43,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
     `path` is how this node is connected with it, empty if it is not: "punched" went through the NAT
     of both, "relayed" goes through the node `through` (peer id). `relay`: it passes traffic on.
-    `drained`: it takes no part in plans. `unfit` are the models that it leaves to others because it
+    `drained`: it takes no part in plans. `leaving`: nor does it, and it goes once others serve in
+    its place. `unfit` are the models that it leaves to others because it
     keeps failing at them. `slow` is how many times slower than usual plans take it to be, 0 for as
     usual.
     """
@@ -64,6 +69,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     link_gbs: float | None = None
     drained: bool = False
+    leaving: bool = False
     unfit: list[str] = []
     slow: float = 0.0
 
@@ -96,6 +102,17 @@ class PipelineFigures(msgspec.Struct, frozen=True, kw_only=True):
     measured: Figures | None = None
 
 
+class KvView(msgspec.Struct, frozen=True, kw_only=True):
+    """The blocks of KV of a pipeline, each of `block_tokens` positions, as its head counts them;
+    all 0 while it takes no requests. `free` are those that no request holds; of these, `cached`
+    keep a prefix that can be used again, until they are needed."""
+
+    total: int
+    free: int
+    cached: int
+    block_tokens: int
+
+
 class SpareView(msgspec.Struct, frozen=True, kw_only=True):
     """A node that holds layers [start, end) ready for when another one is lost."""
 
@@ -105,8 +122,8 @@ class SpareView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """`figures` has one entry for each of `pipelines`. Those of `retiring` go on until others stand
-    in for them. A model that is stopping takes no new requests."""
+    """`figures` and `kv` have one entry for each of `pipelines`. Those of `retiring` go on until
+    others stand in for them. A model that is stopping takes no new requests."""
 
     name: str
     state: ModelState
@@ -114,6 +131,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     layers: int
     pipelines: list[list[PipelineStageView]]
     figures: list[PipelineFigures] = []
+    kv: list[KvView] = []
     spares: list[SpareView] = []
     retiring: list[list[PipelineStageView]] = []
 
@@ -121,7 +139,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster as `self` (peer id) sees it. `leader` is None until one is known.
 
-    `hints` are sentences on why it sees no other node.
+    `hints` are sentences on why it sees no other node. `waits_for` is what it waits for before it
+    leaves.
     """
 
     self_id: str = msgspec.field(name="self")
@@ -134,3 +153,10 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     uptime: float = 0.0
     hints: list[str] = []
+    waits_for: str = ""
+
+
+class Leaving(msgspec.Struct, frozen=True):
+    """What a node says that was told to leave: how many seconds it waits for others at most."""
+
+    within: float

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from pxd.cluster.plans import Plan
-from pxd.cluster.records import MAX_LINKS, PeerLink
+from pxd.cluster.records import MAX_LINKS, KvBlocks, PeerLink
 from pxd.engine.scheduler import Generated
 from pxd.wire import Row
 
@@ -23,6 +23,8 @@ RATE_LEAST_S = 1.0
 
 FIGURES_EVERY_S = 5.0
 FIGURES_SHARE = 0.15
+BLOCKS_EVERY_S = 10.0
+BLOCKS_SHARE = 16
 RTTS_EVERY_S = 10.0
 RTTS_SHARE = 0.3
 RTTS_LEAST_S = 0.001
@@ -225,6 +227,17 @@ def figures_to_publish(
     known = {name: value for name, value in measured.items() if value > 0}
     news = any(moved(told.get(name, 0.0), value, FIGURES_SHARE) for name, value in known.items())
     return known if news and since >= FIGURES_EVERY_S else {}
+
+
+def blocks_are_news(told: KvBlocks | None, now: KvBlocks | None, *, since: float) -> bool:
+    """Whether the cluster should hear of a pipeline's KV blocks; the last news is `since` seconds
+    old. That all are back is told at once."""
+    if told is None or now is None or told.total != now.total:
+        return told != now
+    if (told.free == told.total) != (now.free == now.total):
+        return True
+    far = abs(now.free - told.free) * BLOCKS_SHARE >= now.total
+    return told != now and (far or since >= BLOCKS_EVERY_S)
 
 
 def partners(plan: Plan | None, node: str) -> frozenset[str]:

@@ -6,14 +6,16 @@ import msgspec
 
 from pxd.cluster.members import Member
 from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan
-from pxd.cluster.records import NodeRecord
+from pxd.cluster.records import KvBlocks, NodeRecord
+from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.p2p.host import Route
 from pxd.p2p.refusals import Refusal
 from pxd.planning.result import PlanInputs
 from pxd.serving.basis import inputs_of
 from pxd.serving.forecast import forecast
-from pxd.serving.readiness import Members, readiness
+from pxd.serving.readiness import Members, readiness, stage_report
 from pxd.serving.status import (
+    KvView,
     ModelState,
     ModelView,
     NodeView,
@@ -44,6 +46,8 @@ def _stages(record: NodeRecord) -> list[StageView]:
             out_of_memory=report.out_of_memory,
             not_finite=report.not_finite,
             slow=report.slow,
+            kv_held=report.kv_held,
+            kv_kept=report.kv_kept,
         )
         for report in record.stages
     ]
@@ -117,6 +121,7 @@ def _node_view(
         waiting=record.waiting,
         link_gbs=None if bandwidth is None else round(bandwidth, 6),
         drained=record.drained,
+        leaving=record.leaving and not gone,
         unfit=[unfit.model for unfit in record.unfit],
         slow=record.slow,
     )
@@ -176,6 +181,7 @@ def model_views(plan: Plan | None, members: Members) -> list[ModelView]:
                 layers=model.layers,
                 pipelines=[_stage_views(pipeline, members) for pipeline in model.pipelines],
                 figures=forecast(model, members),
+                kv=[_kv_view(pipeline, members) for pipeline in model.pipelines],
                 spares=[
                     SpareView(node=spare.node, start=spare.start, end=spare.end)
                     for spare in model.spares
@@ -192,6 +198,16 @@ def _stage_views(pipeline: PipelinePlan, members: Members) -> list[PipelineStage
         PipelineStageView(node=stage.node, start=stage.start, end=stage.end, state=word)
         for stage, word in zip(pipeline.stages, words, strict=True)
     ]
+
+
+def _kv_view(pipeline: PipelinePlan, members: Members) -> KvView:
+    head = members.get(pipeline.head)
+    kv = None
+    if head is not None and head.state not in ("dead", "left"):
+        report = stage_report(head.record, pipeline.id)
+        kv = report.kv if report is not None else None
+    kv = kv or KvBlocks(0, 0, 0)
+    return KvView(total=kv.total, free=kv.free, cached=kv.cached, block_tokens=BLOCK_TOKENS)
 
 
 class Planning(msgspec.Struct, frozen=True):

@@ -7,3 +7,10 @@ class BenchError(Exception):
 
 class CannotRun(Exception):
     """This machine or this release has not got what a measurement needs."""
+
+
+def messages(group: BaseExceptionGroup[BenchError]) -> list[str]:
+    found = []
+    for error in group.exceptions:
+        found += messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
+    return found

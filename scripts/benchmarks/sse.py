@@ -34,11 +34,12 @@ class Chunk(msgspec.Struct):
 
 
 class Refused(BenchError):
-    """The server answered with an error instead of a stream."""
+    """The server answered with an error instead of a stream. `retry_after` is empty unless it
+    says when to try again."""
 
-    def __init__(self, status: int, body: bytes) -> None:
+    def __init__(self, status: int, body: bytes, retry_after: str = "") -> None:
         super().__init__(f"HTTP {status}: {_shown(body)}")
-        self.status, self.body = status, body
+        self.status, self.body, self.retry_after = status, body, retry_after
 
 
 class BrokeOff(BenchError):
@@ -73,10 +74,11 @@ class ChatStream:
         `trio.BrokenResourceError` or `h11.ProtocolError`.
         """
         await self._send("/v1/chat/completions", msgspec.json.encode(body))
-        status, text = 0, b""
+        status, text, retry_after = 0, b"", b""
         while not isinstance(event := await self._event(), h11.EndOfMessage):
             if isinstance(event, h11.Response):
                 status = event.status_code
+                retry_after = dict(event.headers).get(b"retry-after", b"")
             elif isinstance(event, h11.ConnectionClosed):
                 break
             elif isinstance(event, h11.Data) and status == 200:
@@ -84,7 +86,7 @@ class ChatStream:
             elif isinstance(event, h11.Data):
                 text += event.data
         if status != 200:
-            raise Refused(status, text)
+            raise Refused(status, text, retry_after.decode())
 
     async def _send(self, path: str, body: bytes) -> None:
         headers = [

@@ -21,7 +21,7 @@ MARK = "PXD_CHAOS"
 """An environment variable that daemons hand on to whatever they start."""
 
 START_S = 90.0
-END_S = 30.0
+END_S = 60.0
 COMMAND_S = 60.0
 POLL_S = 0.1
 STATUS_S = 5.0
@@ -148,10 +148,16 @@ async def until(
 class Cluster:
     """`fallen` says which daemons ended though nobody had ended them."""
 
-    def __init__(self, root: Path, spots: Sequence[Spot], capacities: Sequence[int]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        spots: Sequence[Spot],
+        capacities: Sequence[int],
+        options: Sequence[str] = (),
+    ) -> None:
         self.root = root
         self.nodes = [
-            Node(name, root, spot, ["--max-layers", str(most)])
+            Node(name, root, spot, ["--max-layers", str(most), *options])
             for name, spot, most in zip(NAMES, spots, capacities, strict=False)
         ]
         self.fallen: list[str] = []
@@ -234,9 +240,12 @@ class Cluster:
         return ", ".join(found)
 
     def stop(self) -> None:
-        for node in self.nodes:
-            if node.lives:
-                node.program.stop()
+        started = [node for node in self.nodes if node.lives]
+        for node in started:
+            # All at once: none of them has to take over from another.
+            node.program.send(signal.SIGTERM)
+        for node in started:
+            node.program.stop()
 
     def recoveries(self) -> int:
         """How many times a request went on after a failure, as the daemons' logs tell."""

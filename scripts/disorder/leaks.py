@@ -1,4 +1,4 @@
-"""What is left over once all is quiet: processes, file descriptors, threads, requests."""
+"""What is left over once all is quiet: processes, file descriptors, threads, requests, blocks."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from collections import Counter
 
 import msgspec
 import psutil
+import trio
 
 from scripts.disorder.cluster import MARK, Cluster, Node, Status
 
@@ -13,6 +14,8 @@ SPARE_DESCRIPTORS = 8
 """By so much a daemon may have more open than at the start: who leads has other connections."""
 
 SPARE_THREADS = 8
+QUIET_S = 45.0
+POLL_S = 1.0
 
 
 class Holding(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +80,24 @@ def requests(name: str, status: Status) -> list[str]:
     ]
 
 
+def blocks(name: str, status: Status) -> list[str]:
+    """KV blocks that are not back, neither at the heads of pipelines nor at their stages."""
+    held = [
+        f"{name} says that {node['name']} holds {stage['kv_held']} KV blocks of "
+        f"[{stage['start']},{stage['end']})"
+        for node in status["nodes"]
+        for stage in node["stages"]
+        if stage["kv_held"]
+    ]
+    return held + [
+        f"{name} says that pipeline {number} of {model['name']} has {kv['free']} free KV blocks "
+        f"of {kv['total']}"
+        for model in status["models"]
+        for number, kv in enumerate(model["kv"], 1)
+        if kv["free"] != kv["total"] or not kv["total"]
+    ]
+
+
 def orphans(cluster: Cluster) -> list[str]:
     families = [process.pid for node in cluster.nodes for process in node.program.family()]
     left = processes(str(cluster.root)) - set(families)
@@ -88,6 +109,16 @@ async def leaks(cluster: Cluster, before: dict[str, Holding]) -> list[str]:
     found = orphans(cluster)
     for node in cluster.nodes:
         status = await node.status()
-        found += requests(node.name, status) if status else [f"{node.name} does not answer"]
+        found += [*requests(node.name, status), *blocks(node.name, status)] if status else []
+        found += [] if status else [f"{node.name} does not answer"]
         found += more(node.name, before[node.name], holding(node))
     return found
+
+
+async def quiet(cluster: Cluster, before: dict[str, Holding]) -> list[str]:
+    """What is left over after a time in which nobody asked for anything."""
+    left: list[str] = []
+    with trio.move_on_after(QUIET_S):
+        while left := await leaks(cluster, before):
+            await trio.sleep(POLL_S)
+    return left

@@ -24,15 +24,18 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     tokens: int
     seed: int | None = None
+    user: str = ""
+    timeout: float = TIMEOUT_S
 
     def body(self) -> dict[str, Any]:
         body = {
             "model": "demo",
             "messages": [{"role": "user", "content": self.text}],
             "max_tokens": self.tokens,
-            "timeout": TIMEOUT_S,
+            "timeout": self.timeout,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "user": self.user,
         }
         if self.seed is None:
             return body | {"temperature": 0}

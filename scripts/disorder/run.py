@@ -13,14 +13,12 @@ from scripts.disorder.clients import Clients, learn
 from scripts.disorder.cluster import NAMES, Cluster
 from scripts.disorder.faults import Disorder
 from scripts.disorder.ground import Ground
-from scripts.disorder.leaks import Holding, holding, leaks
+from scripts.disorder.leaks import holding, quiet
 from scripts.disorder.questions import questions
 from scripts.disorder.report import Report, spread
 from scripts.disorder.schedule import CAPACITIES, LAYERS, Fault, Kind, schedule
 
 SETTLE_S = 90.0
-QUIET_S = 45.0
-POLL_S = 1.0
 TOLD_EVERY_S = 20.0
 
 
@@ -75,7 +73,7 @@ async def _run(wanted: Wanted, ground: Ground, cluster: Cluster, other_model: Pa
             clients.over.set()
             say("==> no more faults, no more requests")
         amiss = await cluster.settle(SETTLE_S)
-        left = await _quiet(cluster, before)
+        left = await quiet(cluster, before)
         nursery.cancel_scope.cancel()
     return _report(wanted, ground, cluster, clients, disorder, amiss, left)
 
@@ -86,15 +84,6 @@ async def _tell(clients: Clients, began: float) -> None:
         tally = clients.tally
         counts = ", ".join(f"{count} {outcome}" for outcome, count in tally.outcomes.items())
         say(f"{trio.current_time() - began:7.1f} s  {tally.sent} requests: {counts}")
-
-
-async def _quiet(cluster: Cluster, before: dict[str, Holding]) -> list[str]:
-    """What is left over after a time in which nobody asked for anything."""
-    left: list[str] = []
-    with trio.move_on_after(QUIET_S):
-        while left := await leaks(cluster, before):
-            await trio.sleep(POLL_S)
-    return left
 
 
 def _report(

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import trio
@@ -13,6 +13,7 @@ from pxd.cluster.bans import Ban
 from pxd.cluster.records import ModelChoice
 from pxd.doctor.findings import Finding, Report, note, ok
 from pxd.serving.choice import ChoiceError, Chosen, stop, use
+from pxd.serving.clients import Clients
 from pxd.serving.door import MAX_GRACE_S, DoorError
 from pxd.serving.doorview import Kick, NodeRef, Rotation, Told
 from pxd.serving.drain import Drained, DrainError
@@ -271,6 +272,8 @@ class FakeDaemon:
         self.plans: Planning | None = None
         self.stopped = threading.Event()
         self.ends_when_stopped = True
+        self.at_once = False
+        self.clients = Clients()
         self.shutdown = trio.Event()
 
     def status(self) -> ClusterStatus:
@@ -286,10 +289,12 @@ class FakeDaemon:
     def ticket(self) -> str:
         return TICKET
 
-    def stop(self) -> None:
+    def stop(self, *, now: bool = False) -> float:
+        self.at_once = now
         self.stopped.set()
         if self.ends_when_stopped:
             self.shutdown.set()
+        return 0.0 if now else 20.0
 
 
 class LiveServer:
@@ -325,8 +330,12 @@ class LiveServer:
         )
 
     def set(self, event: trio.Event) -> None:
+        self.call(event.set)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """In the server's thread, soon."""
         assert self._token is not None
-        self._token.run_sync_soon(event.set)
+        self._token.run_sync_soon(function)
 
     def join(self) -> None:
         self._thread.join(DEADLINE_S)

@@ -67,6 +67,16 @@ def test_not_ready(
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
+def test_who_leaves_is_not_ready(server: LiveServer) -> None:
+    cluster = server.daemon.cluster
+    nodes = [
+        msgspec.structs.replace(node, leaving=node.id == cluster.self_id) for node in cluster.nodes
+    ]
+    server.daemon.cluster = msgspec.structs.replace(cluster, nodes=nodes)
+    response = httpx.get(f"{server.url}/readyz")
+    assert (response.status_code, "leaving" in response.text) == (503, True)
+
+
 def test_status_is_the_struct(server: LiveServer) -> None:
     content = httpx.get(f"{server.url}/cluster/status").content
     assert msgspec.json.decode(content, type=ClusterStatus) == server.daemon.cluster
@@ -110,9 +120,17 @@ def test_doctor(server: LiveServer) -> None:
 
 def test_stop(server: LiveServer) -> None:
     response = httpx.post(f"{server.url}/cluster/stop", headers=CONTROL)
-    assert response.status_code == 202
+    assert (response.status_code, response.json()) == (202, {"within": 20.0})
     assert server.daemon.stopped.is_set()
+    assert not server.daemon.at_once
     server.join()
+
+
+def test_stop_now(server: LiveServer) -> None:
+    url, server.daemon.ends_when_stopped = f"{server.url}/cluster/stop", False
+    assert httpx.post(url, headers=CONTROL, json={"now": "x"}).status_code == 400
+    assert httpx.post(url, headers=CONTROL, json={"now": True}).json() == {"within": 0.0}
+    assert server.daemon.at_once
 
 
 CONTROL_ROUTES = [

@@ -257,6 +257,28 @@ def test_shutdown_lets_a_running_answer_end() -> None:
         server.join()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_ends_requests_with_an_error(server: LiveServer, stream: bool) -> None:
+    clients = server.daemon.clients
+    gate = trio.Event()
+    server.daemon.ingress.scripts.append([Delta("a", 1), gate, Delta("b", 1, "stop")])
+    with connect(server) as connection, connect(server) as late:
+        connection.sendall(request_bytes(stream))
+        answer = answer_of(server)
+        assert clients.count == 1
+        server.call(clients.refuse)
+        late.sendall(request_bytes(stream))
+        refused = read_until(late, b"leaving the cluster")
+        assert refused.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 5" in refused
+        server.call(clients.end)
+        ended = read_until(connection, b"leaving the cluster")
+        assert ended.startswith(b"HTTP/1.1 200" if stream else b"HTTP/1.1 503")
+        assert b"[DONE]" not in ended
+        assert answer.cancelled
+        assert clients.count == 0
+
+
 def test_shutdown_cuts_what_takes_too_long() -> None:
     with live_server(grace=0.2) as server, connect(server) as connection:
         server.daemon.ingress.scripts.append([Delta("a", 1), trio.Event()])

@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from pxd.api.app import create_app
-from pxd.api.chat import KEEP_ALIVE_S
+from pxd.api.chat import BEGIN_S
 from pxd.serving.requests import Delta, GenerationFailed, NotReady
 
 from .fakes import FakeDaemon, LiveServer, Step
@@ -123,12 +123,12 @@ async def run_with_pauses(
 
 async def test_silence_is_filled_with_comments(autojump_clock: trio.testing.MockClock) -> None:
     request = await run_with_pauses(
-        autojump_clock, [(25, Delta("a", 1)), (31, Delta("b", 1)), (42, Delta("", 0, "stop"))]
+        autojump_clock, [(65, Delta("a", 1)), (71, Delta("b", 1)), (82, Delta("", 0, "stop"))]
     )
     comment = b": keep-alive\n\n"
-    assert [at for at, piece in request.pieces if piece == comment] == [10, 20, 41]
-    assert request.pieces[0] == (KEEP_ALIVE_S, comment)
-    assert request.pieces[-1] == (42, b"data: [DONE]\n\n")
+    assert [at for at, piece in request.pieces if piece == comment] == [40, 50, 60, 81]
+    assert request.pieces[0] == (BEGIN_S, comment)
+    assert request.pieces[-1] == (82, b"data: [DONE]\n\n")
 
 
 async def test_tokens_without_text_do_not_count_as_speech(
@@ -136,13 +136,14 @@ async def test_tokens_without_text_do_not_count_as_speech(
 ) -> None:
     pauses = [(float(at), Delta("", 1)) for at in range(0, 24, 3)]
     request = await run_with_pauses(autojump_clock, [*pauses, (25, Delta("a", 0, "stop"))])
+    # The first token begins the answer.
     assert [at for at, piece in request.pieces if piece.startswith(b":")] == [10, 20]
 
 
 async def test_a_failure_after_a_comment_is_an_event(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    request = await run_with_pauses(autojump_clock, [(12, NotReady("the head went away"))])
+    request = await run_with_pauses(autojump_clock, [(45, NotReady("the head went away"))])
     assert request.received[0][1]["status"] == 200
     assert b"the head went away" in request.pieces[-1][1]
     assert request.received[-1][1] == {
@@ -150,3 +151,11 @@ async def test_a_failure_after_a_comment_is_an_event(
         "body": b"",
         "more_body": False,
     }
+
+
+async def test_a_failure_before_the_first_comment_is_an_ordinary_error(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    request = await run_with_pauses(autojump_clock, [(35, NotReady("all are gone"))])
+    assert request.received[0][1]["status"] == 503
+    assert dict(request.received[0][1]["headers"])[b"retry-after"] == b"5"

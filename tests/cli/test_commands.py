@@ -165,11 +165,26 @@ def test_stop_does_not_wait_forever(
     server: LiveServer, default_instance: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_daemon_file(default_instance, server.url)
-    monkeypatch.setattr(stop_module, "DEADLINE_S", 0.2)
+    monkeypatch.setattr(stop_module, "GOODBYE_S", 0.2)
     server.daemon.ends_when_stopped = False
-    result = pxd("stop")
+    result = pxd("stop", "--now")
+    assert server.daemon.at_once
     assert result.exit_code == 1
     assert "still leaving" in result.stderr
+
+
+def test_stop_says_what_is_waited_for(
+    server: LiveServer, default_instance: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_daemon_file(default_instance, server.url)
+    monkeypatch.setattr(stop_module, "GOODBYE_S", -19.5)
+    server.daemon.ends_when_stopped = False
+    server.daemon.cluster = msgspec.structs.replace(
+        serving_status(), waits_for="others to load demo"
+    )
+    result = pxd("stop")
+    assert not server.daemon.at_once
+    assert result.stderr.startswith("  waiting for others to load demo\n")
 
 
 def test_stop_without_a_daemon() -> None:

@@ -18,6 +18,7 @@ from pxd.cli.words import clean, clean_answer, device, duration, memory
 from pxd.serving.status import (
     ClusterStatus,
     Figures,
+    KvView,
     ModelView,
     NodeView,
     PipelineFigures,
@@ -76,6 +77,7 @@ def measured_status() -> ClusterStatus:
         layers=8,
         pipelines=[[*pipeline(("anna", 0, 3)), *pipeline(("ben", 3, 8))]],
         figures=[PipelineFigures(predicted=predicted, measured=measured)],
+        kv=[KvView(total=1200, free=1150, cached=300, block_tokens=64)],
         spares=[SpareView(node=PEERS["carl"], start=3, end=8)],
     )
     held = msgspec.structs.replace(stage(3, 8), pipeline="spare-1")
@@ -88,7 +90,7 @@ def test_predicted_and_measured_figures_side_by_side(show: Callable[[Overview], 
     shown = show(overview(measured_status()))
     assert (
         "predicted 12.3 ms/token, 0.4 s to the first after 1,024, 81.2 tokens/s · "
-        "measured 13 ms/token · slowest stage ben"
+        "measured 13 ms/token · slowest stage ben · 50 of 1,200 KV blocks held"
     ) in shown
     assert "spare: carl [3,8)" in shown
     assert "[3,8) spare, ready" in shown
@@ -135,6 +137,14 @@ def test_a_node_behind_a_relay() -> None:
     nodes = [node("anna", relay=True), node("ben", path="relayed", through=PEERS["anna"])]
     view = overview(msgspec.structs.replace(serving_status(), nodes=nodes))
     assert "ben   is reached through anna only, which is slower" in render(view)
+
+
+def test_a_node_that_leaves() -> None:
+    status = serving_status()
+    nodes = [msgspec.structs.replace(each, leaving=each.name == "anna") for each in status.nodes]
+    view = overview(msgspec.structs.replace(status, nodes=nodes, waits_for="others to load demo"))
+    assert [each.roles for each in view.nodes] == ["this node, leaving", "leader", ""]
+    assert view.problems == [("anna", "is about to leave and waits for others to load demo")]
 
 
 def test_a_cluster_without_a_plan() -> None:

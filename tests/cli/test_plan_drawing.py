@@ -54,8 +54,8 @@ def fitting() -> Report:
         nodes=[node("a", 24, 14.2, 17), node("b", 48, 38.9, 35), node("c", 24, 0, 17)],
         one_more=OneMore(
             [
-                Candidate("h100", None, True, 691.2, 345.6, None),
-                Candidate("", "c", True, 345.6, 0.0, None),
+                Candidate("h100", None, True, 691.2, 345.6, None, 2),
+                Candidate("", "c", True, 345.6, 0.0, None, 1),
             ]
         ),
         missing_gib=None,
@@ -71,8 +71,8 @@ def short() -> Report:
         predicted=Predicted(0, 0, []),
         one_more=OneMore(
             [
-                Candidate("h100", None, True, 500.0, 500.0, None),
-                Candidate("t4", None, False, 0, 0, 4.5),
+                Candidate("h100", None, True, 500.0, 500.0, None, 2),
+                Candidate("t4", None, False, 0, 0, 4.5, 0),
             ]
         ),
         missing_gib=20.5,
@@ -108,7 +108,7 @@ def test_a_plan_in_a_pipe() -> None:
         "carl   can stand in for [0,10)",
         "",
         "ONE MORE MACHINE   WOULD CHANGE",
-        "h100               691 tokens/s (+100%)",
+        "h100               691 tokens/s (+100%, 2 pipelines)",
         "another like carl  346 tokens/s (no more than now)",
     ]
 
@@ -147,7 +147,7 @@ def test_a_plan_on_a_screen_of_80_columns() -> None:
         "  carl  can stand in for [0,10)",
         "",
         "one more machine",
-        "  h100               691 tokens/s (+100%)",
+        "  h100               691 tokens/s (+100%, 2 pipelines)",
         "  another like carl  346 tokens/s (no more than now)",
     ]
 

@@ -11,8 +11,8 @@ from pxd.cluster.members import Member, MemberEvent
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, PlanStore, StagePlan
 from pxd.cluster.plans import pipeline_id as id_of
 from pxd.cluster.soundness import flaw
-from pxd.serving.planner import BURST_S
 from pxd.serving.plansync import PULL_RETRY_S, PUSH_TIMEOUT_S
+from pxd.serving.settling import QUIET_S
 
 STAGES = 8
 """Nodes that a toy plan has use for, so that it is of one size in clusters of any size."""
@@ -83,7 +83,7 @@ class SimulatedPlans:
         """Something that a plan follows from is different: plan once the burst is over."""
         if not self._planning:
             self._planning = True
-            self._host.after(BURST_S, self._replan)
+            self._host.after(QUIET_S, self._replan)
 
     def _replan(self) -> None:
         self._planning = False

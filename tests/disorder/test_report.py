@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from scripts.disorder.leaks import Holding, more, requests
+from scripts.disorder.leaks import Holding, blocks, more, requests
 from scripts.disorder.report import Report, Spread, lines, spread
 from scripts.disorder.tally import Ending, Outcome, Tally, Waits, quantile
 
@@ -103,3 +103,17 @@ def test_leaks_are_what_is_too_much() -> None:
     ]
     [held] = requests("ann", {"nodes": nodes})
     assert "bob holds 2 running and 1 waiting" in held
+
+
+def test_kv_blocks_that_are_not_back_are_leaks() -> None:
+    held, none = ({"start": 0, "end": 4, "kv_held": count} for count in (7, 0))
+    nodes = [{"name": "ann", "stages": [none]}, {"name": "bob", "stages": [none, held]}]
+    all_back, one_out, unknown = (
+        {"total": total, "free": free} for total, free in ((9, 9), (9, 8), (0, 0))
+    )
+    models = [{"name": "demo", "kv": [all_back, one_out, unknown]}]
+    [stage, second, third] = blocks("ann", {"nodes": nodes, "models": models})
+    assert "bob holds 7 KV blocks of [0,4)" in stage
+    assert "pipeline 2 of demo has 8 free KV blocks of 9" in second
+    assert "pipeline 3" in third
+    assert blocks("ann", {"nodes": nodes[:1], "models": [{"name": "demo", "kv": [all_back]}]}) == []

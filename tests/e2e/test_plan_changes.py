@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.tiny_models import make_tiny_model
@@ -56,6 +57,10 @@ class Load:
                 if answer not in self.right[question]:
                     self.wrong.append(f"{question} {answer}")
                 self.answers += 1
+
+    def stop_after_this(self) -> None:
+        """Ask nothing more once the answers that are under way are there."""
+        self._over.set()
 
     def __enter__(self) -> "Load":
         for thread in self._threads:
@@ -150,6 +155,37 @@ def test_drains_under_load_cost_no_answer(tmp_path: Path) -> None:
         assert {node["id"] for node in status["nodes"]} == set(peers)
         assert peers[0] not in [s["node"] for line in pipelines(status) for s in line]
         assert answers_of(daemons[0]) == {q: answer for q, [answer] in right.items()}
+
+
+def test_who_leaves_under_load_costs_no_answer(tmp_path: Path) -> None:
+    """The head goes; its own client has its answer, and so do those of the others."""
+    with cluster(tmp_path, NAMES, "--max-layers", "4", ready=all_hold(3)) as daemons:
+        right = {question: {answer} for question, answer in answers_of(daemons[0]).items()}
+        [line] = pipelines(daemons[0].status())
+        leaver = next(daemon for daemon in daemons if daemon.id == line[0]["node"])
+        stayers = [daemon for daemon in daemons if daemon is not leaver]
+        children = leaver.executors()
+        with Load(stayers, right) as load, Load([leaver], right) as own:
+            load.wait_more(2)
+            own.stop_after_this()
+            leaver.signal(signal.SIGTERM)
+            leaver.process.wait(60)
+            load.wait_more(2)
+        assert leaver.process.returncode == 0
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+        assert "leaving; waits for" in leaver.log
+        assert not (leaver.data_dir / "daemon.json").exists()
+        for daemon in stayers:
+            [state] = [n["state"] for n in daemon.status()["nodes"] if n["name"] == leaver.name]
+            assert state == "left"
+        leaver.start()
+        for daemon in daemons:
+            daemon.wait_status(all_hold(3), "it is back, counted once, and not drained")
+            assert sorted(node["name"] for node in daemon.status()["nodes"]) == sorted(NAMES)
+        for daemon in daemons:
+            daemon.signal(signal.SIGTERM)
+        for daemon in daemons:
+            assert daemon.process.wait(60) == 0
 
 
 def test_models_come_and_go_under_load(tmp_path: Path) -> None:

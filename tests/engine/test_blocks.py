@@ -75,6 +75,10 @@ def test_what_was_lost_is_not_found() -> None:
     assert (pool.free, pool.cached) == (2, 0)
 
 
+def _named(pool: BlockPool, block: int) -> bool:
+    return any(pool.block_of(bytes([number])) == block for number in range(10))
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=80))
 def test_no_block_leaks_or_has_two_owners(operations: list[tuple[int, int]]) -> None:
     pool = BlockPool(8)
@@ -95,6 +99,7 @@ def test_no_block_leaks_or_has_two_owners(operations: list[tuple[int, int]]) -> 
         for block in (block for group in held for block in group):
             counts[block] = counts.get(block, 0) + 1
         assert pool.used == len(counts)
+        assert pool.cached - pool.idle == sum(b in counts for b in range(8) if _named(pool, b))
         assert all(pool.holders(block) == count for block, count in counts.items())
 
 

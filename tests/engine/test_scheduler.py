@@ -47,6 +47,17 @@ def drain(scheduler: Scheduler, pipeline: Pipeline) -> dict[int, list[int]]:
                 finished[result.request] = result.finish
 
 
+def test_a_greeting_is_one_step_that_does_nothing() -> None:
+    scheduler = make()
+    assert scheduler.next_step() is None
+    scheduler.greet()
+    greeting = scheduler.next_step()
+    assert greeting is not None
+    assert (greeting.rows, greeting.openings, greeting.releases) == ((), (), ())
+    scheduler.step_done(greeting.number, [])
+    assert scheduler.next_step() is None
+
+
 def test_the_last_prompt_token_is_a_decode() -> None:
     scheduler = make()
     scheduler.add(request(0, [1, 2, 3], 2))

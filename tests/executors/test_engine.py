@@ -13,7 +13,9 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.history import history_of
 from pxd.executors.mlx import passes
 from pxd.executors.mlx.describe import describe
@@ -21,7 +23,7 @@ from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.mlx.passes import Passes
 from pxd.executors.protocol import ExecutorError, LoadSpec, Scored, StepRejected
 from pxd.models.describe import describe_checkpoint
-from pxd.wire import Coding, History, Opening, Row, Sampling, Step, Tensor
+from pxd.wire import Coding, Grant, History, Opening, Row, Sampling, Step, Tensor
 from tests.executors.pipeline import GREEDY, Pipeline
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
@@ -191,6 +193,20 @@ def test_releasing_gives_the_memory_back(model: Path) -> None:
     assert held >= 900 * sum(describe(model).kv_bytes_per_token)
     engine.release((1, 2, 3))
     assert engine.memory().active - before < held / 10
+
+
+def test_it_tells_what_it_holds_and_what_it_keeps(model: Path) -> None:
+    engine = load(model)
+    tensor, body = tokens(BLOCK_TOKENS + 1)
+    step = make_step([Row(1, 0, BLOCK_TOKENS + 1, 0)], tensor, [1])
+    engine.step(replace(step, grants=(Grant(1, (0, 1)),)), body)
+    assert (engine.memory().held, engine.memory().kept) == (2, 0)
+    engine.step(make_step([], Tensor("i32", (0,)), releases=[1]), b"")
+    assert (engine.memory().held, engine.memory().kept) == (0, 2)
+    # Its blocks are given to another one, so nothing of it can be asked for.
+    step = make_step([Row(2, 0, BLOCK_TOKENS + 1, 0)], tensor, [2])
+    engine.step(replace(step, grants=(Grant(2, (0, 1)),)), body)
+    assert (engine.memory().held, engine.memory().kept) == (2, 0)
 
 
 def test_one_step_may_fill_and_decode_and_mix_requests(model: Path) -> None:

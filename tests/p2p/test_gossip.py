@@ -1,5 +1,6 @@
 """Gossip over the in-memory network, in virtual time (pytest-trio's autojump clock)."""
 
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from pxd.cluster.members import MemberEvent
 from pxd.cluster.messages import MAX_RECORD, Delta, GossipMessage, News
 from pxd.cluster.records import NodeRecord
 from pxd.cluster.signing import seal
-from pxd.p2p.gossip import GOSSIP, HAND_OVER_S, Gossip, GossipEvent
+from pxd.p2p.gossip import GOSSIP, HAND_OVER_S, PERSIST_AGAIN_S, Gossip, GossipEvent
 from pxd.p2p.network import CallFailed
 from tests.memory_network import MemoryHub, MemoryNetwork
 from tests.signers import FakeSigner, signed
@@ -241,6 +242,34 @@ async def test_a_full_disk_does_not_stop_the_node(
         record.levelno == logging.ERROR and "No space left" in record.message
         for record in caplog.records
     )
+
+
+async def test_what_a_full_disk_refused_is_stored_once_there_is_room(
+    autojump_clock: MockClock, nursery: trio.Nursery, hub: MemoryHub
+) -> None:
+    node = Node(hub, "a", alone=True)
+    tries: list[float] = []
+    has_room = trio.Event()
+
+    async def persist(incarnation: int, term: int) -> None:
+        tries.append(trio.current_time())
+        if not has_room.is_set():
+            raise OSError(28, "No space left on device")
+        await node.persist(incarnation, term)
+
+    node.gossip._persist = persist
+    await nursery.start(node.run)
+    await node.until(lambda: node.gossip.leads == 1)
+    await trio.sleep(600)
+    pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert pauses[: len(PERSIST_AGAIN_S)] == pytest.approx(list(PERSIST_AGAIN_S))
+    assert max(pauses) == pytest.approx(PERSIST_AGAIN_S[-1]), "it is tried again, and not too often"
+    has_room.set()
+    await trio.sleep(PERSIST_AGAIN_S[-1])
+    assert node.persisted == [(1, 1)]
+    count = len(tries)
+    await trio.sleep(600)
+    assert len(tries) == count
 
 
 async def test_a_listener_may_update_the_record(

@@ -14,19 +14,25 @@ from pxd.planning.auto.problem import Problem
 Kinds = tuple[int, ...]
 
 
-def best_objective(problem: Problem) -> float:
-    """For nodes that differ by nothing but their kind."""
+def best_objectives(problem: Problem) -> tuple[float, float]:
+    """Of any number of pipelines, and of two or more; 0 where there is no such plan.
+
+    For nodes that differ by nothing but their kind.
+    """
     assert problem.links.uniform
     chain_value = cache(lambda kinds: _best_chain(problem, kinds))
 
     @cache
-    def best(kinds: Kinds) -> float:
+    def best(kinds: Kinds) -> tuple[float, float]:
         if not kinds:
-            return 0.0
-        found = best(kinds[1:])
+            return 0.0, 0.0
+        found, several = best(kinds[1:])
         for part, rest in _with_first(kinds):
-            found = max(found, chain_value(part) + best(rest))
-        return found
+            value, beside = chain_value(part), best(rest)[0]
+            found = max(found, value + beside)
+            if value and beside:
+                several = max(several, value + beside)
+        return found, several
 
     return best(tuple(sorted(problem.kinds)))
 

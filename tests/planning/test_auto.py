@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pxd.planning.auto.problem import Problem
+from pxd.planning.auto.redundancy import REDUNDANCY_SHARE
 from pxd.planning.links import Link
 from pxd.planning.model import Measured, ModelCost, NodeOffer
 from pxd.planning.planner import plan_chain, plan_cluster
 from pxd.planning.result import ClusterPlan, PlanInputs, Workload
-from tests.planning.brute_force import best_objective
+from tests.planning.brute_force import best_objectives
 from tests.planning.clusters import (
     GIB,
     MACHINES,
@@ -29,11 +30,18 @@ from tests.planning.clusters import (
 )
 
 ROUNDING = 1 + 1e-6
+NEAR = 1 - REDUNDANCY_SHARE
 
 
 def near_best(inputs: PlanInputs) -> None:
-    found, best = plan_cluster(inputs).objective, best_objective(Problem(inputs))
-    assert best * 0.98 <= found <= best * ROUNDING
+    """Two pipelines are best where they are near the best of all plans, and else that is."""
+    plan, (best, several) = plan_cluster(inputs), best_objectives(Problem(inputs))
+    if len(plan.pipelines) > 1:
+        assert several * 0.98 <= plan.objective <= several * ROUNDING
+        assert plan.objective * ROUNDING >= best * NEAR * 0.98
+    else:
+        assert best * 0.98 <= plan.objective <= best * ROUNDING
+        assert several * 0.98 <= best * NEAR * ROUNDING
 
 
 @pytest.mark.parametrize("layers", range(1, 13))
@@ -74,7 +82,8 @@ def check_against_classic(inputs: PlanInputs) -> None:
     for strategy in ("greedy", "dp"):
         classic = plan_cluster(inputs, strategy)
         check_plan(inputs, classic)
-        assert plan.objective * ROUNDING >= classic.objective
+        share = NEAR if len(plan.pipelines) > 1 >= len(classic.pipelines) else 1
+        assert plan.objective * ROUNDING >= classic.objective * share
 
 
 @settings(max_examples=2000, deadline=None)
@@ -114,9 +123,13 @@ def test_the_order_of_offers_and_links_does_not_matter(
 
 @settings(max_examples=150, deadline=None)
 @given(random_inputs(most=5))
-def test_one_more_node_never_lowers_the_objective(inputs: PlanInputs) -> None:
-    fewer = msgspec.structs.replace(inputs, offers=inputs.offers[:-1])
-    assert plan_cluster(inputs).objective * ROUNDING >= plan_cluster(fewer).objective
+def test_one_more_node_lowers_the_objective_only_for_a_second_pipeline(
+    inputs: PlanInputs,
+) -> None:
+    fewer = plan_cluster(msgspec.structs.replace(inputs, offers=inputs.offers[:-1]))
+    more = plan_cluster(inputs)
+    share = NEAR if len(more.pipelines) > 1 >= len(fewer.pipelines) else 1
+    assert more.objective * ROUNDING >= fewer.objective * share
 
 
 def sites(nodes: int, count: int) -> tuple[tuple[NodeOffer, ...], tuple[Link, ...]]:

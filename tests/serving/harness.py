@@ -15,6 +15,7 @@ import trio
 
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
 from pxd.cluster.records import NodeRecord, StageReport
+from pxd.engine.blocks import blocks_for
 from pxd.executors.protocol import (
     ExecutorDied,
     ExecutorError,
@@ -118,6 +119,7 @@ class ArithmeticExecutor:
         self._died = trio.Event()
         self._why = ""
         self._last = False
+        self._session = -1
         self.steps = 0
         self.coding: Coding | None = None
         self._next_coding: Coding | None = None
@@ -169,7 +171,8 @@ class ArithmeticExecutor:
             self.caches.pop(request, None)
 
     async def memory(self) -> MemoryReport:
-        return MemoryReport(active=0, resident=0, requests=len(self.caches))
+        held = sum(blocks_for(len(cache)) for cache in self.caches.values())
+        return MemoryReport(active=0, resident=0, requests=len(self.caches), held=held)
 
     def open(self, step: Step) -> None:
         for opening in step.openings:
@@ -184,6 +187,9 @@ class ArithmeticExecutor:
         self.steps += 1
         if self._died.is_set():
             raise ExecutorDied(self._why)
+        if step.session != self._session:
+            self._session = step.session
+            self.caches.clear()
         await self.release(step.releases)
         self.open(step)
         values = array("i" if step.tensor.dtype == "i32" else "f", bytes(body))
@@ -347,7 +353,7 @@ class ServingCluster:
         return plan
 
     async def ready(self, plan: Plan) -> None:
-        """Wait until every stage of the plan is ready."""
+        """Wait until every stage of the plan is ready, and has heard of its head's session."""
         await self.until(
             lambda: all(
                 any(
@@ -359,6 +365,8 @@ class ServingCluster:
                 for stage in pipeline.stages
             )
         )
+        heads = [head for node in self.nodes.values() for head in node.heads._heads.values()]
+        await self.until(lambda: not any(head._sent_at for head in heads))
 
     async def until(self, condition) -> None:
         with trio.fail_after(600):

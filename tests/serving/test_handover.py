@@ -6,7 +6,7 @@ from trio.testing import MockClock
 from pxd.cluster.plans import StagePlan, pipeline_id
 from pxd.serving.audit import overcommitted
 from pxd.serving.basis import PLAN_SETTINGS
-from pxd.serving.handover import GRACE_S, STOP_GRACE_S, Handover
+from pxd.serving.handover import GRACE_S, LEAVE_GRACE_S, STOP_GRACE_S, Handover
 
 from .leader import GIB, Leader, Models, description, nodes
 
@@ -85,15 +85,25 @@ async def test_a_node_that_nobody_can_replace_goes_on(clock: MockClock) -> None:
     assert (leader.model().pipelines, leader.model().retiring) == (before, ())
 
 
-async def test_a_pipeline_that_lost_a_node_or_is_about_to_does_not_retire(
-    clock: MockClock,
-) -> None:
+async def test_a_pipeline_that_lost_a_node_does_not_retire(clock: MockClock) -> None:
     leader = Leader(Models(description), a=16, b=16, c=16)
     await serving(leader)
-    leader.record("b", leaving=True)
+    leader.record("b", drained=True)
     leader.cluster.members["c"].state = "dead"
     await leader.run_for(5)
     assert nodes(leader.model().pipelines) == [["a"]]
+    assert nodes(leader.model().retiring) == [["b"]]
+
+
+async def test_who_waits_to_leave_is_kept_for_less_long(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=16, b=16)
+    await serving(leader)
+    leader.record("b", leaving=True)
+    await leader.run_for(5)
+    leader.obey(b=2)
+    await leader.run_for(LEAVE_GRACE_S - 7)
+    assert nodes(leader.model().retiring) == [["b"]]
+    await leader.run_for(5)
     assert leader.model().retiring == ()
 
 

@@ -12,14 +12,15 @@ from msgspec.structs import replace
 from trio.testing import MockClock
 
 from pxd.api.app import create_app
+from pxd.serving import attempts as attempts_module
 from pxd.serving import head as head_module
 from pxd.serving.head import MAX_REQUESTS
 from pxd.serving.quota import Quota
-from pxd.serving.requests import Overloaded
+from pxd.serving.requests import Generation, GenerationFailed, Overloaded
 from tests.api.fakes import FakeDaemon
 
 from .harness import ServingCluster, ServingNode
-from .test_serving import ask, expected
+from .test_serving import ask, expected, prompt
 
 REQUESTS = 10_000
 
@@ -141,8 +142,9 @@ async def test_another_pipeline_takes_what_one_has_no_room_for(
         plan = replace(plan, models=(replace(model, pipelines=tuple(plans)),))
         for node in cluster.nodes.values():
             node.take(plan)
-            node.gate = trio.Event()
         await cluster.ready(plan)
+        for node in cluster.nodes.values():
+            node.gate = trio.Event()
         node = cluster.nodes["c"]
         async with trio.open_nursery() as nursery:
             for number in range(4):
@@ -175,3 +177,34 @@ def test_a_quota_is_never_exceeded_and_nobody_takes_all(
         if fits:
             held[holder].append(amount)
             assert sum(held[holder]) <= limit / 2
+
+
+async def test_who_does_not_read_is_given_up_before_others_are_short_of_memory(
+    clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "MAX_UNREAD", 40_000)
+    async with ServingCluster("a").running() as cluster:
+        await cluster.ready(cluster.publish("a"))
+        node = cluster.nodes["a"]
+        generation = Generation(max_tokens=400, temperature=0, min_tokens=400)
+        async with await node.ingress.chat("sums", prompt("slow"), generation) as slow:
+            await cluster.until(lambda: slow._attempt.lost)
+            assert (await ask(node, "quick", 100))[0] == expected("quick", 100, 1)
+            with pytest.raises(GenerationFailed, match="takes its answer too slowly"):
+                async for _ in slow:
+                    pass
+        await cluster.until(lambda: node.heads.running == 0)
+        assert not len(node.ingress._dispatch.attempts)
+        assert node.ingress._dispatch.attempts._unread._held == {}
+
+
+async def test_who_reads_late_gets_all_as_long_as_there_is_room(clock: MockClock) -> None:
+    async with ServingCluster("a").running() as cluster:
+        await cluster.ready(cluster.publish("a"))
+        node = cluster.nodes["a"]
+        generation = Generation(max_tokens=100, temperature=0)
+        async with await node.ingress.chat("sums", prompt("late"), generation) as late:
+            await cluster.until(lambda: node.heads.running == 0)
+            text = "".join([delta.text async for delta in late])
+        assert text == expected("late", 100, 1)
+        assert node.ingress._dispatch.attempts._unread._held == {}

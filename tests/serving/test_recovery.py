@@ -8,8 +8,9 @@ from pxd.cluster.plans import Epoch, ModelPlan, Plan
 from pxd.engine.continuous import ContinuousConfig
 from pxd.executors.protocol import ExecutorError
 from pxd.serving import head
+from pxd.serving.answer import HOPELESS_S, PATIENCE_S
 from pxd.serving.head import SUBMIT, Submission
-from pxd.serving.requests import Generation, GenerationFailed
+from pxd.serving.requests import Generation, GenerationFailed, NotReady, RequestError
 from pxd.wire import Buffer, Cancel, Nack, Output, Sampling, Step
 
 from . import harness
@@ -172,3 +173,68 @@ async def test_without_max_tokens_an_answer_takes_what_room_there_is(
         await cluster.ready(cluster.publish("a"))
         text, finish = await ask(cluster.nodes["a"], "hello", None)
         assert (text, finish) == (expected("hello", 5000, 1), "stop")
+
+
+async def begun(cluster: ServingCluster, tokens: int) -> tuple[float, str, Exception | None]:
+    """A request at c to a pipeline on a, which is lost after so many tokens; what becomes of it.
+
+    Returns the seconds from then on, the text, and how it ended.
+    """
+    await cluster.ready(cluster.publish("a"))
+    if not tokens:
+        cluster.nodes["a"].gate = trio.Event()
+    generation = Generation(max_tokens=30, temperature=0)
+    lost_at, text = 0.0, ""
+    failure: RequestError | None = None
+    async with await cluster.nodes["c"].ingress.chat(None, prompt("far"), generation) as answer:
+        if not tokens:
+            await cluster.kill("a")
+            lost_at = trio.current_time()
+        try:
+            async for delta in answer:
+                text += delta.text
+                if text.count("[") == tokens:
+                    await cluster.kill("a")
+                    lost_at = trio.current_time()
+        except RequestError as error:
+            failure = error
+    return trio.current_time() - lost_at, text, failure
+
+
+async def test_without_a_token_a_request_is_refused_once_there_is_no_hope(clock: MockClock) -> None:
+    async with ServingCluster("a", "c").running() as cluster:
+        seconds, text, error = await begun(cluster, 0)
+        assert isinstance(error, NotReady)
+        assert "a is dead" in str(error)
+        assert (text, seconds) == ("", pytest.approx(HOPELESS_S, abs=3))
+        # New ones, too, while it would be no wonder if somebody came back.
+        began = trio.current_time()
+        with pytest.raises(NotReady, match="a is dead"):
+            await ask(cluster.nodes["c"], "new")
+        assert trio.current_time() - began == pytest.approx(HOPELESS_S, abs=3)
+
+
+async def test_an_answer_that_has_begun_waits_longer(clock: MockClock) -> None:
+    async with ServingCluster("a", "c").running() as cluster:
+        seconds, text, error = await begun(cluster, 5)
+        assert expected("far", 30, 1).startswith(text)
+        assert isinstance(error, GenerationFailed)
+        assert seconds == pytest.approx(PATIENCE_S, abs=3)
+
+
+async def test_whatever_comes_back_in_time_is_waited_for(clock: MockClock) -> None:
+    for tokens in (0, 5):
+        async with (
+            ServingCluster("a", "c").running() as cluster,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def come_back(cluster: ServingCluster = cluster) -> None:
+                await cluster.until(lambda: cluster.members["a"].state == "dead")
+                await trio.sleep(20)
+                cluster.publish("c")
+
+            nursery.start_soon(come_back)
+            seconds, text, error = await begun(cluster, tokens)
+            assert (text, error) == (expected("far", 30, 1), None)
+            assert 19 < seconds < 30

@@ -5,6 +5,7 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock
 
+from pxd.cluster.plans import StagePlan
 from pxd.p2p.network import CallFailed
 from pxd.serving.head import SUBMIT, Submission
 from pxd.serving.requests import (
@@ -17,7 +18,7 @@ from pxd.serving.requests import (
 )
 from pxd.wire import Output, Sampling, Step, Tensor
 
-from .harness import FakeTokenizer, ServingCluster, ServingNode, reference
+from .harness import LAYERS, FakeTokenizer, ServingCluster, ServingNode, reference
 
 NAMES = ("a", "b", "c")
 
@@ -83,6 +84,77 @@ async def test_a_client_that_leaves_frees_its_request_on_every_stage(
             lambda: not any(node.executors[0].caches for node in cluster.nodes.values())
         )
         assert cluster.nodes["a"].heads.running == 0
+
+
+async def test_the_cluster_hears_of_kv_blocks_held_and_given_back(clock: MockClock) -> None:
+    async with ServingCluster(*NAMES).running() as cluster:
+        await cluster.ready(cluster.publish(*NAMES))
+        head = cluster.nodes["a"]
+
+        def told(held: int) -> bool:
+            head.stages.tell_blocks(head.heads.blocks())
+            reports = [cluster.members[name].record.stages[0] for name in NAMES]
+            kv = reports[0].kv
+            assert [report.kv for report in reports[1:]] == [None, None]
+            same = {report.kv_held for report in reports} == {held}
+            return kv is not None and kv.total - kv.free == held and same
+
+        assert told(0)
+        generation = Generation(max_tokens=400, temperature=0)
+        async with await cluster.nodes["b"].ingress.chat(None, prompt("x"), generation) as answer:
+            async for delta in answer:
+                if delta.tokens:
+                    cluster.nodes["c"].gate = trio.Event()
+                    break
+            await cluster.until(lambda: told(1))
+        cluster.nodes["c"].gate.set()
+        await cluster.until(lambda: told(0))
+
+
+async def leave_amid_an_answer(node: ServingNode) -> None:
+    generation = Generation(max_tokens=400, temperature=0)
+    async with await node.ingress.chat(None, prompt("x"), generation) as answer:
+        async for delta in answer:
+            if delta.tokens:
+                return
+
+
+async def test_stages_forget_requests_whose_pipeline_fell_apart(clock: MockClock) -> None:
+    """Though nobody asks for anything afterwards."""
+    async with ServingCluster(*NAMES).running() as cluster:
+        await cluster.ready(cluster.publish(*NAMES))
+        cluster.nodes["c"].gate = trio.Event()
+        first = cluster.nodes["a"].executors[0]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leave_amid_an_answer, cluster.nodes["b"])
+            await cluster.until(lambda: len(first.caches) == 1)
+            nursery.cancel_scope.cancel()
+        cluster.nodes["c"].executors[0].die("killed by signal 9")
+        cluster.nodes["c"].gate.set()
+        await cluster.until(lambda: not first.caches)
+        assert cluster.nodes["a"].executors == [first]
+
+
+async def test_a_stage_that_becomes_a_spare_forgets_its_requests(clock: MockClock) -> None:
+    async with ServingCluster("a", "b").running() as cluster:
+        await cluster.ready(cluster.publish("a"))
+        node = cluster.nodes["a"]
+        [executor] = node.executors
+        generation = Generation(max_tokens=400, temperature=0)
+        async with await cluster.nodes["b"].ingress.chat(None, prompt("x"), generation) as answer:
+            async for delta in answer:
+                if delta.tokens:
+                    node.gate = trio.Event()
+                    break
+            assert executor.caches
+            plan = cluster.make_plan("b")
+            spare = StagePlan(node="a", start=0, end=LAYERS)
+            plan = replace(plan, models=(replace(plan.models[0], spares=(spare,)),))
+            for each in cluster.nodes.values():
+                each.take(plan)
+        node.gate.set()
+        await cluster.until(lambda: not executor.caches)
+        assert node.executors == [executor]
 
 
 async def test_an_executor_that_dies_costs_a_pause(clock: MockClock) -> None:
@@ -165,7 +237,7 @@ async def test_a_request_that_kills_executors_is_stopped(clock: MockClock) -> No
     async with ServingCluster("a").running() as cluster:
         await cluster.ready(cluster.publish("a"))
         node = cluster.nodes["a"]
-        node.gate = trio.Event()
+        node.pace = 3600.0
 
         async def poison() -> None:
             while True:
@@ -296,7 +368,7 @@ async def test_requests_ride_a_retiring_pipeline_until_another_one_is_ready(
                     for node in cluster.nodes.values():
                         node.take(plan)
                 tokens += delta.tokens
-                if tokens == 100:
+                if tokens >= 100:
                     # A new request still finds the old pipeline, for the new one is not ready.
                     assert (await ask(cluster.nodes["c"], "y"))[0] == expected("y", 20, 2)
             assert answer.recoveries == 0

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan
-from pxd.cluster.records import MAX_LINKS, NodeRecord, PeerLink, StageReport
+from pxd.cluster.records import MAX_LINKS, KvBlocks, NodeRecord, PeerLink, StageReport
 from pxd.engine.scheduler import Generated
 from pxd.serving.timings import (
     Figure,
     HeadFigures,
     PipelineTimings,
     StageTimings,
+    blocks_are_news,
     figures_to_publish,
     links_to_publish,
     moved,
@@ -225,6 +226,28 @@ def test_figures_are_told_when_they_appear_or_move_but_never_soon_again() -> Non
 
 def test_what_is_measured_no_more_stays_as_it_was_told() -> None:
     assert figures_to_publish({"decode_s": 0.010}, {"decode_s": 0.0}, since=math.inf) == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "now", "since", "news"),
+    [
+        (None, None, math.inf, False),
+        (None, KvBlocks(160, 160, 0), 0, True),
+        (KvBlocks(160, 160, 0), None, 0, True),
+        (KvBlocks(160, 160, 0), KvBlocks(320, 320, 0), 0, True),
+        (KvBlocks(160, 160, 0), KvBlocks(160, 159, 0), 0, True),
+        (KvBlocks(160, 159, 0), KvBlocks(160, 160, 1), 0, True),
+        (KvBlocks(160, 150, 0), KvBlocks(160, 141, 0), 9.9, False),
+        (KvBlocks(160, 150, 0), KvBlocks(160, 141, 0), 10, True),
+        (KvBlocks(160, 150, 0), KvBlocks(160, 140, 0), 0, True),
+        (KvBlocks(160, 160, 0), KvBlocks(160, 160, 9), 9.9, False),
+        (KvBlocks(160, 160, 9), KvBlocks(160, 160, 9), math.inf, False),
+    ],
+)
+def test_which_kv_blocks_are_news(
+    told: KvBlocks | None, now: KvBlocks | None, since: float, news: bool
+) -> None:
+    assert blocks_are_news(told, now, since=since) is news
 
 
 def plan(*chains: str) -> Plan:

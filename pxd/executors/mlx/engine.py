@@ -7,6 +7,7 @@ import mlx.core as mx
 import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from pxd.engine.blocks import blocks_for
 from pxd.engine.sampling import Sampler
 from pxd.executors.checkpoints import read_checkpoint
 from pxd.executors.mlx.batch import (
@@ -180,6 +181,8 @@ class MlxEngine:
             active=mx.get_active_memory(),
             resident=psutil.Process().memory_info().rss,
             requests=len(self._requests),
+            held=sum(blocks_for(request.length) for request in self._requests.values()),
+            kept=self._prefixes.blocks_kept if self._prefixes is not None else 0,
         )
 
     def _check(self, stage: Stage, step: Step, body: Buffer) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from pxd.engine.blocks import BLOCK_TOKENS
+from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
 from pxd.engine.mirror import BlockMirror, MirrorError, Run
 from pxd.executors.mlx.batch import Request, copy_of, own_caches, positions_of
 from pxd.executors.mlx.stage import Caches
@@ -29,6 +29,11 @@ class PrefixStore:
         self._requests = requests
         self._mirror = BlockMirror()
         self._kept: dict[int, Caches] = {}
+
+    @property
+    def blocks_kept(self) -> int:
+        """How many blocks there are of requests that have ended."""
+        return sum(blocks_for(_length(caches)) for caches in self._kept.values())
 
     def check(self, step: Step) -> None:
         """Raises `StepRejected`, before anything is changed, for hits that are not here."""

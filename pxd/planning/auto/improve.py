@@ -3,7 +3,8 @@
 A step gives a spare node to a pipeline, takes away one that does not help, exchanges a node for a
 spare or for one of another pipeline, or divides the nodes of two pipelines anew. Steps are taken in
 a fixed order while they raise the sum of values and effort is left, so the result and the time it
-takes depend on the problem alone.
+takes depend on the problem alone. The last two pipelines become one only where that gains so much
+that the plan is preferred.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,9 @@ from itertools import pairwise
 
 from pxd.planning.auto.cutting import Cut, best_cut
 from pxd.planning.auto.orders import few_orders
-from pxd.planning.auto.partition import best_partition, effort_of
+from pxd.planning.auto.partition import best_partitions, effort_of
 from pxd.planning.auto.problem import Problem
+from pxd.planning.auto.redundancy import preferred
 
 PAIR_EFFORT = 1_500_000
 PAIR_SPARES = 2
@@ -131,7 +133,7 @@ class Improver:
             if nodes in self._pairs:
                 continue
             self._pairs.add(nodes)
-            better = self._divide(first, second, nodes)
+            better = self._divide(first, second, nodes, last=len(cuts) == 2)
             if better is not None:
                 return [cut for cut in cuts if cut not in (first, second)] + better
             if self.exhausted:
@@ -143,13 +145,14 @@ class Improver:
         yield from pairwise(cuts)
         yield from zip(cuts[: len(cuts) // 2], reversed(cuts), strict=False)
 
-    def _divide(self, first: Cut, second: Cut, nodes: Nodes) -> list[Cut] | None:
+    def _divide(self, first: Cut, second: Cut, nodes: Nodes, *, last: bool) -> list[Cut] | None:
         if first.order == second.order:
             return None
         effort = effort_of(self._problem, nodes, thrifty=True)
         if effort <= PAIR_EFFORT:
             self._effort -= int(effort) + SOLVE_EFFORT
-            cuts = best_partition(self._problem, nodes, thrifty=True)
+            divisions = best_partitions(self._problem, nodes, thrifty=True)
+            cuts = preferred(divisions) if last else divisions[0]
             value = (first.value + second.value) * MIN_GAIN
             return cuts if sum(cut.value for cut in cuts) > value else None
         return self._best([first, second], _exchanges(first.order, second.order))

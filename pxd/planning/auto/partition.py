@@ -20,6 +20,8 @@ MAX_STAGES = 8
 """Longer chains are left to the search."""
 
 Counts = tuple[int, ...]
+Division = tuple[float, tuple[Counts, ...]]
+"""The sum of values, and the chains."""
 
 
 def groups(problem: Problem, nodes: Sequence[int]) -> list[list[int]]:
@@ -33,7 +35,7 @@ def groups(problem: Problem, nodes: Sequence[int]) -> list[list[int]]:
 
 
 def effort_of(problem: Problem, nodes: Sequence[int], *, thrifty: bool = False) -> float:
-    """What `best_partition` of these nodes takes, in stages times places to begin and end them.
+    """What `best_partitions` of these nodes takes, in stages times places to begin and end them.
 
     Infinite where there are too many ways to divide them.
     """
@@ -66,8 +68,11 @@ def _most_orders(problem: Problem, stages: int, *, thrifty: bool) -> int:
     return most_orders(problem, stages)
 
 
-def best_partition(problem: Problem, nodes: Sequence[int], *, thrifty: bool = False) -> list[Cut]:
-    """Chains of some of `nodes` with the greatest sum of values; best first.
+def best_partitions(
+    problem: Problem, nodes: Sequence[int], *, thrifty: bool = False
+) -> list[list[Cut]]:
+    """The chains of some of `nodes` with the greatest sum of values; and where that is one chain
+    alone, also the best two or more, if there are any. Each has its best chain first.
 
     With `thrifty` long chains are tried in their most likely orders only.
     """
@@ -75,12 +80,18 @@ def best_partition(problem: Problem, nodes: Sequence[int], *, thrifty: bool = Fa
     whole = tuple(len(bundle) for bundle in bundles)
     chains = _best_chains(problem, bundles, whole, thrifty=thrifty)
     values = {counts: cut.value for counts, cut in chains.items()}
-    best: dict[Counts, tuple[float, tuple[Counts, ...]]] = {(0,) * len(whole): (0.0, ())}
+    best: dict[Counts, Division] = {(0,) * len(whole): (0.0, ())}
     for counts in _subsets(whole):
-        best[counts] = max(
-            _candidates(counts, values, best), key=lambda plan: (plan[0], -len(plan[1]))
-        )
-    return _named(chains, best[whole][1], bundles)
+        best[counts] = max(_candidates(counts, values, best), key=_rank)
+    found = [best[whole]]
+    if len(best[whole][1]) == 1:
+        several = [each for each in _candidates(whole, values, best) if len(each[1]) > 1]
+        found += [max(several, key=_rank)] if several else []
+    return [_named(chains, parts, bundles) for _, parts in found]
+
+
+def _rank(division: Division) -> tuple[float, int]:
+    return division[0], -len(division[1])
 
 
 def _subsets(whole: Counts) -> Iterator[Counts]:
@@ -91,10 +102,8 @@ def _subsets(whole: Counts) -> Iterator[Counts]:
 
 
 def _candidates(
-    counts: Counts,
-    values: dict[Counts, float],
-    best: dict[Counts, tuple[float, tuple[Counts, ...]]],
-) -> Iterator[tuple[float, tuple[Counts, ...]]]:
+    counts: Counts, values: dict[Counts, float], best: dict[Counts, Division]
+) -> Iterator[Division]:
     for place, count in enumerate(counts):
         if count:
             yield best[(*counts[:place], count - 1, *counts[place + 1 :])]
