@@ -30,6 +30,12 @@ class BlockTables:
         """Blocks that are in some table."""
         return len({block for table in self._tables.values() for block in table})
 
+    @property
+    def kept(self) -> int:
+        """Blocks that are in no table and still hold something."""
+        used = {block for table in self._tables.values() for block in table}
+        return sum(count > 0 and block not in used for block, (_, count) in self._held.items())
+
     def clear(self) -> None:
         """Nothing that was said so far holds any more."""
         self._tables.clear()

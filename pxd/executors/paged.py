@@ -9,7 +9,7 @@ from typing import Protocol
 import psutil
 import torch
 
-from pxd.engine.blocks import BLOCK_TOKENS
+from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
 from pxd.engine.sampling import Sampler
 from pxd.engine.tables import BlockTables, TableError
 from pxd.executors.protocol import (
@@ -146,6 +146,8 @@ class PagedEngine:
             active=0 if self._stage is None else self._stage.active_bytes(self._tables.used),
             resident=psutil.Process().memory_info().rss,
             requests=len(self._requests),
+            held=sum(blocks_for(request.length) for request in self._requests.values()),
+            kept=self._tables.kept,
         )
 
     def _follow_session(self, step: Step) -> None:

@@ -18,7 +18,16 @@ GREEDY = Sampling(temperature=0)
 
 
 def new_engine(kind: str) -> Engine:
+    if kind == "sglang":
+        from tests.sglang.shared import SharedEngine
+
+        return SharedEngine()
     return load_backend(kind).engine(lambda _: None)
+
+
+def granted(request: int) -> Grant:
+    """Two blocks that no other request has."""
+    return Grant(request, (2 * request, 2 * request + 1))
 
 
 class Pipeline:
@@ -29,7 +38,7 @@ class Pipeline:
         self.trims = bool(infos) and all(info.trims for info in infos)
         self._steps = itertools.count()
         self._blocks: dict[int, list[int]] = {}
-        self._free = list(reversed(range(64)))
+        self._free = list(reversed(range(2048)))
 
     @classmethod
     def load(
@@ -45,7 +54,7 @@ class Pipeline:
         ranges = itertools.pairwise([0, *cuts, layers])
         for (start, end), kind in zip(ranges, itertools.cycle(kinds), strict=False):
             engines.append(new_engine(kind))
-            spec = LoadSpec(path=str(path), start=start, end=end, kv_bytes=1 << 26)
+            spec = LoadSpec(path=str(path), start=start, end=end, kv_bytes=1 << 30)
             infos.append(engines[-1].load(spec, lambda _: None))
             engines[-1].send_as(coding)
         return cls(engines, infos)

@@ -17,8 +17,9 @@ import pytest
 
 from pxd.engine.continuous import Continuous, ContinuousConfig
 from pxd.engine.scheduler import NewRequest, PlannedStep, Scheduler
-from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.protocol import LoadSpec
+from pxd.executors.backends import load_backend
+from pxd.executors.choice import installed_kinds
+from pxd.executors.protocol import Engine, LoadSpec
 from pxd.wire import Copied, SampledToken, Sampling
 from tests.executors.steps import sampled_tokens, wire_step
 from tests.tiny_models import VOCABULARY, make_tiny_model
@@ -36,12 +37,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Engines:
     """Stages in order; hidden states travel as bytes. `copied` has (stage, report) of the tier."""
 
-    def __init__(self, path: Path, cuts: Sequence[int], **options: Any) -> None:
-        self.stages: list[MlxEngine] = []
+    def __init__(self, path: Path, cuts: Sequence[int], kind: str = "mlx", **options: Any) -> None:
+        self.stages: list[Engine] = []
         self.copied: queue.SimpleQueue[tuple[int, Copied]] = queue.SimpleQueue()
         for start, end in itertools.pairwise([0, *cuts, LAYERS]):
             number = len(self.stages)
-            self.stages.append(MlxEngine(lambda word, n=number: self.copied.put((n, word))))
+            backend = load_backend(kind)
+            self.stages.append(backend.engine(lambda word, n=number: self.copied.put((n, word))))
             spec = LoadSpec(path=str(path), start=start, end=end, **options)
             self.info = self.stages[-1].load(spec, lambda _: None)
         self.session = 0
@@ -122,23 +124,30 @@ class Knowing:
         self.right += right
 
 
+CASES = [
+    ("mlx", (), "reserve", 512, 40, 0),
+    ("mlx", (2,), "preempt", 1, 12, 0),
+    ("mlx", (2, 4), "preempt", 37, 12, 0),
+    ("mlx", (1, 5), "reserve", 64, 12, 0),
+    ("mlx", (), "preempt", 64, 10, 16),
+    ("mlx", (3,), "reserve", 512, 20, 5),
+    ("mlx", (2, 4), "preempt", 37, 10, 16),
+    # Against what MLX gives alone: kinds agree, too.
+    ("torch", (3,), "preempt", 64, 12, 0),
+    ("torch", (), "preempt", 37, 10, 16),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cuts", "admission", "chunk", "blocks", "guesses"),
-    [
-        ((), "reserve", 512, 40, 0),
-        ((2,), "preempt", 1, 12, 0),
-        ((2, 4), "preempt", 37, 12, 0),
-        ((1, 5), "reserve", 64, 12, 0),
-        ((), "preempt", 64, 10, 16),
-        ((3,), "reserve", 512, 20, 5),
-        ((2, 4), "preempt", 37, 10, 16),
-    ],
+    ("kind", "cuts", "admission", "chunk", "blocks", "guesses"),
+    [case for case in CASES if case[0] in installed_kinds()],
 )
 def test_everybody_gets_what_it_would_get_alone(
     model: Path,
     requests: list[NewRequest],
     alone: list[list[int]],
+    kind: str,
     cuts: tuple[int, ...],
     admission: Any,
     chunk: int,
@@ -146,7 +155,7 @@ def test_everybody_gets_what_it_would_get_alone(
     guesses: int,
 ) -> None:
     rng = random.Random(blocks + chunk)
-    engines = Engines(model, cuts)
+    engines = Engines(model, cuts, kind)
     wanted = alone[:]
     texts = [[*r.tokens, *a] for r, a in zip(requests, alone, strict=True)]
     knowing = Knowing(texts, random.Random(chunk))

@@ -195,10 +195,11 @@ def test_requests_end_with_their_release_and_with_the_session(case: Case) -> Non
     direct.step([(1, 0, PROMPT, 1), (2, 0, PROMPT[:5], 1), (3, 0, PROMPT[:9], 0)])
     last = case.stages.engines[-1]
     held = last.memory()
-    assert held.requests == 3
+    assert (held.requests, held.held, held.kept) == (3, 3, 0)
     direct.step([(3, 9, PROMPT[9:10], 1)], releases=[1, 2, 77])
-    assert last.memory().requests == 1
-    assert last.memory().active <= held.active
+    left = last.memory()
+    assert (left.requests, left.held, left.kept) == (1, 1, 2)
+    assert left.active <= held.active
     assert Direct(case.stages).step([(9, 0, PROMPT, 1)]) == tuple(case.reference.answer(PROMPT, 1))
     assert last.memory().requests == 1
 

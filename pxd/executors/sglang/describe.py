@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pxd.executors.protocol import ExecutorError, ModelDescription
-from pxd.executors.sglang.loader import narrowed_to
+from pxd.executors.sglang.loader import code_of
 from pxd.executors.sglang.pinned import check_symbols
 from pxd.executors.sglang.runtime import RankSpec, choose_device, server_settings
 from pxd.executors.sglang.view import view_config
@@ -27,7 +27,7 @@ def describe(path: Path) -> ModelDescription:
         checkpoint = describe_checkpoint(path)
     except ModelError as error:
         raise ExecutorError(str(error)) from error
-    architecture, staged = narrowed_to(path)
+    architecture, _, staged = code_of(path)
     check_symbols()
     config = _config(path, architecture, checkpoint)
     item_bytes = getattr(torch, checkpoint.dtype).itemsize

@@ -51,17 +51,16 @@ def _prepare(source: Path, checkpoint: Checkpoint, spec: LoadSpec) -> str:
         raise ExecutorError(
             f"there are no layers [{spec.start}, {spec.end}) in a model of {checkpoint.layers}"
         )
-    architecture, staged = narrowed_to(source)
+    architecture, module, staged = code_of(source)
+    only(module, models_directory())
     if not staged and spec.end - spec.start < checkpoint.layers:
         raise ExecutorError(f"SGLang cannot run {architecture} as stages of a pipeline")
     return architecture
 
 
-def narrowed_to(source: Path) -> tuple[str, bool]:
-    """The architecture of the model in `source`, and whether SGLang can run it in stages.
-
-    From now on SGLang imports no other model. Raises `ExecutorError`.
-    """
+def code_of(source: Path) -> tuple[str, str, bool]:
+    """The architecture of the model in `source`, the module that has it, and whether SGLang can run
+    it in stages. Raises `ExecutorError`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
@@ -69,10 +68,7 @@ def narrowed_to(source: Path) -> tuple[str, bool]:
     except ModelError as error:
         raise ExecutorError(str(error)) from error
     architecture = architecture_of(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    directory = models_directory()
-    code = find_code(architecture, directory)
-    only(code.module, directory)
-    return architecture, code.staged
+    return architecture, *find_code(architecture, models_directory())
 
 
 def _rank_spec(spec: LoadSpec, checkpoint: Checkpoint, view: str) -> RankSpec:

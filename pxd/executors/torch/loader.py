@@ -24,9 +24,9 @@ from pxd.models.describe import Checkpoint
 
 LISTED_NAMES = 5
 TRIAL_TOKENS, TRIAL_CHUNK = 12, 7
-# Shares of the output's norm that rounding explains. A position counted wrongly, or something that
-# a model's own attention does and ours does not, shows as a few per cent at least.
-TOLERANCE_FLOAT32, TOLERANCE = 0.001, 0.03
+# Shares of an output's norm that rounding explains. Positions counted wrongly, or something that a
+# model's own attention does and ours does not, show as several per cent at least.
+TOLERANCE_FLOAT32, TOLERANCE = 0.001, 0.05
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -167,7 +167,11 @@ def _try_attention(stage: Stage) -> None:
         own = stage.forward(inputs, positions, None, wanted_of_all).float()
     finally:
         stage.model.set_attn_implementation(NAME)
-    error = float(torch.linalg.norm(got - own) / torch.linalg.norm(own))
+    if not bool(torch.isfinite(own).all()):
+        return  # Steps will say so; there is nothing to be learnt here.
+    # The median, for where experts are about equally good, rounding sends a position to others.
+    errors = torch.linalg.norm(got - own, dim=-1) / torch.linalg.norm(own, dim=-1)
+    error = float(errors.median())
     allowed = TOLERANCE_FLOAT32 if stage.dtype == torch.float32 else TOLERANCE
     if not error <= allowed:  # which also holds for NaN
         raise ExecutorError(

@@ -1,4 +1,4 @@
-"""The MLX engine with rows of several draws: what it draws, takes back, and refuses."""
+"""An engine with rows of several draws: what it draws, takes back, and refuses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.history import history_of
-from pxd.executors.mlx.describe import describe
-from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.protocol import LoadSpec, Scored, StepRejected
+from pxd.executors.backends import load_backend
+from pxd.executors.protocol import Engine, LoadSpec, Scored, StepRejected
 from pxd.wire import MAX_DRAWS, MAX_GUESSES, Opening, Row, Sampling, Step, Tensor
-from tests.executors.pipeline import GREEDY, Pipeline
+from tests.executors.pipeline import GREEDY, Pipeline, granted, new_engine
 from tests.tiny_models import make_tiny_model
 
 LAYERS = 6
@@ -27,10 +27,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("cuts", [(), (3,), (2, 4)])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_several_draws_are_those_of_as_many_steps(
-    model: Path, cuts: Sequence[int], temperature: float
+    kind: str, model: Path, cuts: Sequence[int], temperature: float
 ) -> None:
     sampling = {1: Sampling(temperature=temperature, seed=7)}
-    pipeline = Pipeline.load(model, LAYERS, cuts)
+    pipeline = Pipeline.load(model, LAYERS, cuts, kinds=[kind])
     pipeline.prefill(1, PROMPT, samplings=sampling)
     text = list(PROMPT)
     for _ in range(20):
@@ -52,8 +52,8 @@ def test_several_draws_are_those_of_as_many_steps(
     assert pipeline.step([(1, begin + 13, text[begin + 13 : begin + 14], 1)]) == (text[begin + 14],)
 
 
-def test_who_guesses_and_who_does_not_share_a_step(model: Path) -> None:
-    pipeline = Pipeline.load(model, LAYERS, (3,))
+def test_who_guesses_and_who_does_not_share_a_step(kind: str, model: Path) -> None:
+    pipeline = Pipeline.load(model, LAYERS, (3,), kinds=[kind])
     prompts = [[5, 6, 7, 8], [9, 8, 7, 6, 5, 4], [3, 1, 4, 1, 5]]
     texts = [p + pipeline.generate(p, 12, request=10 + n) for n, p in enumerate(prompts)]
     at = [len(prompt) - 1 for prompt in prompts]
@@ -69,8 +69,8 @@ def test_who_guesses_and_who_does_not_share_a_step(model: Path) -> None:
         at = [place + count for place, count in zip(at, draws, strict=True)]
 
 
-def test_each_draw_has_its_log_probabilities(model: Path) -> None:
-    pipeline = Pipeline.load(model, LAYERS)
+def test_each_draw_has_its_log_probabilities(kind: str, model: Path) -> None:
+    pipeline = Pipeline.load(model, LAYERS, kinds=[kind])
     sampling = {1: Sampling(temperature=0, logprobs=2)}
     pipeline.prefill(1, PROMPT, samplings=sampling)
     text, scores = list(PROMPT), []
@@ -87,13 +87,13 @@ def test_each_draw_has_its_log_probabilities(model: Path) -> None:
         assert one.logprobs.token == pytest.approx(other.logprobs.token, abs=1e-3)
 
 
-def loaded(path: Path) -> tuple[MlxEngine, bool]:
-    engine = MlxEngine()
+def loaded(kind: str, path: Path) -> tuple[Engine, bool]:
+    engine = new_engine(kind)
     info = engine.load(LoadSpec(path=str(path), start=0, end=LAYERS), lambda _: None)
     return engine, info.trims
 
 
-def run(engine: MlxEngine, rows: Sequence[Row], openings: Sequence[Opening] = ()) -> object:
+def run(engine: Engine, rows: Sequence[Row], openings: Sequence[Opening] = ()) -> object:
     count = sum(row.count for row in rows)
     step = Step(
         pipeline="p",
@@ -102,19 +102,20 @@ def run(engine: MlxEngine, rows: Sequence[Row], openings: Sequence[Opening] = ()
         rows=tuple(rows),
         tensor=Tensor("i32", (count,)),
         openings=tuple(openings),
+        grants=tuple(granted(opening.request) for opening in openings),
     )
     return engine.step(step, np.ones(count, "<i4").tobytes())
 
 
-def refused(engine: MlxEngine, rows: Sequence[Row], openings: Sequence[Opening] = ()) -> str:
+def refused(engine: Engine, rows: Sequence[Row], openings: Sequence[Opening] = ()) -> str:
     with pytest.raises(StepRejected) as caught:
         run(engine, rows, openings)
     assert caught.value.code == "bad-step"
     return str(caught.value)
 
 
-def test_only_guesses_are_taken_back_and_only_once(model: Path) -> None:
-    engine, trims = loaded(model)
+def test_only_guesses_are_taken_back_and_only_once(kind: str, model: Path) -> None:
+    engine, trims = loaded(kind, model)
     assert trims
     run(engine, [Row(1, 0, 4, 0)], [Opening(1, GREEDY)])
     assert "goes on at 3" in refused(engine, [Row(1, 3, 1, 1)])
@@ -125,8 +126,8 @@ def test_only_guesses_are_taken_back_and_only_once(model: Path) -> None:
     run(engine, [Row(1, 7, 1, 1)])
 
 
-def test_too_many_draws_are_refused(model: Path) -> None:
-    engine, _ = loaded(model)
+def test_too_many_draws_are_refused(kind: str, model: Path) -> None:
+    engine, _ = loaded(kind, model)
     draws = 1 + MAX_GUESSES
     count = MAX_DRAWS // draws + 1
     rows = [Row(number, 0, draws, draws) for number in range(count)]
@@ -134,8 +135,8 @@ def test_too_many_draws_are_refused(model: Path) -> None:
     assert f"{count * draws} draws" in reason
 
 
-def test_penalties_are_not_drawn_for_guesses(model: Path) -> None:
-    engine, _ = loaded(model)
+def test_penalties_are_not_drawn_for_guesses(kind: str, model: Path) -> None:
+    engine, _ = loaded(kind, model)
     sampling = Sampling(presence_penalty=1.0)
     opening = Opening(1, sampling, history=history_of(sampling, [1, 2], 1))
     assert "penalties" in refused(engine, [Row(1, 0, 2, 2)], [opening])
@@ -143,20 +144,26 @@ def test_penalties_are_not_drawn_for_guesses(model: Path) -> None:
     assert "penalties" in refused(engine, [Row(1, 2, 2, 2)])
 
 
-def test_positions_taken_back_do_not_count_as_capacity(model: Path) -> None:
-    engine = MlxEngine()
-    per_token = sum(describe(model).kv_bytes_per_token)
-    spec = LoadSpec(path=str(model), start=0, end=LAYERS, kv_bytes=10 * per_token)
+def test_positions_taken_back_do_not_count_as_capacity(kind: str, model: Path) -> None:
+    engine = new_engine(kind)
+    per_token = sum(load_backend(kind).describe(model).kv_bytes_per_token)
+    kv_bytes = 2 * BLOCK_TOKENS * per_token
+    spec = LoadSpec(path=str(model), start=0, end=LAYERS, kv_bytes=kv_bytes)
     info = engine.load(spec, lambda _: None)
-    assert info.kv_tokens == 10
-    run(engine, [Row(1, 0, 8, 4)], [Opening(1, GREEDY)])
-    assert "11 positions" in refused(engine, [Row(1, 8, 3, 1)])
-    run(engine, [Row(1, 5, 5, 5)])
-    assert "11 positions" in refused(engine, [Row(1, 6, 5, 5)])
+    assert info.kv_tokens == 2 * BLOCK_TOKENS == 128
+    run(engine, [Row(0, 0, 126, 4)], [Opening(0, GREEDY)])
+    assert "129 positions" in refused(engine, [Row(0, 126, 3, 1)])
+    run(engine, [Row(0, 123, 5, 5)])
+    assert "129 positions" in refused(engine, [Row(0, 124, 5, 5)])
 
 
-def test_a_model_with_windows_cannot_take_back(tmp_path: Path) -> None:
-    engine, trims = loaded(make_tiny_model("gemma3_text", tmp_path / "gemma3", dtype="float32"))
-    assert not trims
-    assert "take guesses back" in refused(engine, [Row(1, 0, 2, 2)], [Opening(1, GREEDY)])
-    run(engine, [Row(1, 0, 2, 1)], [Opening(1, GREEDY)])
+def test_windows_take_back_or_say_that_they_cannot(kind: str, tmp_path: Path) -> None:
+    engine, trims = loaded(
+        kind, make_tiny_model("gemma3_text", tmp_path / "gemma3", dtype="float32")
+    )
+    if trims:
+        run(engine, [Row(1, 0, 30, 9)], [Opening(1, GREEDY)])
+        run(engine, [Row(1, 25, 2, 1)])
+    else:
+        assert "take guesses back" in refused(engine, [Row(1, 0, 2, 2)], [Opening(1, GREEDY)])
+        run(engine, [Row(1, 0, 2, 1)], [Opening(1, GREEDY)])

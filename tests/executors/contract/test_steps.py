@@ -1,7 +1,4 @@
-"""The MLX engine on one tiny model: what it refuses, what survives that, and what it holds.
-
-Only this one architecture is run inside the test process; see `tests.tiny_models`.
-"""
+"""An engine on one tiny model: what it refuses, what survives that, and what it holds."""
 
 import json
 import shutil
@@ -10,21 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
+import msgspec
 import numpy as np
 import pytest
-from msgspec.structs import replace
 
-from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.history import history_of
-from pxd.executors.mlx import passes
-from pxd.executors.mlx.describe import describe
-from pxd.executors.mlx.engine import MlxEngine
-from pxd.executors.mlx.passes import Passes
-from pxd.executors.protocol import ExecutorError, LoadSpec, Scored, StepRejected
+from pxd.executors.backends import load_backend
+from pxd.executors.protocol import Engine, ExecutorError, LoadSpec, Scored, StepRejected
 from pxd.models.describe import describe_checkpoint
 from pxd.wire import Coding, Grant, History, Opening, Row, Sampling, Step, Tensor
-from tests.executors.pipeline import GREEDY, Pipeline
+from tests.executors.pipeline import GREEDY, Pipeline, granted, new_engine
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
 LAYERS = 6
@@ -43,8 +35,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "llama", shards=8)
 
 
-def load(path: Path, start: int = 0, end: int = LAYERS, **options: Any) -> MlxEngine:
-    engine = MlxEngine()
+def load(kind: str, path: Path, start: int = 0, end: int = LAYERS, **options: Any) -> Engine:
+    engine = new_engine(kind)
     engine.load(LoadSpec(path=str(path), start=start, end=end, **options), lambda _: None)
     return engine
 
@@ -52,6 +44,7 @@ def load(path: Path, start: int = 0, end: int = LAYERS, **options: Any) -> MlxEn
 def make_step(
     rows: Sequence[Row], tensor: Tensor, openings: Sequence[int] = (), releases: Sequence[int] = ()
 ) -> Step:
+    """Of session 0. Requests that open get two blocks of KV."""
     return Step(
         pipeline="p",
         session=0,
@@ -59,6 +52,7 @@ def make_step(
         rows=tuple(rows),
         tensor=tensor,
         openings=tuple(Opening(number, GREEDY) for number in openings),
+        grants=tuple(map(granted, dict.fromkeys(openings))),
         releases=tuple(releases),
     )
 
@@ -67,7 +61,7 @@ def tokens(count: int, value: int = 1) -> tuple[Tensor, bytes]:
     return Tensor("i32", (count,)), value.to_bytes(4, "little", signed=True) * count
 
 
-def rejected(engine: MlxEngine, step: Step, body: bytes) -> StepRejected:
+def rejected(engine: Engine, step: Step, body: bytes) -> StepRejected:
     with pytest.raises(StepRejected) as caught:
         engine.step(step, body)
     return caught.value
@@ -96,9 +90,9 @@ def edited_copy(source: Path, target: Path, edit: Editor) -> Path:
     ],
 )
 def test_a_step_that_does_not_fit_is_rejected_and_harms_nobody(
-    model: Path, rows: list[Row], openings: list[int], code: str, names: tuple[int, ...]
+    kind: str, model: Path, rows: list[Row], openings: list[int], code: str, names: tuple[int, ...]
 ) -> None:
-    engine = load(model)
+    engine = load(kind, model)
     tensor, body = tokens(4)
     engine.step(make_step([Row(1, 0, 4, 0)], tensor, [1]), body)
     tensor, body = tokens(sum(row.count for row in rows))
@@ -110,17 +104,19 @@ def test_a_step_that_does_not_fit_is_rejected_and_harms_nobody(
 
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY, 2**31 - 1])
-def test_token_ids_outside_the_vocabulary_are_rejected(model: Path, token: int) -> None:
+def test_token_ids_outside_the_vocabulary_are_rejected(kind: str, model: Path, token: int) -> None:
     tensor, body = tokens(2, token)
-    error = rejected(load(model), make_step([Row(1, 0, 2, 1)], tensor, [1]), body)
+    error = rejected(load(kind, model), make_step([Row(1, 0, 2, 1)], tensor, [1]), body)
     assert (error.code, error.requests) == ("bad-step", (1,))
 
 
 @pytest.mark.parametrize(
     "tensor", [Tensor("f32", (2, 63)), Tensor("f32", (3, 64)), Tensor("i32", (2, 64))]
 )
-def test_hidden_states_of_another_shape_or_type_are_rejected(model: Path, tensor: Tensor) -> None:
-    engine = load(model, 2, 4)
+def test_hidden_states_of_another_shape_or_type_are_rejected(
+    kind: str, model: Path, tensor: Tensor
+) -> None:
+    engine = load(kind, model, 2, 4)
     step = make_step([Row(1, 0, 2, 0)], tensor, [1])
     assert rejected(engine, step, bytes(tensor.nbytes)).code == "bad-step"
 
@@ -128,9 +124,9 @@ def test_hidden_states_of_another_shape_or_type_are_rejected(model: Path, tensor
 @pytest.mark.parametrize("coding", ["fp8", "int8"])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
 def test_scales_that_are_none_are_rejected_and_harm_nobody(
-    model: Path, coding: Coding, scale: float
+    kind: str, model: Path, coding: Coding, scale: float
 ) -> None:
-    engine = load(model, 2, 4)
+    engine = load(kind, model, 2, 4)
     tensor = Tensor("f32", (2, 64), coding)
     body = np.array([1, scale], "<f4").tobytes() + bytes(128)
     error = rejected(engine, make_step([Row(1, 0, 2, False)], tensor, [1]), body)
@@ -140,8 +136,8 @@ def test_scales_that_are_none_are_rejected_and_harm_nobody(
     assert engine.memory().requests == 1
 
 
-def test_hidden_states_are_coded_as_was_said_last(model: Path) -> None:
-    engine = load(model, 0, 2)
+def test_hidden_states_are_coded_as_was_said_last(kind: str, model: Path) -> None:
+    engine = load(kind, model, 0, 2)
     tensor, body = tokens(2)
     sent: list[Tensor] = []
     for position, coding in enumerate([None, "fp8", "int8", None]):
@@ -152,65 +148,43 @@ def test_hidden_states_are_coded_as_was_said_last(model: Path) -> None:
     assert sent == [Tensor("f32", (2, 64), coding) for coding in (None, "fp8", "int8", None)]
 
 
-def test_a_step_beyond_the_kv_budget_is_rejected(model: Path) -> None:
-    engine = MlxEngine()
-    per_token = sum(describe(model).kv_bytes_per_token)
+def test_a_step_beyond_the_kv_budget_is_rejected(kind: str, model: Path) -> None:
+    engine = new_engine(kind)
+    per_token = sum(load_backend(kind).describe(model).kv_bytes_per_token)
     info = engine.load(
-        LoadSpec(path=str(model), start=0, end=LAYERS, kv_bytes=per_token * 10), lambda _: None
+        LoadSpec(path=str(model), start=0, end=LAYERS, kv_bytes=per_token * 128), lambda _: None
     )
-    assert info.kv_tokens == 10
-    tensor, body = tokens(8)
-    engine.step(make_step([Row(1, 0, 8, 0)], tensor, [1]), body)
-    tensor, body = tokens(3)
-    step = make_step([Row(2, 0, 3, 0)], tensor, [2])
+    assert info.kv_tokens == 128
+    tensor, body = tokens(100)
+    engine.step(make_step([Row(0, 0, 100, 0)], tensor, [0]), body)
+    step = make_step([Row(1, 0, 100, 0)], tensor, [1])
     assert rejected(engine, step, body).code == "bad-step"
-    released = make_step([Row(2, 0, 3, 0)], tensor, [2], releases=[1])
-    assert engine.step(released, body) == ()
+    assert engine.memory().requests == 1
+    same_blocks = msgspec.structs.replace(step, grants=(Grant(1, (0, 1)),), releases=(0,))
+    assert engine.step(same_blocks, body) == ()
 
 
-def test_nothing_runs_before_a_load() -> None:
+def test_nothing_runs_before_a_load(kind: str) -> None:
     tensor, body = tokens(1)
     step = make_step([Row(1, 0, 1, 1)], tensor, [1])
-    assert rejected(MlxEngine(), step, body).code == "not-ready"
+    assert rejected(new_engine(kind), step, body).code == "not-ready"
 
 
-def test_a_step_without_rows_releases_and_answers(model: Path) -> None:
+def test_a_step_without_rows_releases_and_answers(kind: str, model: Path) -> None:
     tensor, body = tokens(4)
     empty = make_step([], Tensor("i32", (0,)), releases=[1, 99])
-    for engine, answer in ((load(model), ()), (load(model, 0, 3), (Tensor("i32", (0,)), b""))):
+    for engine, answer in (
+        (load(kind, model), ()),
+        (load(kind, model, 0, 3), (Tensor("i32", (0,)), b"")),
+    ):
         engine.step(make_step([Row(1, 0, 4, 0)], tensor, [1]), body)
         assert engine.memory().requests == 1
         assert engine.step(empty, b"") == answer
         assert engine.memory().requests == 0
 
 
-def test_releasing_gives_the_memory_back(model: Path) -> None:
-    engine = load(model)
-    tensor, body = tokens(900)
-    before = engine.memory().active
-    engine.step(make_step([Row(1, 0, 900, 0)], tensor, [1]), body)
-    held = engine.memory().active - before
-    assert held >= 900 * sum(describe(model).kv_bytes_per_token)
-    engine.release((1, 2, 3))
-    assert engine.memory().active - before < held / 10
-
-
-def test_it_tells_what_it_holds_and_what_it_keeps(model: Path) -> None:
-    engine = load(model)
-    tensor, body = tokens(BLOCK_TOKENS + 1)
-    step = make_step([Row(1, 0, BLOCK_TOKENS + 1, 0)], tensor, [1])
-    engine.step(replace(step, grants=(Grant(1, (0, 1)),)), body)
-    assert (engine.memory().held, engine.memory().kept) == (2, 0)
-    engine.step(make_step([], Tensor("i32", (0,)), releases=[1]), b"")
-    assert (engine.memory().held, engine.memory().kept) == (0, 2)
-    # Its blocks are given to another one, so nothing of it can be asked for.
-    step = make_step([Row(2, 0, BLOCK_TOKENS + 1, 0)], tensor, [2])
-    engine.step(replace(step, grants=(Grant(2, (0, 1)),)), body)
-    assert (engine.memory().held, engine.memory().kept) == (2, 0)
-
-
-def test_one_step_may_fill_and_decode_and_mix_requests(model: Path) -> None:
-    pipeline = Pipeline.load(model, LAYERS, [2])
+def test_one_step_may_fill_and_decode_and_mix_requests(kind: str, model: Path) -> None:
+    pipeline = Pipeline.load(model, LAYERS, [2], kinds=[kind])
     wanted = {number: pipeline.generate(PROMPT[number:], 1) for number in (1, 2, 3)}
     pipeline.prefill(3, PROMPT[3:])
     got = pipeline.step(
@@ -225,27 +199,7 @@ def test_one_step_may_fill_and_decode_and_mix_requests(model: Path) -> None:
     assert list(got) == wanted[3] + wanted[2] + wanted[1]
 
 
-@pytest.mark.parametrize("cuts", [(), (2, 4)])
-def test_a_long_prompt_is_taken_in_pieces(
-    model: Path, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = Pipeline.load(model, LAYERS, cuts).generate(PROMPT, 8)
-    hidden = describe(model).hidden_size
-    # The last piece of all but one of the prompt's tokens sees 19 positions: 5 at a time.
-    monkeypatch.setattr(passes, "MOST_SCORES", 5 * 19 * hidden)
-    pieces: list[int] = []
-
-    class Counted(passes.Pass):
-        def __init__(self, parts: list[passes.Part], *more: Any) -> None:
-            super().__init__(parts, *more)
-            pieces.extend(part.end - part.begin for part in parts)
-
-    monkeypatch.setattr(passes, "Pass", Counted)
-    assert Pipeline.load(model, LAYERS, cuts).generate(PROMPT, 8) == whole
-    assert pieces[:5] == ([5, 5, 5, 4, 1] if not cuts else [5, 5, 5, 4, 5])
-
-
-def test_sampling_is_the_same_alone_in_a_batch_and_in_any_split(model: Path) -> None:
+def test_sampling_is_the_same_alone_in_a_batch_and_in_any_split(kind: str, model: Path) -> None:
     samplings = {
         1: Sampling(temperature=0.9, seed=5),
         2: Sampling(temperature=1.2, top_p=0.9, seed=6),
@@ -254,7 +208,7 @@ def test_sampling_is_the_same_alone_in_a_batch_and_in_any_split(model: Path) -> 
     }
 
     def run(cuts: list[int], groups: list[list[int]]) -> dict[int, list[int]]:
-        pipeline = Pipeline.load(model, LAYERS, cuts)
+        pipeline = Pipeline.load(model, LAYERS, cuts, kinds=[kind])
         sequences = {number: PROMPT[number:] for number in samplings}
         for number in samplings:
             pipeline.prefill(number, sequences[number], samplings=samplings)
@@ -279,10 +233,11 @@ PENALTIES = {
 
 
 def test_penalties_are_the_same_alone_in_a_batch_and_after_an_opening_in_the_middle(
+    kind: str,
     model: Path,
 ) -> None:
     def run(groups: list[list[int]], again_at: int = -1) -> dict[int, list[int]]:
-        pipeline = Pipeline.load(model, LAYERS, [2])
+        pipeline = Pipeline.load(model, LAYERS, [2], kinds=[kind])
         sequences = {number: PROMPT[number:] for number in PENALTIES}
 
         def begin(number: int) -> None:
@@ -306,34 +261,14 @@ def test_penalties_are_the_same_alone_in_a_batch_and_after_an_opening_in_the_mid
     alone = run([[1], [2], [3], [4]])
     assert run([[1, 2, 3, 4]]) == alone
     assert run([[4, 2], [3, 1]], again_at=7) == alone
-    plain = Pipeline.load(model, LAYERS)
+    plain = Pipeline.load(model, LAYERS, kinds=[kind])
     for number in (1, 4):
         assert alone[number] != PROMPT[number:] + plain.generate(PROMPT[number:], 12)
 
 
-def test_a_greedy_token_is_the_same_with_its_log_probabilities(model: Path) -> None:
-    pipeline = Pipeline.load(model, LAYERS, [3])
-    wanted = pipeline.generate(PROMPT, 4)
-    pipeline.prefill(1, PROMPT, samplings={1: Sampling(temperature=0, logprobs=3)})
-    sequence = list(PROMPT)
-    whole = mlx_lm.load(str(model))[0]
-    for token in wanted:
-        [drawn] = pipeline.step([(1, len(sequence) - 1, sequence[-1:], True)])
-        logits = np.array(whole(mx.array([sequence]))[0, -1].astype(mx.float32)).astype(float)
-        expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-        assert drawn.token == token == drawn.logprobs.top[0][0]
-        assert drawn.logprobs.token == drawn.logprobs.top[0][1]
-        # Prefilled in one piece, in the model's bfloat16, other roundings come out.
-        assert drawn.logprobs.token == pytest.approx(expected[token], abs=0.05)
-        assert [value for _, value in drawn.logprobs.top] == pytest.approx(
-            sorted(expected, reverse=True)[:3], abs=0.05
-        )
-        sequence.append(token)
-
-
-def test_tokens_that_do_not_exist_are_of_no_consequence(model: Path) -> None:
+def test_tokens_that_do_not_exist_are_of_no_consequence(kind: str, model: Path) -> None:
     """They may come from any head; the vocabulary is this stage's."""
-    pipeline = Pipeline.load(model, LAYERS)
+    pipeline = Pipeline.load(model, LAYERS, kinds=[kind])
     wanted = pipeline.generate(PROMPT, 2)
     odd = Sampling(
         temperature=0,
@@ -348,7 +283,7 @@ def test_tokens_that_do_not_exist_are_of_no_consequence(model: Path) -> None:
 
 
 def test_logits_that_are_not_finite_end_the_step_but_not_the_engine(
-    model: Path, tmp_path: Path
+    kind: str, model: Path, tmp_path: Path
 ) -> None:
     def poison(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         table = weights["model.embed_tokens.weight"]
@@ -364,7 +299,7 @@ def test_logits_that_are_not_finite_end_the_step_but_not_the_engine(
         tmp_path / "poisoned",
         lambda w: poison({**w, "lm_head.weight": mx.array(w["model.embed_tokens.weight"])}),
     )
-    pipeline = Pipeline.load(path, LAYERS)
+    pipeline = Pipeline.load(path, LAYERS, kinds=[kind])
     wanted = pipeline.generate(PROMPT, 3)
     pipeline.prefill(1, PROMPT)
     pipeline.prefill(2, [7, 8, 9])
@@ -378,20 +313,31 @@ def test_logits_that_are_not_finite_end_the_step_but_not_the_engine(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_hidden_states_that_are_not_finite_are_named_where_they_arise(
-    model: Path, tmp_path: Path, bad: float
+    kind: str, model: Path, tmp_path: Path, bad: float
 ) -> None:
     def poison(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         weights["model.layers.3.mlp.down_proj.weight"][5, 7] = bad
         return weights
 
     path = edited_copy(model, tmp_path / "poisoned", poison)
-    pipeline = Pipeline.load(path, LAYERS, cuts=[2, 4])
+    pipeline = Pipeline.load(path, LAYERS, cuts=[2, 4], kinds=[kind])
     for rows in ([(1, 0, PROMPT, 0)], [(2, 0, [9], 1)], [(3, 0, [4, 5], 2)]):
         with pytest.raises(StepRejected) as caught:
             pipeline.step(rows)
         assert caught.value.code == "not-finite"
         assert caught.value.requests == (rows[0][0],)
         assert "layers [2, 4): NotFinite: the hidden states" in caught.value.reason
+
+
+def where_a_step_runs(kind: str) -> tuple[Any, str]:
+    """A class and its method."""
+    if kind == "mlx":
+        from pxd.executors.mlx.passes import Passes
+
+        return Passes, "run"
+    from pxd.executors.torch.stage import Stage
+
+    return Stage, "forward"
 
 
 @pytest.mark.parametrize(
@@ -401,14 +347,15 @@ def test_hidden_states_that_are_not_finite_are_named_where_they_arise(
         (RuntimeError("[malloc] Unable to allocate 17179869184 bytes."), "out-of-memory"),
         (RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"), "out-of-memory"),
         (RuntimeError("cudaMallocAsync failed: out of memory"), "out-of-memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out-of-memory"),
         (RuntimeError("[matmul] shapes do not match"), "executor-failed"),
         (ValueError("out of memory"), "executor-failed"),
     ],
 )
 def test_a_step_without_memory_says_so_and_frees_what_it_had(
-    model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+    kind: str, model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
 ) -> None:
-    pipeline = Pipeline.load(model, LAYERS)
+    pipeline = Pipeline.load(model, LAYERS, kinds=[kind])
     wanted = pipeline.generate(PROMPT, 3)
     pipeline.prefill(7, PROMPT)
 
@@ -416,7 +363,7 @@ def test_a_step_without_memory_says_so_and_frees_what_it_had(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Passes, "run", fail)
+        patch.setattr(*where_a_step_runs(kind), fail)
         with pytest.raises(StepRejected) as caught:
             pipeline.step([(7, len(PROMPT) - 1, PROMPT[-1:], True)])
     assert (caught.value.code, caught.value.requests) == (code, (7,))
@@ -425,9 +372,9 @@ def test_a_step_without_memory_says_so_and_frees_what_it_had(
     assert pipeline.generate(PROMPT, 3) == wanted
 
 
-def test_only_own_layers_take_memory(model: Path) -> None:
-    description = describe(model)
-    engine = MlxEngine()
+def test_only_own_layers_take_memory(kind: str, model: Path) -> None:
+    description = load_backend(kind).describe(model)
+    engine = new_engine(kind)
     info = engine.load(LoadSpec(path=str(model), start=2, end=4), lambda _: None)
     # A few small arrays (frequencies, scalars) belong to no tensor of the checkpoint.
     assert sum(description.layer_bytes[2:4]) <= info.weight_bytes
@@ -436,15 +383,15 @@ def test_only_own_layers_take_memory(model: Path) -> None:
     assert info.hidden_size == 64
 
 
-def test_progress_grows_to_one(model: Path) -> None:
+def test_progress_grows_to_one(kind: str, model: Path) -> None:
     seen: list[float] = []
-    MlxEngine().load(LoadSpec(path=str(model), start=0, end=LAYERS), seen.append)
+    new_engine(kind).load(LoadSpec(path=str(model), start=0, end=LAYERS), seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
 
 
-def test_a_stage_loads_with_only_its_own_files(sharded: Path, tmp_path: Path) -> None:
-    wanted = Pipeline.load(sharded, LAYERS).generate(PROMPT, 4)
+def test_a_stage_loads_with_only_its_own_files(kind: str, sharded: Path, tmp_path: Path) -> None:
+    wanted = Pipeline.load(sharded, LAYERS, kinds=[kind]).generate(PROMPT, 4)
     checkpoint = describe_checkpoint(sharded)
     engines = []
     for start, end in ((0, 2), (2, 4), (4, 6)):
@@ -456,16 +403,16 @@ def test_a_stage_loads_with_only_its_own_files(sharded: Path, tmp_path: Path) ->
                 shutil.copy(file, part)
         assert len(list(part.glob("*.safetensors"))) < 8
         assert describe_checkpoint(part).fingerprint == checkpoint.fingerprint
-        engines.append(load(part, start, end, fingerprint=checkpoint.fingerprint))
+        engines.append(load(kind, part, start, end, fingerprint=checkpoint.fingerprint))
     assert Pipeline(engines).generate(PROMPT, 4) == wanted
     with pytest.raises(ExecutorError, match=r"lacks .*layers"):
-        load(tmp_path / "0", 2, 4)
+        load(kind, tmp_path / "0", 2, 4)
 
 
 def test_refused_loads_say_why_and_may_be_followed_by_a_right_one(
-    model: Path, tmp_path: Path
+    kind: str, model: Path, tmp_path: Path
 ) -> None:
-    engine = MlxEngine()
+    engine = new_engine(kind)
 
     def refused(path: Path, start: int = 0, end: int = LAYERS, fingerprint: str = "") -> str:
         spec = LoadSpec(path=str(path), start=start, end=end, fingerprint=fingerprint)
@@ -488,32 +435,32 @@ def test_refused_loads_say_why_and_may_be_followed_by_a_right_one(
 
 
 def test_a_missing_end_of_the_model_is_noticed_where_it_is_needed(
-    model: Path, tmp_path: Path
+    kind: str, model: Path, tmp_path: Path
 ) -> None:
     path = edited_copy(
         model,
         tmp_path / "endless",
         lambda weights: {k: v for k, v in weights.items() if "embed_tokens" not in k},
     )
-    load(path, 2, 4)
+    load(kind, path, 2, 4)
     for start, end in ((0, 3), (3, 6)):
-        with pytest.raises(ExecutorError, match=r"lacks model\.embed_tokens\.weight"):
-            load(path, start, end)
+        with pytest.raises(ExecutorError, match=r"lacks .*model\.embed_tokens\.weight"):
+            load(kind, path, start, end)
 
 
-def test_tensors_of_the_wrong_shape_are_noticed(model: Path, tmp_path: Path) -> None:
+def test_tensors_of_the_wrong_shape_are_noticed(kind: str, model: Path, tmp_path: Path) -> None:
     def widen(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         name = "model.layers.1.mlp.up_proj.weight"
         return {**weights, name: mx.concatenate([weights[name]] * 2)}
 
     path = edited_copy(model, tmp_path / "wide", widen)
     with pytest.raises(ExecutorError, match=r"wrong shape: model\.layers\.1\.mlp"):
-        load(path, 0, 3)
+        load(kind, path, 0, 3)
 
 
-def test_a_truncated_file_is_noticed(model: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_noticed(kind: str, model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ExecutorError, match="damaged or incomplete"):
-        load(tmp_path / "cut", 0, 3)
+        load(kind, tmp_path / "cut", 0, 3)

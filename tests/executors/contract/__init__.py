@@ -1,0 +1,1 @@
+"""What every kind of executor must do: each test runs with all that are installed."""
