@@ -184,8 +184,10 @@ class RankStage:
         return torch.arange(1, rows + 1, device=self.device)
 
     def _try(self) -> None:
-        """Fill and decode in the first block. Raises `ExecutorError` unless what comes of it has the
-        right shape; what is in a block that was not granted yet does not matter."""
+        """Fill and decode in the first block, which nobody has been granted yet.
+
+        Raises `ExecutorError` unless what comes of it has the right shape.
+        """
         count = TRIAL_TOKENS
         passes = [
             Pass(False, (Entry(0, count - 1, (0,)),), tuple(range(count - 1))),
