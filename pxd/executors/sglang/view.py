@@ -43,9 +43,8 @@ def make_view(
     }
     absent = sorted(set(index.values()) & set(checkpoint.missing))
     if absent:
-        raise ExecutorError(
-            f"{source} lacks {', '.join(absent)}, needed for layers [{start}, {end}); fetch it first"
-        )
+        files = ", ".join(absent)
+        raise ExecutorError(f"{source} lacks {files}, needed for layers [{start}, {end})")
     for file in sorted(set(index.values())):
         (target / file).symlink_to((source / file).resolve())
     if checkpoint.tied and end == checkpoint.layers and not whole:
@@ -83,9 +82,7 @@ def _copy_head(source: Path, target: Path, index: dict[str, str]) -> None:
     """Write the embedding into a file of its own, as the projection. Raises `OSError`."""
     name = next((tensor for tensor in index if tensor.endswith(_EMBEDDING)), None)
     if name is None:
-        raise ExecutorError(
-            "the checkpoint lacks both lm_head.weight and model.embed_tokens.weight"
-        )
+        raise ExecutorError("the checkpoint lacks lm_head.weight and model.embed_tokens.weight")
     path = source / index[name]
     try:
         info = read_header(path)[name]
