@@ -75,6 +75,8 @@ def _config(path: Path, architecture: str, checkpoint: Checkpoint) -> Any:
         raise ExecutorError(
             f"{architecture} has layers of type {unknown[0]}, whose state pxd does not keep"
         )
+    if config.model_is_mrope:
+        raise ExecutorError(f"{architecture} numbers positions in several ways at once")
     return config
 
 

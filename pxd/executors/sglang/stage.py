@@ -34,6 +34,8 @@ class RankStage:
         self._runner = runner = open_runner(spec)
         _drop_unused_head(runner.model, self.last)
         _check_weights(runner.model)
+        if runner.model_config.model_is_mrope:
+            raise ExecutorError("it numbers positions in several ways at once")
         self.device = torch.device(runner.device)
         self.dtype: torch.dtype = runner.dtype
         self.hidden_size: int = runner.model_config.hidden_size
