@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
+
 from pxd.executors.frames import FrameSocket
 from pxd.executors.messages import (
     Describe,
@@ -85,6 +87,9 @@ class RemoteEngine:
         return reply.description
 
     def step(self, step: Step, body: Buffer) -> StepOutput:
+        # A frame takes no bool for a number, as tests may.
+        rows = tuple(msgspec.structs.replace(row, draws=int(row.draws)) for row in step.rows)
+        step = msgspec.structs.replace(step, rows=rows)
         self._frames.send(step, body)
         reply, answer = self._answer(lambda _: None)
         match reply:
