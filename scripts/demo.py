@@ -42,7 +42,8 @@ class DemoNode:
         self.log = root / f"{name}.log"
         command = [sys.executable, "-m", "pxd", "start", "--name", name, "--no-mdns"]
         command += ["--data-dir", str(self.data_dir), "--model", "demo"]
-        command += ["--max-layers", str(MAX_LAYERS)]
+        # The fastest with a model as small as this.
+        command += ["--max-layers", str(MAX_LAYERS), "--executor", "mlx"]
         command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", *options]
         # A ticket holds the cluster key, and a command line is visible to every user.
         environment = {**os.environ, "PXD_JOIN": join} if join else dict(os.environ)

@@ -40,6 +40,8 @@ class Node:
             (self.data_dir / "hardware.json").write_bytes(Node._hardware)
         command = [*(host.prefix if host else ()), sys.executable, *launcher, "start"]
         command += ["--name", name, "--no-mdns", "--data-dir", str(self.data_dir), *options]
+        # As the peers do.
+        command += ["--executor", "mlx"]
         command += ["--leave-timeout", "0", "--http", "127.0.0.1:0", "--listen"]
         command += [f"{host.address}:8471" if host else "127.0.0.1:0"]
         self.program = Program(

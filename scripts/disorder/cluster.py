@@ -55,7 +55,8 @@ class Node:
 
     def launch(self, join: str = "") -> None:
         self.lives += 1
-        command = [*self.spot.prefix, *PXD, "start", "--name", self.name]
+        # What answers are compared with is computed by MLX.
+        command = [*self.spot.prefix, *PXD, "start", "--name", self.name, "--executor", "mlx"]
         command += ["--data-dir", str(self.spot.data_dir)]
         command += ["--http", self.spot.http, "--listen", self.spot.listen, *self._options]
         environment = {MARK: str(self._root)} | ({"PXD_JOIN": join} if join else {})

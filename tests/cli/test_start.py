@@ -69,17 +69,9 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         *("start", "--model", str(tmp_path), "--join", TICKET, "--data-dir", str(tmp_path)),
         *("--http", "127.0.0.1:0", "--listen", "[::]:9000", "--name", "ben", "--memory", "7.5"),
         *("--max-layers", "4", "--kv-tier", "20", "--priority", "-5", "--no-mdns", "--relay"),
-        *(
-            "--leave-timeout",
-            "5",
-            "--admission",
-            "reserve",
-            "--request-timeout",
-            "90.5",
-            "--speculate",
-            "off",
-        ),
-        *("--wire-dtype", "auto", "--log-format", "json"),
+        *("--leave-timeout", "5", "--admission", "reserve", "--request-timeout", "90.5"),
+        *("--speculate", "off", "--wire-dtype", "auto", "--executor", "sglang", "--tp", "2"),
+        *("--log-format", "json"),
     )
     assert result.exit_code == 0, result.output
     assert node.settings == Settings(
@@ -97,6 +89,8 @@ def test_every_option_becomes_a_setting(node: FakeNode, tmp_path: Path) -> None:
         admission="reserve",
         speculate="off",
         wire_dtype="auto",
+        executor="sglang",
+        tensor_parallel=2,
         priority=-5,
         mdns=False,
         relay=True,
@@ -114,6 +108,7 @@ def test_defaults(node: FakeNode, default_instance: Path, monkeypatch: pytest.Mo
     assert node.settings.mdns
     assert not node.settings.relay
     assert node.settings.wire_dtype == "native"
+    assert node.settings.executor == "auto"
     assert (node.settings.http, node.settings.listen, node.settings.model) == (None, None, None)
 
 

@@ -1,5 +1,6 @@
 """The smaller checks, each both ways."""
 
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -308,11 +309,12 @@ def test_this_machine(tmp_path: Path) -> None:
 
 
 def test_executors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_installed", lambda package: False)
     works = Device(kind="cpu", name="EPYC", tflops=0.5, bandwidth=20, executors=("mlx",))
     found = only(engines.executors(works))
     assert (found.level, found.text) == (
         "ok", "mlx works on cpu: EPYC (0.5 TFLOP/s, 20 GB/s)")  # fmt: skip
-    assert found.details == ("torch: not part of this release", "sglang: not part of this release")
+    assert found.details == ("torch: not installed", "sglang: not installed")
     assert only(engines.executors(None, "no module named mlx")).level == "problem"
     assert only(engines.executors(Device())).level == "problem"
 
@@ -320,27 +322,29 @@ def test_executors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("installed", "gpu", "words"),
     [
-        (False, True, "not installed"),
-        (True, False, "no GPU that it could use"),
-        (True, True, "installed, but it does not work here"),
+        ("", True, "not installed"),
+        ("0.5.22", True, "SGLang 0.5.22 is installed; install the release"),
+        ("0.5.23", False, "no GPU that it could use"),
+        ("0.5.23", True, "installed, but not taken"),
     ],
 )
 def test_why_an_executor_does_not_work(
-    monkeypatch: pytest.MonkeyPatch, installed: bool, gpu: bool, words: str
+    monkeypatch: pytest.MonkeyPatch, installed: str, gpu: bool, words: str
 ) -> None:
     monkeypatch.setattr(engines, "KINDS", ("mlx", "sglang"))
-    monkeypatch.setattr(engines, "_installed", lambda package: installed)
+    monkeypatch.setattr(engines, "_installed", lambda package: bool(installed))
+    monkeypatch.setattr(metadata, "version", lambda package: installed)
     monkeypatch.setattr(engines.shutil, "which", lambda program: "/bin/x" if gpu else None)
     details = engines.executors(Device(executors=("mlx",))).pop().details
     assert any(line.startswith(f"sglang: {words}") for line in details)
 
 
 async def test_an_executor_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fails(*, timeout: float) -> Device:
+    async def fails(wanted: str, *, timeout: float) -> Device:
         raise engines.ExecutorError("no MLX here")
 
-    monkeypatch.setattr(engines, "measure_device", fails)
-    assert await engines.measured(1.0) == (None, "no MLX here")
+    monkeypatch.setattr(engines, "choose_executor", fails)
+    assert await engines.measured("auto", 1.0) == (None, "no MLX here")
 
 
 def test_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Arrays through the bytes of a frame and back, exactly or coded."""
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -9,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pxd.executors.mlx.tensors import from_wire, to_wire
-from pxd.wire import Coding, Tensor
+from pxd.executors.choice import installed_kinds
+from pxd.executors.mlx import tensors as mlx_tensors
+from pxd.wire import Buffer, Coding, Tensor
 
 DTYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}
 # Half a unit in the last place of each type, relative, and that of its least numbers.
@@ -38,10 +40,47 @@ def bits(array: mx.array) -> bytes:
     return np.array(array.view(mx.uint8)).tobytes()
 
 
-def round_trip(array: mx.array, coding: Coding | None) -> tuple[Tensor, mx.array]:
-    tensor, body = to_wire(array, coding)
+kinds = st.sampled_from(installed_kinds())
+"""Of executors. What is compared is made and read by MLX, which keeps the bits."""
+
+
+def to_wire(
+    array: mx.array, coding: Coding | None = None, kind: str = "mlx"
+) -> tuple[Tensor, memoryview]:
+    if kind == "mlx":
+        return mlx_tensors.to_wire(array, coding)
+    from pxd.executors.torch import tensors
+
+    return tensors.to_wire(in_torch(array), coding)
+
+
+def from_wire(tensor: Tensor, body: Buffer, kind: str = "mlx") -> mx.array:
+    if kind == "mlx":
+        return mlx_tensors.from_wire(tensor, body)
+    import torch
+
+    from pxd.executors.torch import tensors
+
+    made = tensors.from_wire(tensor, body, torch.device("cpu"))
+    # Through bytes, for numpy knows no bfloat16.
+    bits = made.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return mx.array(bits).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def in_torch(array: mx.array) -> Any:
+    import torch
+
+    dtype = {mx.bfloat16: torch.bfloat16, mx.float16: torch.float16, mx.float32: torch.float32}
+    data = bytearray(bits(array))
+    return torch.frombuffer(data, dtype=dtype[array.dtype]).reshape(tuple(array.shape))
+
+
+def round_trip(
+    array: mx.array, coding: Coding | None, kind: str = "mlx"
+) -> tuple[Tensor, mx.array]:
+    tensor, body = to_wire(array, coding, kind)
     assert body.nbytes == tensor.nbytes
-    back = from_wire(tensor, bytes(body))
+    back = from_wire(tensor, bytes(body), kind)
     assert (back.dtype, back.shape) == (array.dtype, array.shape)
     return tensor, back
 
@@ -55,13 +94,15 @@ def e4m3(byte: int) -> float:
     return -size if sign else size
 
 
-@example(np.array([[0, 1e-44, -1e-44], [0, 1e-39, 1e-41]], np.float32), "f32", "int8")
-@example(np.array([[0, 1e-44, -1e-44], [0, 1e-39, 1e-41]], np.float32), "bf16", "fp8")
-@given(everything | alike, st.sampled_from(sorted(DTYPES)), codings)
-def test_what_a_coding_changes_is_bounded(array: np.ndarray, dtype: str, coding: Coding) -> None:
+@example(np.array([[0, 1e-44, -1e-44], [0, 1e-39, 1e-41]], np.float32), "f32", "int8", "mlx")
+@example(np.array([[0, 1e-44, -1e-44], [0, 1e-39, 1e-41]], np.float32), "bf16", "fp8", "mlx")
+@given(everything | alike, st.sampled_from(sorted(DTYPES)), codings, kinds)
+def test_what_a_coding_changes_is_bounded(
+    array: np.ndarray, dtype: str, coding: Coding, kind: str
+) -> None:
     sent = mx.array(array).astype(DTYPES[dtype])
     numbers = as_f32(sent).astype(np.float64)
-    tensor, back = round_trip(sent, coding)
+    tensor, back = round_trip(sent, coding, kind)
     if not np.isfinite(numbers).all():
         assert tensor.coding is None
         assert bits(back) == bits(sent)
@@ -79,10 +120,10 @@ def test_what_a_coding_changes_is_bounded(array: np.ndarray, dtype: str, coding:
     assert (as_f32(back)[numbers == 0] == 0).all()
 
 
-@given(everything, st.sampled_from(sorted(DTYPES)))
-def test_uncoded_is_bit_by_bit(array: np.ndarray, dtype: str) -> None:
+@given(everything, st.sampled_from(sorted(DTYPES)), kinds)
+def test_uncoded_is_bit_by_bit(array: np.ndarray, dtype: str, kind: str) -> None:
     sent = mx.array(array).astype(DTYPES[dtype])
-    tensor, back = round_trip(sent, None)
+    tensor, back = round_trip(sent, None, kind)
     assert tensor == Tensor(dtype, array.shape)  # type: ignore[arg-type]
     assert bits(back) == bits(sent)
 
@@ -92,51 +133,52 @@ def test_uncoded_is_bit_by_bit(array: np.ndarray, dtype: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("columns", [1, 7, 64, 1027])
 def test_what_is_not_finite_is_still_so_at_the_other_end(
-    dtype: str, coding: Coding, bad: float, columns: int
+    kind: str, dtype: str, coding: Coding, bad: float, columns: int
 ) -> None:
     array = np.ones((3, columns), np.float32)
     array[1, columns // 2] = bad
     sent = mx.array(array).astype(DTYPES[dtype])
-    tensor, back = round_trip(sent, coding)
+    tensor, back = round_trip(sent, coding, kind)
     assert tensor.coding is None
     assert bits(back) == bits(sent)
 
 
 @pytest.mark.parametrize("coding", ["fp8", "int8"])
-def test_a_row_does_not_depend_on_those_beside_it(coding: Coding) -> None:
+def test_a_row_does_not_depend_on_those_beside_it(kind: str, coding: Coding) -> None:
     """Or a request's answer would depend on who shares its batch."""
     rows = mx.random.normal((4, 33), key=mx.random.key(1)) * mx.array([[1e-6], [1], [1e6], [0]])
-    _, together = round_trip(rows, coding)
+    _, together = round_trip(rows, coding, kind)
     for i in range(4):
-        _, alone = round_trip(rows[i : i + 1], coding)
+        _, alone = round_trip(rows[i : i + 1], coding, kind)
         assert bits(alone) == bits(together[i : i + 1])
 
 
 @pytest.mark.parametrize("coding", ["fp8", "int8"])
-def test_the_greatest_number_of_all_stays_finite(coding: Coding) -> None:
+def test_the_greatest_number_of_all_stays_finite(kind: str, coding: Coding) -> None:
     for dtype in DTYPES.values():
         greatest = mx.finfo(dtype).max
-        _, back = round_trip(mx.array([[greatest, -greatest, 1.0]]).astype(dtype), coding)
+        _, back = round_trip(mx.array([[greatest, -greatest, 1.0]]).astype(dtype), coding, kind)
         assert np.isfinite(as_f32(back)).all()
 
 
 @pytest.mark.parametrize("coding", ["fp8", "int8"])
-def test_the_body_is_scales_and_then_bytes(coding: Coding) -> None:
-    """Another executor reads it without MLX."""
+def test_the_body_is_scales_and_then_bytes(kind: str, coding: Coding) -> None:
+    """Every kind of executor reads what any other has sent."""
     array = np.random.default_rng(3).normal(size=(3, 50)).astype(np.float32)
-    tensor, body = to_wire(mx.array(array), coding)
+    tensor, body = to_wire(mx.array(array), coding, kind)
     data = bytes(body)
     scales = np.frombuffer(data, "<f4", 3)
     raw = np.frombuffer(data, np.uint8, offset=12).reshape(3, 50)
     table = np.array([e4m3(byte) for byte in range(256)])
     values = table[raw] if coding == "fp8" else raw.view(np.int8).astype(float)
     read = (values * scales[:, None]).astype(np.float32)
-    np.testing.assert_array_equal(read, as_f32(from_wire(tensor, data)))
+    for reader in installed_kinds():
+        np.testing.assert_array_equal(read, as_f32(from_wire(tensor, data, reader)))
     assert np.abs(values).max() == (448 if coding == "fp8" else 127)
     assert np.abs(read - array).max() < np.abs(array).max() / 16
 
 
-def test_every_fp8_is_read_as_the_format_says() -> None:
+def test_every_fp8_is_read_as_the_format_says(kind: str) -> None:
     body = np.array([1], "<f4").tobytes() + bytes(range(256))
-    read = as_f32(from_wire(Tensor("f32", (1, 256), "fp8"), body))[0]
+    read = as_f32(from_wire(Tensor("f32", (1, 256), "fp8"), body, kind))[0]
     np.testing.assert_array_equal(read, [e4m3(byte) for byte in range(256)])
