@@ -53,6 +53,8 @@ class Connection(TCPServer):
             await self.protocol.initiate()
             await self.idle_task.restart(tasks, self._idle_timeout)
             await self._read_data()
+            # Who has hung up is not to take up a connection until it has been idle for long.
+            await self.idle_task.stop()
 
     async def protocol_send(self, event: Event) -> None:
         """A client that takes less than `PIECE_BYTES`, or what there is, in `SEND_TIMEOUT_S` is

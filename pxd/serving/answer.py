@@ -24,7 +24,7 @@ from pxd.planning.routing.router import Wish
 from pxd.serving.answertext import AnswerText
 from pxd.serving.attempts import Attempt, Lives
 from pxd.serving.dispatch import Dispatch
-from pxd.serving.failures import fault_of
+from pxd.serving.failures import Fault, fault_of
 from pxd.serving.head import ONE_AT_A_TIME, Submission
 from pxd.serving.readiness import readiness
 from pxd.serving.requests import (
@@ -55,6 +55,8 @@ WORD_S = 1.0
 RETRY_S = (0.05, 0.2, 0.5, 1.0)
 MAX_EXECUTOR_DEATHS = 2
 MAX_FRUITLESS = 15
+MAX_MOVES = 3
+"""So often without a token it leaves a node that does not answer; then it waits for it."""
 
 
 class _NotItsTurn(NotReady):
@@ -96,8 +98,8 @@ class ChatAnswer:
         self._attempts = 0
         self._pipeline = ""
         self._failures: Counter[str] = Counter()
-        self._fruitless = 0
         # Since its last token.
+        self._fruitless = self._moves = 0
         self._deaths: set[tuple[str, Lives]] = set()
 
     @property
@@ -118,7 +120,7 @@ class ChatAnswer:
     def _drop_attempt(self, *, cancel: bool) -> None:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
-            self._dispatch.close(self.model, attempt, cancel=cancel)
+            self._dispatch.close(attempt, cancel=cancel)
             if attempt.fruitful:
                 # The next turn of a conversation begins with the answer, too.
                 self._router.remember(self._prefix, attempt.pipeline)
@@ -127,8 +129,9 @@ class ChatAnswer:
         """Submit what there is so far to a ready pipeline; wait for one for `patience` seconds.
 
         Where one has no room, all others are tried before anybody waits; a new request is refused
-        then. Raises `NotReady`, `InvalidRequest`, `UnknownModel`, `GenerationFailed`,
-        `DeadlineExceeded`.
+        then, and it does not wait long where nothing can serve, unless its client has said how
+        long it can wait: then it waits until that is over. Raises `NotReady`, `InvalidRequest`,
+        `UnknownModel`, `GenerationFailed`, `DeadlineExceeded`.
         """
         began = trio.current_time()
         tries = 0
@@ -147,7 +150,8 @@ class ChatAnswer:
                 tries += 1
                 if first and isinstance(error, Overloaded):
                     raise
-                if trio.current_time() >= began + min(patience, self._hope()):
+                hope = math.inf if self._terms.patient else min(patience, self._hope())
+                if trio.current_time() >= began + hope:
                     raise
                 waits = 1 if isinstance(error, _NotItsTurn) else tries
                 pause = RETRY_S[min(waits, len(RETRY_S)) - 1]
@@ -188,6 +192,7 @@ class ChatAnswer:
         self._attempts += 1
         name = f"{self.id}.{self._attempts}"
         self._attempt, pipeline = self._dispatch.open(name, model, wish, most)
+        self._attempt.stays = self._moves >= MAX_MOVES
         self._pipeline = pipeline.id
         if not self._limit:
             self._set_limit(pipeline)
@@ -212,7 +217,7 @@ class ChatAnswer:
             suspect=bool(self._deaths),
         )
         try:
-            await self._dispatch.submit(attempt.head, submission)
+            taken = await self._dispatch.submit(attempt, submission)
         except CallFailed as error:
             self._drop_attempt(cancel=False)
             raise self._refused(attempt, error) from error
@@ -224,6 +229,9 @@ class ChatAnswer:
         except BaseException:
             self._drop_attempt(cancel=True)
             raise
+        if not taken:
+            self._drop_attempt(cancel=True)
+            raise NotReady("the head of the pipeline did not answer")
 
     def _refused(self, attempt: Attempt, error: CallFailed) -> RequestError:
         """What it means that the head took no request."""
@@ -254,6 +262,27 @@ class ChatAnswer:
             raise self._terms.over(f"{reason}, with {self._generated} tokens generated")
         if fault == "reader":
             raise GenerationFailed(reason)
+        if fault == "silence" and self._moves < MAX_MOVES:
+            self._moves += 1
+            pause = 0.0
+        else:
+            self._count_failure(attempt, fault, reason)
+            pause = RETRY_S[min(self._fruitless, len(RETRY_S)) - 1]
+        self.recoveries += 1
+        log.warning("request %s goes on after a failure (%s)", self.id, reason)
+        await trio.sleep(pause)
+        try:
+            await self._place_again()
+        except GenerationFailed:
+            raise
+        except RequestError as error:
+            if isinstance(error, NotReady) and not self._generated:
+                raise
+            raise GenerationFailed(f"{reason}; then: {error}") from error
+        log.info("request %s is on pipeline %s now", self.id, self._pipeline)
+
+    def _count_failure(self, attempt: Attempt, fault: Fault, reason: str) -> None:
+        """Raises `GenerationFailed` for one too many."""
         self._blame(attempt)
         if fault == "executor" and not attempt.fruitful:
             self._deaths.add((attempt.pipeline, attempt.lives))
@@ -264,17 +293,6 @@ class ChatAnswer:
             raise GenerationFailed(
                 f"gave up after {MAX_FRUITLESS} attempts without a token: {reason}"
             )
-        self.recoveries += 1
-        log.warning("request %s goes on after a failure (%s)", self.id, reason)
-        await trio.sleep(RETRY_S[min(self._fruitless, len(RETRY_S)) - 1])
-        try:
-            await self._place_again()
-        except GenerationFailed:
-            raise
-        except RequestError as error:
-            if isinstance(error, NotReady) and not self._generated:
-                raise
-            raise GenerationFailed(f"{reason}; then: {error}") from error
 
     async def _place_again(self) -> None:
         if not self._deaths:
@@ -323,7 +341,7 @@ class ChatAnswer:
         fresh = output.tokens[new]
         self._tokens.extend(fresh)
         if fresh:
-            self._fruitless = 0
+            self._fruitless = self._moves = 0
             self._deaths.clear()
             if not attempt.fruitful:
                 attempt.fruitful = True

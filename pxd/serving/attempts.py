@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+from collections.abc import Iterator
 
 import trio
 
@@ -30,22 +31,37 @@ Lives = tuple[tuple[float, int], ...]
 
 
 class Attempt:
-    """One submission of a request to one head. `began` is on trio's clock.
+    """One submission of a request to one head, which may take `tokens` positions there.
 
-    `lives` are those of the executors that it was meant for: who loses two attempts with the same
-    has seen one death, told twice.
+    `began`, and `heard`, when its head sent the last word, are on trio's clock. `submitting` is the
+    scope to submit it in: there is nothing to wait for once it is lost. One that `stays` is not
+    moved because of a mere suspicion. `lives` are those of the executors that it was meant for: who
+    loses two attempts with the same has seen one death, told twice.
     """
 
-    def __init__(self, name: str, pipeline: PipelinePlan, members: Members, unread: Quota) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        pipeline: PipelinePlan,
+        tokens: int,
+        members: Members,
+        unread: Quota,
+    ) -> None:
         """`unread` bounds what all attempts of this node have not taken yet, in bytes."""
         self.name = name
+        self.model = model
         self.pipeline = pipeline.id
         self.head = pipeline.head
+        self.nodes = frozenset(stage.node for stage in pipeline.stages)
+        self.tokens = tokens
         self.started = members[pipeline.head].record.started
         self.lives = _lives(pipeline, members)
-        self.began = trio.current_time()
+        self.began = self.heard = trio.current_time()
+        self.submitting = trio.CancelScope()
         self.fruitful = False
         self.lost = False
+        self.stays = False
         self._unread = unread
         self._send, self._outputs = trio.open_memory_channel[Output](math.inf)
 
@@ -65,6 +81,7 @@ class Attempt:
         """Nothing follows what is there already."""
         if not self.lost:
             self.lost = True
+            self.submitting.cancel()
             self._send.send_nowait(Output(request=self.name, index=0, failure=reason))
 
     def get_nowait(self) -> Output:
@@ -115,6 +132,9 @@ class Attempts:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[Attempt]:
+        return iter(self._open.values())
+
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -125,8 +145,11 @@ class Attempts:
                 # Answers that are left during the daemon's own end cancel nothing any more.
                 self._nursery = None
 
-    def open(self, name: str, pipeline: PipelinePlan, members: Members) -> Attempt:
-        attempt = self._open[name] = Attempt(name, pipeline, members, self._unread)
+    def open(
+        self, name: str, model: str, pipeline: PipelinePlan, tokens: int, members: Members
+    ) -> Attempt:
+        attempt = Attempt(name, model, pipeline, tokens, members, self._unread)
+        self._open[name] = attempt
         return attempt
 
     def close(self, attempt: Attempt, *, cancel: bool) -> None:
@@ -156,6 +179,7 @@ class Attempts:
             if frame.finish is None and frame.failure is None:
                 self._refuse_stray(peer, frame.request)
         elif attempt.head == peer:
+            attempt.heard = trio.current_time()
             attempt.put(frame)
 
     def _refuse_stray(self, peer: str, request: str) -> None:

@@ -2,10 +2,11 @@
 
 from typing import Literal
 
-Fault = Literal["pool", "client", "busy", "executor", "time", "reader"]
+Fault = Literal["pool", "client", "busy", "executor", "time", "reader", "silence"]
 """pool: the request goes on elsewhere. client: it could never be served. busy: the pipeline is well
 and has no room. executor: a process died over it, which may be its doing. time: it is too late.
-reader: the client does not take its answer."""
+reader: the client does not take its answer. silence: perhaps nothing has failed, and it would be
+better off elsewhere all the same."""
 
 TOO_SLOW = "too-slow"
 
@@ -16,6 +17,7 @@ _FAULTS: dict[str, Fault] = {
     "one-at-a-time": "busy",
     "executor-died": "executor",
     "deadline": "time",
+    "silence": "silence",
 }
 
 

@@ -54,6 +54,7 @@ class ChatIngress:
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._dispatch.attempts.run)
+            nursery.start_soon(self._dispatch.leave_silent)
             self._nursery = nursery
             task_status.started()
             try:
@@ -85,7 +86,7 @@ class ChatIngress:
         terms = Terms(generation, client, self._request_timeout, session)
         with trio.move_on_at(terms.deadline):
             return await self._begin(model, messages, generation, terms)
-        raise terms.over("no pipeline had taken it")
+        raise terms.over(terms.obstacle)
 
     async def _begin(
         self,
@@ -94,10 +95,7 @@ class ChatIngress:
         generation: Generation,
         terms: Terms,
     ) -> ChatAnswer:
-        planned = find_model(self.plan(), model)
-        refuse_stopped(planned)
-        if not self._worth_waiting(planned):
-            pipeline_states(planned, self.members())
+        planned = await self._find(model, terms)
         try:
             tokenizer = await self.models.tokenizer(planned.name)
         except ModelError as error:
@@ -122,6 +120,22 @@ class ChatIngress:
         )
         await answer.place(PATIENCE_S if self._worth_waiting(planned) else 0.0, first=True)
         return answer
+
+    async def _find(self, name: str | None, terms: Terms) -> ModelPlan:
+        """The model of that name, as soon as it makes sense to ask for it."""
+        while True:
+            changed, plan = self._dispatch.changed.event, self.plan()
+            try:
+                planned = find_model(plan, name)
+                refuse_stopped(planned)
+                if not self._worth_waiting(planned):
+                    pipeline_states(planned, self.members())
+                return planned
+            except NotReady as error:
+                if not terms.patient or _is_hopeless(plan, name, self.members()):
+                    raise
+                terms.obstacle = str(error)
+            await changed.wait()
 
     def _worth_waiting(self, model: ModelPlan) -> bool:
         """A model that served a moment ago will soon again: a pause is better than an error."""
@@ -149,6 +163,17 @@ class ChatIngress:
 
     def output(self, peer: str, frame: Output) -> None:
         self._dispatch.attempts.output(peer, frame)
+
+
+def _is_hopeless(plan: Plan | None, name: str | None, members: Members) -> bool:
+    """Whether a model that is not ready will not be so just because time passes."""
+    if plan is None:
+        return False
+    if not plan.models:
+        return True
+    model = find_model(plan, name)
+    states = [readiness(pipeline, members).states for pipeline in model.all_pipelines]
+    return model.state == "failed" or (bool(states) and all("failed" in each for each in states))
 
 
 def _check_tokens(model: str, tokenizer: ChatTokenizer, generation: Generation) -> None:

@@ -57,14 +57,33 @@ def pick_pipeline(
 
     `router` is this model's, and has to hear of it when the request has ended there.
     """
-    states = pipeline_states(model, members)
+    candidates = _candidates(model, pipeline_states(model, members), members, tokens)
+    chosen = router.choose(candidates, wish, now)
+    return next(pipeline for pipeline in model.all_pipelines if pipeline.id == chosen)
+
+
+def is_sound_elsewhere(
+    router: Router, model: ModelPlan, members: Members, *, tokens: int, now: float
+) -> bool:
+    """Whether a request of `tokens` positions would get a pipeline all of whose nodes answer."""
+    states = [readiness(pipeline, members) for pipeline in model.all_pipelines]
+    return any(
+        each.replica.healthy
+        and each.fits
+        and not each.shaky
+        and router.circuit(each.id, now) != "open"
+        for each in _candidates(model, states, members, tokens)
+    )
+
+
+def _candidates(
+    model: ModelPlan, states: list[Readiness], members: Members, tokens: int
+) -> list[Candidate]:
     kept = len(model.pipelines)
-    candidates = [
+    return [
         _candidate(pipeline, state, members, tokens, retires=place >= kept)
         for place, (pipeline, state) in enumerate(zip(model.all_pipelines, states, strict=True))
     ]
-    chosen = router.choose(candidates, wish, now)
-    return next(pipeline for pipeline in model.all_pipelines if pipeline.id == chosen)
 
 
 def _candidate(

@@ -6,7 +6,11 @@ from pxd.serving.requests import DeadlineExceeded, Generation
 
 
 class Terms:
-    """How urgent a request is, whose it is, and until when. `deadline` is on trio's clock."""
+    """How urgent a request is, whose it is, and until when. `deadline` is on trio's clock.
+
+    It is `patient` where the client has said itself how long it can wait: then it waits as long for
+    a pipeline, too. `obstacle` is what it waits for.
+    """
 
     def __init__(
         self, generation: Generation, client: str, limit: float, session: str = ""
@@ -14,6 +18,8 @@ class Terms:
         self.priority = generation.priority
         self.client = client
         self.session = session
+        self.patient = generation.timeout is not None
+        self.obstacle = "no pipeline had taken it"
         self._seconds = limit if generation.timeout is None else min(generation.timeout, limit)
         self.deadline = trio.current_time() + self._seconds
 

@@ -28,6 +28,7 @@ class Usage(msgspec.Struct):
 
 
 class Chunk(msgspec.Struct):
+    id: str = ""
     choices: list[Choice] = []
     usage: Usage | None = None
     error: msgspec.Raw = msgspec.Raw()

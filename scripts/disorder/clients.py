@@ -1,7 +1,7 @@
 """Clients that stream one answer after the other and know what each must be."""
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import h11
 import msgspec
@@ -11,7 +11,7 @@ from scripts.benchmarks.errors import BenchError
 from scripts.benchmarks.sse import BrokeOff, ChatStream, Chunk, Refused
 from scripts.disorder.cluster import Cluster, Node
 from scripts.disorder.questions import TIMEOUT_S, Answer, Question
-from scripts.disorder.tally import Ending, Outcome, Tally, Waits
+from scripts.disorder.tally import GAP_S, Ending, Outcome, Story, Tally, Waits
 
 PATIENCE_S = TIMEOUT_S + 40.0
 """Beyond the request's own time, what a frozen node may need to say that it is over."""
@@ -43,13 +43,16 @@ class Reading:
     """One answer as it comes."""
 
     def __init__(self) -> None:
+        self.id = ""
         self.text = ""
         self.tokens = 0
         self.finish = ""
         self.waits = Waits()
+        self.gaps: list[tuple[float, float]] = []
         self._last = trio.current_time()
 
     def add(self, chunk: Chunk) -> None:
+        self.id = self.id or chunk.id
         if chunk.usage:
             self.tokens = chunk.usage.completion_tokens
         for choice in chunk.choices:
@@ -64,6 +67,13 @@ class Reading:
         else:
             self.waits.first = now - self._last
         self.text += text
+        self.note_gap()
+
+    def note_gap(self) -> None:
+        """What the client has waited for came, or will not come any more."""
+        now = trio.current_time()
+        if now - self._last > GAP_S:
+            self.gaps.append((self._last, now))
         self._last = now
 
     def answer(self) -> Answer:
@@ -97,14 +107,21 @@ class Clients:
     """All clients together. Each has a node that it likes best, and asks another if it is gone."""
 
     def __init__(
-        self, cluster: Cluster, right: Mapping[Question, Answer], seed: int, began: float
+        self,
+        cluster: Cluster,
+        right: Mapping[Question, Answer],
+        seed: int,
+        began: float,
+        keep: Callable[[Story], None] = lambda _: None,
     ) -> None:
+        """`keep` is given each request that some node took."""
         self.tally = Tally()
         self.over = trio.Event()
         self._cluster = cluster
         self._right = right
         self._seed = seed
         self._began = began
+        self._keep = keep
 
     async def run(self, number: int) -> None:
         """Ask until it is `over`, and hear the last answer out."""
@@ -135,6 +152,7 @@ class Clients:
                 why=request.why,
             )
             self.tally.add(ending, request.reading.waits, self._began)
+            self._keep(request.story(request.outcome))
             return 0.0 if request.outcome == "finished" else AFTER_ERROR_S
         return NOBODY_S
 
@@ -149,9 +167,22 @@ class _Request:
         self._node = node
         self._question = question
         self._right = right
+        self._sent = trio.current_time()
+
+    def story(self, outcome: Outcome) -> Story:
+        return Story(
+            id=self.reading.id,
+            node=self._node.name,
+            sent=self._sent,
+            ended=trio.current_time(),
+            timeout=self._question.timeout,
+            gaps=self.reading.gaps,
+            outcome=outcome,
+            why=self.why,
+        )
 
     async def run(self) -> None:
-        life, began, expected = self._node.lives, trio.current_time(), self._node.answers
+        life, began, expected = self._node.lives, self._sent, self._node.answers
         complete = False
         with trio.move_on_after(PATIENCE_S) as limit:
             try:
@@ -167,6 +198,7 @@ class _Request:
                 self._ended(complete)
         if limit.cancelled_caught:
             self.outcome, self.why = "lost", f"no end within {PATIENCE_S:g} s"
+        self.reading.note_gap()
         self.reading.waits.frozen = self._node.was_frozen(began, trio.current_time())
         self._check_beginning()
 

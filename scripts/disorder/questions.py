@@ -15,11 +15,13 @@ SHORT_TOKENS = 30
 LONG_TOKENS = 120
 SEEDED_TOKENS = 240
 TIMEOUT_S = 60.0
-"""Within which the cluster has to answer, or to say that it cannot."""
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """With a `seed` it is sampled, and does not end before `tokens`; else it is greedy."""
+    """With a `seed` it is sampled, and does not end before `tokens`; else it is greedy.
+
+    Within `timeout` seconds the cluster has to answer, or to say that it cannot.
+    """
 
     text: str
     tokens: int

@@ -11,6 +11,8 @@ Outcome = Literal["finished", "error", "cut", "wrong", "lost"]
 RESUMED_S = 1.0
 """A pause that is longer is taken for a failure that was overcome."""
 
+GAP_S = 0.1
+
 LONGEST = 5
 """So many of the longest pauses are told one by one."""
 
@@ -57,6 +59,23 @@ class Waits(msgspec.Struct, kw_only=True):
     @property
     def longest(self) -> float:
         return max(self.pauses, default=0.0)
+
+
+class Story(msgspec.Struct, frozen=True, kw_only=True):
+    """One request as its client saw it. Times are on trio's clock.
+
+    `gaps` are the times without text that were longer than `GAP_S`, from the beginning on. `id` is
+    the daemon's name of the request, empty where there was no answer; `timeout` in seconds.
+    """
+
+    id: str
+    node: str
+    sent: float
+    ended: float
+    timeout: float
+    gaps: list[tuple[float, float]]
+    outcome: Outcome
+    why: str
 
 
 class Tally(msgspec.Struct, kw_only=True):

@@ -241,6 +241,13 @@ def test_surplus_connections_are_refused(
         assert response.json()["error"]["code"] == "overloaded"
 
 
+def test_a_client_that_hangs_up_takes_up_no_connection(server: LiveServer) -> None:
+    assert DEADLINE_S < pxd.api.server.IDLE_TIMEOUT_S
+    with connect(server) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+
+
 def test_shutdown_lets_a_running_answer_end() -> None:
     gate = trio.Event()
     with live_server(grace=DEADLINE_S) as server, connect(server) as connection:

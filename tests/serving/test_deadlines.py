@@ -4,6 +4,7 @@ import json
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from pxd.serving.head import Head, Submission
@@ -184,6 +185,46 @@ async def test_no_pipeline_in_time(clock: MockClock) -> None:
         await trio.sleep(300)
         with pytest.raises(NotReady, match="the disk is gone"):
             await ask(node, "x", timeout=10)
+
+
+async def test_who_says_how_long_it_can_wait_waits_for_a_pipeline(clock: MockClock) -> None:
+    async with ServingCluster("a", "b").running() as cluster, trio.open_nursery() as nursery:
+        node = cluster.nodes["b"]
+        with pytest.raises(NotReady, match="no plan yet"):
+            await ask(node, "x")
+        with pytest.raises(DeadlineExceeded, match=r"within 3 s: .*no plan yet"):
+            await ask(node, "x", timeout=3)
+        answers: list[str] = []
+
+        async def wait() -> None:
+            answers.append((await ask(node, "x", timeout=100))[0])
+
+        nursery.start_soon(wait)
+        await trio.sleep(50)
+        plan = cluster.make_plan("a")
+        nowhere = replace(plan.models[0], pipelines=(), state="waiting", reason="too little memory")
+        for each in cluster.nodes.values():
+            each.take(replace(plan, models=(nowhere,)))
+        nursery.start_soon(wait)
+        with pytest.raises(DeadlineExceeded, match=r"within 20 s: .*too little memory"):
+            await ask(node, "x", timeout=20)
+        assert answers == []
+        await cluster.ready(cluster.publish("a"))
+        await cluster.until(lambda: len(answers) == 2)
+        assert set(answers) == {expected("x", 20, 1)}
+
+
+async def test_nobody_waits_for_what_will_not_come(clock: MockClock) -> None:
+    async with ServingCluster("a").running() as cluster:
+        node = cluster.nodes["a"]
+        plan = cluster.make_plan("a")
+        failed = replace(plan.models[0], pipelines=(), state="failed", reason="it is broken")
+        for models, why in (((), "no model is chosen"), ((failed,), "it is broken")):
+            node.take(replace(plan, models=models))
+            began = trio.current_time()
+            with pytest.raises(NotReady, match=why):
+                await ask(node, "x", timeout=100)
+            assert trio.current_time() == began
 
 
 async def test_every_request_of_a_pipeline_may_end_at_once(clock: MockClock) -> None:
