@@ -15,7 +15,7 @@ async def test_a_disk_that_cannot_be_written_to_is_a_problem_of_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(data_dir=tmp_path, name="anna", mdns=False)
-    node = Node(settings, identify(settings), Device())
+    node = Node(settings, identify(settings), Device(executors=("mlx",)))
     node._on_problem("audit", "plan 1.1@x: it makes less of its objective")
     write = identity.write_state
 

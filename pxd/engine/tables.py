@@ -32,9 +32,9 @@ class BlockTables:
 
     @property
     def kept(self) -> int:
-        """Blocks that are in no table and still hold something."""
-        used = {block for table in self._tables.values() for block in table}
-        return sum(count > 0 and block not in used for block, (_, count) in self._held.items())
+        """Blocks in no table that hold something."""
+        tabled = {block for table in self._tables.values() for block in table}
+        return sum(block not in tabled and held > 0 for block, (_, held) in self._held.items())
 
     def clear(self) -> None:
         """Nothing that was said so far holds any more."""

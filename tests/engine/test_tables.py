@@ -24,9 +24,11 @@ def test_a_table_is_what_was_granted_in_order() -> None:
     tables.open([opening(1)], [Grant(1, (5, 2)), Grant(9, (3,))])
     tables.open([], [Grant(1, (7,))])
     assert list(tables.table(1)) == [5, 2, 7]
-    assert tables.used == 3
+    tables.written(1, 0, BLOCK_TOKENS + 1)
+    assert (tables.used, tables.kept) == (3, 0)
     tables.release([1, 4])
-    assert tables.used == 0
+    # Nothing has been written to the third.
+    assert (tables.used, tables.kept) == (0, 2)
 
 
 def test_hits_are_copied_unless_they_stay_at_their_place() -> None:

@@ -8,12 +8,11 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.executors.mlx import passes
 from pxd.executors.mlx.describe import describe
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec
-from pxd.wire import Grant, Opening, Row, Sampling, Step, Tensor
+from pxd.wire import Opening, Row, Sampling, Step, Tensor
 from tests.executors.pipeline import GREEDY, Pipeline
 from tests.tiny_models import make_tiny_model
 
@@ -43,30 +42,6 @@ def test_releasing_gives_the_memory_back(model: Path) -> None:
     assert held >= 900 * sum(describe(model).kv_bytes_per_token)
     engine.release((1, 2, 3))
     assert engine.memory().active - before < held / 10
-
-
-def test_it_tells_what_it_holds_and_what_it_keeps(model: Path) -> None:
-    engine = MlxEngine()
-    engine.load(LoadSpec(path=str(model), start=0, end=LAYERS), lambda _: None)
-
-    def run(request: int, count: int, releases: tuple[int, ...] = ()) -> tuple[int, int]:
-        step = Step(
-            pipeline="p",
-            session=0,
-            step=0,
-            rows=(Row(request, 0, count, 0),) if count else (),
-            tensor=Tensor("i32", (count,)),
-            openings=(Opening(request, GREEDY),) if count else (),
-            grants=(Grant(request, (0, 1)),) if count else (),
-            releases=releases,
-        )
-        engine.step(step, np.ones(count, "<i4").tobytes())
-        return engine.memory().held, engine.memory().kept
-
-    assert run(1, BLOCK_TOKENS + 1) == (2, 0)
-    assert run(1, 0, releases=(1,)) == (0, 2)
-    # Its blocks are given to another one, so nothing of it can be asked for.
-    assert run(2, BLOCK_TOKENS + 1) == (2, 0)
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 4)])

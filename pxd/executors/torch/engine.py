@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from pxd.engine.blocks import BLOCK_TOKENS
+from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
 from pxd.engine.sampling import Sampler
 from pxd.engine.tables import BlockTables, TableError
 from pxd.executors.checkpoints import read_checkpoint
@@ -142,6 +142,8 @@ class TorchEngine:
             active=self._active(),
             resident=psutil.Process().memory_info().rss,
             requests=len(self._requests),
+            held=sum(blocks_for(request.length) for request in self._requests.values()),
+            kept=self._loaded.tables.kept if self._loaded is not None else 0,
         )
 
     def _active(self) -> int:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.history import history_of
 from pxd.executors.backends import load_backend
 from pxd.executors.protocol import Engine, ExecutorError, LoadSpec, Scored, StepRejected
@@ -181,6 +182,19 @@ def test_a_step_without_rows_releases_and_answers(kind: str, model: Path) -> Non
         assert engine.memory().requests == 1
         assert engine.step(empty, b"") == answer
         assert engine.memory().requests == 0
+
+
+def test_it_tells_what_it_holds_and_what_it_keeps(kind: str, model: Path) -> None:
+    engine = load(kind, model)
+    tensor, body = tokens(BLOCK_TOKENS + 1)
+    engine.step(make_step([Row(0, 0, BLOCK_TOKENS + 1, 0)], tensor, [0]), body)
+    assert (engine.memory().held, engine.memory().kept) == (2, 0)
+    engine.step(make_step([], Tensor("i32", (0,)), releases=[0]), b"")
+    assert (engine.memory().held, engine.memory().kept) == (0, 2)
+    # Its blocks are given to another one, so nothing of it can be asked for.
+    step = make_step([Row(2, 0, BLOCK_TOKENS + 1, 0)], tensor, [2])
+    engine.step(msgspec.structs.replace(step, grants=(Grant(2, (0, 1)),)), body)
+    assert (engine.memory().held, engine.memory().kept) == (2, 0)
 
 
 def test_one_step_may_fill_and_decode_and_mix_requests(kind: str, model: Path) -> None:
