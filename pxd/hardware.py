@@ -29,6 +29,7 @@ MIN_MEMORY_SHARE = 0.25
 
 _GIB = 1 << 30
 _SYSCTL_TIMEOUT = 5.0
+_CPU_BRAND, _WIRED_LIMIT = "machdep.cpu.brand_string", "iogpu.wired_limit_mb"
 
 FiguresT = TypeVar("FiguresT")
 
@@ -58,7 +59,8 @@ def memory_offer(total: int, available: int, cap_gib: float | None = None) -> in
 
 def device_name() -> str:
     """The processor by its trade name, such as "Apple M3 Max"; never empty."""
-    name = _sysctl_name() if sys.platform == "darwin" else _cpuinfo_name(Path("/proc/cpuinfo"))
+    on_mac = sys.platform == "darwin"
+    name = _sysctl(_CPU_BRAND) if on_mac else _cpuinfo_name(Path("/proc/cpuinfo"))
     return name or platform.processor() or platform.machine() or "unknown processor"
 
 
@@ -66,7 +68,7 @@ def machine_key() -> str:
     """Names everything that a measurement depends on; another key means: measure again."""
     return (
         f"pxd {__version__}, {device_name()}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, {memory_total()} bytes"
+        f"{os.cpu_count()} cores, {memory_total()} bytes{_wired_limit()}"
     )
 
 
@@ -155,16 +157,22 @@ def _cpuinfo_name(path: Path) -> str:
     return ""
 
 
-def _sysctl_name() -> str:
+def _wired_limit() -> str:
+    """What a person has set, of which the limit that a device tells follows."""
+    limit = _sysctl(_WIRED_LIMIT) if sys.platform == "darwin" else ""
+    return f", wired limit {limit} MB" if limit else ""
+
+
+def _sysctl(name: str) -> str:
     try:
         result = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
+            ["/usr/sbin/sysctl", "-n", name],
             capture_output=True,
             text=True,
             timeout=_SYSCTL_TIMEOUT,
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        log.info("sysctl does not tell the processor's name: %s", error)
+        log.info("sysctl does not tell %s: %s", name, error)
         return ""
     return result.stdout.strip()

@@ -129,7 +129,8 @@ Models = tuple[Count, str, tuple[str, ...], tuple[str, ...]]
 class State(msgspec.Struct, frozen=True, kw_only=True):
     """Counters that must never run backwards, and what people decided while the node ran.
 
-    `choice` (stamp, by, name) is how releases with one model wrote what is in `models` now.
+    `choice` (stamp, by, name) is how releases with one model wrote what is in `models` now. `added`
+    are models that are to be had on this node.
     """
 
     incarnation: Count = 0
@@ -137,6 +138,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     choice: tuple[Count, str, str] | None = None
     models: Models | None = None
     drained: bool = False
+    added: tuple[str, ...] = ()
 
 
 def write_private(path: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
@@ -30,7 +29,7 @@ from pxd.p2p.libp2p_network import Libp2pNetwork
 from pxd.p2p.listening import endpoint
 from pxd.p2p.signatures import NodeSigner
 from pxd.planning.model import NodeOffer
-from pxd.selfhood import Identity, identify, measured_device, memory_offer
+from pxd.selfhood import Identity, for_people, identify, measured_device, memory_offer
 from pxd.selfhood import StartupError as StartupError
 from pxd.serving.audit import Audit
 from pxd.serving.choice import Choices, from_state
@@ -39,13 +38,12 @@ from pxd.serving.departure import Departure
 from pxd.serving.door import Door
 from pxd.serving.drain import Drains
 from pxd.serving.heads import HeadHost
-from pxd.serving.held import Held
 from pxd.serving.hints import hints
 from pxd.serving.ingress import ChatIngress
-from pxd.serving.models import ModelSource
 from pxd.serving.planner import Office, Planner
 from pxd.serving.plansync import PlanSync
 from pxd.serving.report import LoadReport
+from pxd.serving.shelf import Shelf
 from pxd.serving.signal import Signal
 from pxd.serving.stage import StageHost
 from pxd.serving.status import ClusterStatus
@@ -53,7 +51,8 @@ from pxd.serving.survey import Survey
 from pxd.serving.timings import partners
 from pxd.serving.view import Planning, model_views, node_views, planning, turned_away
 from pxd.settings import DEFAULT_HTTP, DEFAULT_LISTEN, Settings
-from pxd.wire import Buffer, Cancel, Copied, Filler, Frame, Nack, Output, Sampled, Step
+from pxd.signals import stop_on_signal
+from pxd.wire import Buffer, Cancel, Copied, Filler, Frame, Nack, Output, Sampled, Step, Weights
 
 log = logging.getLogger("pxd.node")
 
@@ -109,7 +108,20 @@ class Node:
         )
         self.gossip.on_event(self._on_event)
         [kind] = device.executors
-        self.models = ModelSource(partial(describe_model, kind=kind))
+        self._shelf = Shelf(
+            self.network,
+            self.gossip,
+            settings.files.cache,
+            partial(describe_model, kind=kind),
+            added=who.state.added,
+            chosen=lambda: self.choices.current.names,
+            plan=lambda: self.plans.plan,
+            save=self._save,
+            busy=self._serves_now,
+            changed=self.changed,
+        )
+        self.models, self.added = self._shelf.models, self._shelf.added
+        self._sharing = self._shelf.sharing
         self.choices = Choices(
             self.gossip, self._save, self.models.describe, settings.model, time.time
         )
@@ -152,10 +164,6 @@ class Node:
         self._audit = Audit(
             self.network.peer_id, self._own_offer, partial(self._on_problem, "audit")
         )
-        self._held = Held(
-            lambda: [stage.model for stage in self.gossip.record.stages if stage.state == "ready"],
-            lambda models: self.gossip.update(models=models),
-        )
         self._survey = Survey(
             self.network.peer_id,
             self._members,
@@ -182,7 +190,7 @@ class Node:
             lambda: list(self.choices.current.names),
             settings,
         )
-        self.network.on_frame(self._on_frame, self.stages.expects)
+        self.network.on_frame(self._on_frame, self._expects)
         self.network.on_peer(self._on_peer)
 
     def _first_record(self, device: Device) -> NodeRecord:
@@ -230,7 +238,7 @@ class Node:
             nursery.start_soon(self._survey.run)
             nursery.start_soon(self._report.run)
             nursery.start_soon(self.choices.run, self.changed)
-            nursery.start_soon(self._held.run, self.changed)
+            nursery.start_soon(self._shelf.run)
             with self._announced():
                 started(
                     Started(self.settings.name, self._http_url, self.ticket(), self.network.peer_id)
@@ -311,6 +319,7 @@ class Node:
                 uptime=uptime,
                 now=time.time(),
             ),
+            added=self.added.views(),
             waits_for=self._departure.waits_for,
         )
 
@@ -410,11 +419,25 @@ class Node:
 
     def _occupied(self) -> bool:
         loading = any(stage.state == "loading" for stage in self.gossip.record.stages)
-        return loading or self.heads.running > 0 or self.heads.waiting > 0
+        return loading or self._sharing.under_way or self._heads_run()
+
+    def _heads_run(self) -> bool:
+        return self.heads.running > 0 or self.heads.waiting > 0
+
+    def _serves_now(self) -> bool:
+        return self._heads_run() or self._survey.frames_come
+
+    def _expects(self, peer: str, frame: Frame) -> bool:
+        if isinstance(frame, Weights):
+            return self._sharing.expects(peer, frame)
+        return self.stages.expects(peer, frame)
 
     async def _on_frame(self, peer: str, frame: Frame, body: Buffer) -> None:
         if isinstance(frame, Filler):
             self._survey.meter.arrived(peer, frame)
+            return
+        if isinstance(frame, Weights):
+            self._sharing.arrived(peer, frame, body)
             return
         self._survey.frame_arrived()
         match frame:
@@ -432,28 +455,6 @@ class Node:
                 self.heads.cancel(peer, frame)
 
 
-async def _stop_on_signal(stop: Callable[[bool], None]) -> None:
-    """`stop` is told whether it is to be at once."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        seen = 0
-        async for number in signals:
-            seen += 1
-            if seen > 2 and number == signal.SIGINT:
-                # Executor processes see their pipe close and end by themselves.
-                os._exit(130)
-            stop(seen > 1)
-
-
-def _for_people(group: BaseExceptionGroup[BaseException]) -> Exception | None:
-    """The first exception in `group` whose message is meant for people."""
-    for error in group.exceptions:
-        if isinstance(error, (StartupError, identity.IdentityError)):
-            return error
-        if isinstance(error, BaseExceptionGroup) and (found := _for_people(error)):
-            return found
-    return None
-
-
 async def run(settings: Settings, *, started: Callable[[Started], None]) -> None:
     """Run a daemon until SIGINT, SIGTERM or `Node.stop`; a second signal has it wait for nothing
     any more, and a third SIGINT ends it without a goodbye.
@@ -464,7 +465,7 @@ async def run(settings: Settings, *, started: Callable[[Started], None]) -> None
     try:
         await _run(settings, started)
     except BaseExceptionGroup as group:
-        error = _for_people(group)
+        error = for_people(group)
         if error is None:
             raise
         raise error from None
@@ -483,7 +484,7 @@ async def _run(settings: Settings, started: Callable[[Started], None]) -> None:
                 node.stop(now=now)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, stop)
+            nursery.start_soon(stop_on_signal, stop)
             with starting:
                 device = await measured_device(settings)
             if not starting.cancelled_caught:

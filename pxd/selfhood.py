@@ -21,6 +21,16 @@ class StartupError(Exception):
     """The daemon cannot start; the message says what to do."""
 
 
+def for_people(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """The first exception in `group` whose message is meant for people."""
+    for error in group.exceptions:
+        if isinstance(error, (StartupError, identity.IdentityError)):
+            return error
+        if isinstance(error, BaseExceptionGroup) and (found := for_people(error)):
+            return found
+    return None
+
+
 class Identity(msgspec.Struct, frozen=True):
     """What makes this node itself across restarts."""
 
@@ -36,7 +46,16 @@ def memory_offer(settings: Settings, device: Device) -> int:
     if device.kind in ("cuda", "rocm"):
         return hardware.memory_offer(device.memory, device.memory, settings.memory)
     total, available = hardware.memory_total(), hardware.memory_available()
-    return hardware.memory_offer(total, available, settings.memory)
+    offer = hardware.memory_offer(total, available, settings.memory)
+    limit = device.memory_limit
+    if not limit or offer <= limit:
+        return offer
+    log.info(
+        "macOS lets the GPU use %.1f GiB, so no more is offered to models; "
+        "`sudo sysctl iogpu.wired_limit_mb=…` raises that until the next start of the machine",
+        limit / (1 << 30),
+    )
+    return limit
 
 
 def identify(settings: Settings) -> Identity:

@@ -332,7 +332,17 @@ class Filler(msgspec.Struct, frozen=True, tag="filler", kw_only=True):
     tensor: Tensor
 
 
-Frame = Step | Sampled | Copied | Nack | Output | Cancel | Filler
+MAX_WEIGHTS_BYTES = 1 << 20
+
+
+class Weights(msgspec.Struct, frozen=True, tag="weights", kw_only=True):
+    """Bytes of a model's files, `size` of them, which the receiver has asked for as `number`."""
+
+    number: Count
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_WEIGHTS_BYTES)]
+
+
+Frame = Step | Sampled | Copied | Nack | Output | Cancel | Filler | Weights
 """Everything that travels on a data channel."""
 
 _encoder = msgspec.msgpack.Encoder()
@@ -374,13 +384,15 @@ def decode_prefix(prefix: Buffer, limits: Limits) -> tuple[int, int]:
 def decode_header(
     data: Buffer, body_size: int, decoder: "msgspec.msgpack.Decoder[HeaderT]"
 ) -> HeaderT:
-    """Decode and check a header; its `tensor`, where it has one, must describe the body exactly."""
+    """Decode and check a header; its `tensor` or `size`, where it has one, must be the body's."""
     try:
         header = decoder.decode(data)
     except DECODE_ERRORS as error:
         raise WireError(f"bad header: {error}") from error
     tensor = getattr(header, "tensor", None)
     expected = tensor.nbytes if isinstance(tensor, Tensor) else 0
+    if isinstance(header, Weights):
+        expected = header.size
     if expected != body_size:
         raise WireError(f"body of {body_size} bytes where the header says {expected}")
     return header

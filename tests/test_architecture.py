@@ -20,6 +20,7 @@ FLOORS = {
     "identity": 0,
     "hardware": 0,
     "notify": 0,
+    "signals": 0,
     "cluster": 1,
     "planning": 1,
     "engine": 1,

@@ -42,6 +42,7 @@ async def test_frames_follow_each_other() -> None:
         (wire.Output(request="r", index=0, tokens=(1, 2), finish="stop"), b""),
         (wire.Output(request="r", index=0, tokens=(1,), logprobs=(wire.Logprobs(-1.5),)), b""),
         (wire.Cancel(request="r"), b""),
+        (wire.Weights(number=1, size=3), b"abc"),
     ]
     data = b"".join(wire.encode(header, len(body)) + body for header, body in frames)
     read = reader(data)
@@ -72,6 +73,16 @@ def test_lengths_are_bounded_before_anything_is_read(prefix: bytes, allowed: boo
 def test_the_sender_learns_of_a_frame_that_is_too_large() -> None:
     with pytest.raises(wire.WireError, match="too large"):
         wire.encode(step(), 100, wire.Limits(body=99))
+
+
+@pytest.mark.parametrize("size", [0, 3, 5])
+def test_a_body_of_another_size_than_its_header_says_is_refused(size: int) -> None:
+    header = msgspec.msgpack.encode(wire.Weights(number=1, size=4))
+    with pytest.raises(wire.WireError, match="body of"):
+        wire.decode_header(header, size, wire.frame_decoder)
+    large = msgspec.msgpack.encode(wire.Weights(number=1, size=wire.MAX_WEIGHTS_BYTES + 1))
+    with pytest.raises(wire.WireError, match="bad header"):
+        wire.decode_header(large, wire.MAX_WEIGHTS_BYTES + 1, wire.frame_decoder)
 
 
 @pytest.mark.parametrize("size", [0, 23, 25])

@@ -36,6 +36,8 @@ def create_app(daemon: Daemon) -> Starlette:
             Route("/cluster/resume", operations.resume, methods=["POST"]),
             Route("/cluster/models/use", operations.use, methods=["POST"]),
             Route("/cluster/models/stop", operations.stop, methods=["POST"]),
+            Route("/cluster/models/add", operations.add, methods=["POST"]),
+            Route("/cluster/models/remove", operations.remove, methods=["POST"]),
         ],
         middleware=[Middleware(Boundary)],
         exception_handlers=HANDLERS,

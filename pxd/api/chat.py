@@ -121,18 +121,22 @@ class _WholeAnswer(Response):
     async def _compute(self) -> None:
         call = self._call
         text: list[str] = []
+        thoughts: list[str] = []
         logprobs: list[TokenLogprobs] = []
         tokens = 0
         finish: Finish | None = None
         async with await self._begin() as answer:
             async for delta in answer:
                 text.append(delta.text)
+                thoughts.append(delta.thought)
                 logprobs += delta.logprobs
                 tokens += delta.tokens
                 finish = delta.finish
         if finish is None:
             raise GenerationFailed("the answer broke off")
         message = {"role": "assistant", "content": "".join(text), "refusal": None}
+        if any(thoughts):
+            message["reasoning_content"] = "".join(thoughts)
         choice = {
             "index": 0,
             "message": message,
@@ -220,8 +224,11 @@ class _Chunks:
         if not self._began:
             self._began = True
             await self._choice({"role": "assistant", "content": ""})
-        if delta.text or delta.logprobs:
-            await self._choice({"content": delta.text}, logprobs=delta.logprobs)
+        piece = {"reasoning_content": delta.thought} if delta.thought else {}
+        if delta.text or (delta.logprobs and not piece):
+            piece["content"] = delta.text
+        if piece:
+            await self._choice(piece, logprobs=delta.logprobs)
         if delta.finish is not None:
             await self._choice({}, delta.finish)
             await self._finish()

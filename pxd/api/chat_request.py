@@ -2,8 +2,8 @@
 
 Unknown fields are ignored, as clients send fields of many dialects. Known fields must have values
 that mean something here: a field that would change the answer is refused, never dropped silently.
-Beyond OpenAI's own fields there are vLLM's, and `timeout`, which is LiteLLM's: the answer must be
-complete within so many seconds.
+Beyond OpenAI's own fields there are vLLM's, such as `chat_template_kwargs`, and `timeout`, which is
+LiteLLM's: the answer must be complete within so many seconds.
 """
 
 import re
@@ -73,6 +73,7 @@ class ChatRequest(msgspec.Struct, kw_only=True):
     timeout: Timeout | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    chat_template_kwargs: Annotated[dict[Name, Any], Meta(max_length=32)] | None = None
     user: str | None = None
 
     # Known to OpenAI's clients and not offered here: only values that change nothing are taken.
@@ -227,6 +228,7 @@ def _generation(request: ChatRequest) -> Generation:
         seed=None if seed is None else seed % (1 << _SEED_BITS),
         priority=request.priority or 0,
         timeout=request.timeout,
+        template_options=request.chat_template_kwargs or {},
     )
 
 

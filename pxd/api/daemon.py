@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from pxd.doctor.findings import Report
+from pxd.serving.added import Added
 from pxd.serving.choice import Choices
 from pxd.serving.clients import Clients
 from pxd.serving.door import Door
@@ -31,6 +32,10 @@ class Daemon(Protocol):
     @property
     def choices(self) -> Choices:
         """Which models the cluster is to serve."""
+
+    @property
+    def added(self) -> Added:
+        """Which models are to be had on this node."""
 
     @property
     def control_token(self) -> str:

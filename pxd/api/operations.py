@@ -22,6 +22,7 @@ _STATUS = {
     "full": 409,
     "not_settled": 503,
     "unreachable": 503,
+    "in_use": 409,
     "storage": 500,
 }
 
@@ -42,7 +43,7 @@ class UseBody(msgspec.Struct, forbid_unknown_fields=True):
     only: bool = False
 
 
-class StopBody(msgspec.Struct, forbid_unknown_fields=True):
+class ModelBody(msgspec.Struct, forbid_unknown_fields=True):
     model: ModelName
 
 
@@ -73,9 +74,23 @@ class OperationRoutes:
             raise _refusal(error) from error
 
     async def stop(self, request: Request) -> Response:
-        body = await self._body(request, StopBody)
+        body = await self._body(request, ModelBody)
         try:
             return _answer(await self._daemon.choices.stop(body.model))
+        except ChoiceError as error:
+            raise _refusal(error) from error
+
+    async def add(self, request: Request) -> Response:
+        body = await self._body(request, ModelBody)
+        try:
+            return _answer(await self._daemon.added.add(body.model))
+        except ChoiceError as error:
+            raise _refusal(error) from error
+
+    async def remove(self, request: Request) -> Response:
+        body = await self._body(request, ModelBody)
+        try:
+            return _answer(await self._daemon.added.remove(body.model))
         except ChoiceError as error:
             raise _refusal(error) from error
 

@@ -25,6 +25,7 @@ HELP = with_examples(
 
 # For how long a program waits for a cluster that is not ready; a person decides by Ctrl-C.
 PATIENCE_S = 60.0
+THOUGHTS_SHOWN = 60
 
 Question = Annotated[
     list[str] | None, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)
@@ -81,7 +82,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self._spinner: Status | None = None
-        self._reason = ""
+        self._reason = self._thoughts = ""
         if sys.stderr.isatty():
             from rich.console import Console
 
@@ -99,6 +100,14 @@ class _Progress:
 
             self._spinner.update(Text(f"waiting: {reason}", "yellow"))
 
+    def think(self, thought: str) -> None:
+        self._thoughts = (self._thoughts + thought)[-THOUGHTS_SHOWN:]
+        if self._spinner is not None:
+            from rich.text import Text
+
+            shown = " ".join(self._thoughts.split())
+            self._spinner.update(Text(f"thinking: {shown}", "bright_black"))
+
     def end(self) -> None:
         if self._spinner is not None:
             self._spinner.stop()
@@ -109,6 +118,7 @@ def _pieces(
 ) -> Generator[str, None, None]:
     """The answer's pieces, with a sign of life until the first."""
     progress = _Progress()
+    conversation.on_thought = progress.think
     try:
         with closing(conversation.ask_patiently(question, progress.wait, patience)) as pieces:
             for piece in pieces:

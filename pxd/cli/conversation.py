@@ -38,6 +38,8 @@ class Summary(msgspec.Struct):
 
 
 class Conversation:
+    """`on_thought` is told what a thinking model thinks; nothing of that is part of its answers."""
+
     def __init__(self, client: Client, options: Options, system: str | None = None) -> None:
         self.client = client
         self._options = {
@@ -48,6 +50,7 @@ class Conversation:
         self._system = [{"role": "system", "content": system}] if system else []
         self._said: list[dict[str, str]] = []
         self.summary = Summary()
+        self.on_thought: Callable[[str], None] = lambda _: None
 
     def forget(self) -> None:
         """Start anew; the system message stays."""
@@ -83,12 +86,15 @@ class Conversation:
         summary.total = time.monotonic() - began
         if usage := chunk.get("usage"):
             summary.tokens = int(usage["completion_tokens"])
-        text = ""
+        text = thought = ""
         for choice in chunk.get("choices", ()):
+            thought += choice["delta"].get("reasoning_content") or ""
             text += choice["delta"].get("content") or ""
             summary.finish = choice.get("finish_reason") or summary.finish
-        if text and not summary.until_first:
+        if (thought or text) and not summary.until_first:
             summary.until_first = summary.total
+        if thought:
+            self.on_thought(clean_answer(thought))
         return clean_answer(text)
 
     def ask_patiently(

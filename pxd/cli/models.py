@@ -1,4 +1,4 @@
-"""`pxd models`: which models the cluster serves."""
+"""`pxd models`: which models the cluster serves, and which files this node keeps."""
 
 import sys
 from pathlib import Path
@@ -26,8 +26,19 @@ STOP_HELP = with_examples(
     "minute to end.",
     ("pxd models stop demo", "by its name, or by the last part of it"),
 )
+ADD_HELP = with_examples(
+    "Have all files of a model on this node, from other nodes or else from the hub. Others can "
+    "then fetch what they need from here. Nothing is served because of it.",
+    ("pxd models add Qwen/Qwen3-8B", "waits until it is here"),
+    ("pxd models add ~/models/tiny", "a directory on this machine; it stays where it is"),
+)
+REMOVE_HELP = with_examples(
+    "Undo `pxd models add`, and delete what this node has fetched of a model from other nodes. A "
+    "directory of your own and the hub's cache are left alone.",
+    ("pxd models remove Qwen/Qwen3-8B", ""),
+)
 LIST_HELP = with_examples(
-    "Show the models, their states, and which nodes hold which layers.",
+    "Show the models, their states, which nodes hold which layers, and which have files.",
     ("pxd models list", ""),
     ("pxd models list --json", "for programs"),
 )
@@ -51,9 +62,14 @@ def list_models(node: Node = None, data_dir: DataDir = None, as_json: key.Json =
         fail(str(error))
     arrow = "→" if has_unicode() else "->"
     if as_json:
-        sys.stdout.write(key.as_json_text({"models": status.models}))
-    else:
-        sys.stdout.write("\n".join(plain.models(overview.overview(status), arrow=arrow)) + "\n")
+        files = {node.name: node.files for node in status.nodes if node.files}
+        content = {"models": status.models, "files": files, "added": status.added}
+        sys.stdout.write(key.as_json_text(content))
+        return
+    lines = plain.models(overview.overview(status), arrow=arrow)
+    if files_of := overview.files(status):
+        lines += ["", *plain.columns(("FILES OF", "ON"), files_of)]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 @app.command("use", help=USE_HELP, short_help="Serve a model.")
@@ -65,13 +81,7 @@ def use(
     data_dir: DataDir = None,
     as_json: key.Json = False,
 ) -> None:
-    from pxd.cli.start import BadOption, resolve_model
-
-    try:
-        model = resolve_model(name)
-    except BadOption as error:
-        fail(str(error).removeprefix("--model: "), 2)
-    result = _ask("use", {"model": model, "only": only}, node, data_dir)
+    result = _ask("use", {"model": _resolved(name), "only": only}, node, data_dir)
     if as_json:
         sys.stdout.write(key.as_json_text(result))
     else:
@@ -100,6 +110,69 @@ def stop(
         if not as_json:
             model = clean(result.model)
             print(f"{model} is stopped; `pxd models use {model}` serves it again.")
+
+
+@app.command("add", help=ADD_HELP, short_help="Have a model's files on this node.")
+def add(
+    name: Model,
+    no_wait: progress.NoWait = False,
+    node: Node = None,
+    data_dir: DataDir = None,
+    as_json: key.Json = False,
+) -> None:
+    from pxd.serving.status import AddedView
+
+    body = {"model": _resolved(name)}
+    result = ask("/cluster/models/add", body, AddedView, node, data_dir)
+    if as_json:
+        sys.stdout.write(key.as_json_text(result))
+    if not no_wait:
+        progress.wait(
+            node, data_dir, lambda status: _until_here(status, result.name), quiet=as_json
+        )
+    if not as_json:
+        state = "on its way to this node" if no_wait and result.state != "here" else "on this node"
+        print(f"{clean(result.name)} is {state}; `pxd models use {clean(result.name)}` serves it.")
+
+
+@app.command("remove", help=REMOVE_HELP, short_help="Delete a model's files that came here.")
+def remove(
+    name: Model, node: Node = None, data_dir: DataDir = None, as_json: key.Json = False
+) -> None:
+    from pxd.serving.added import Removed
+
+    # What is to be removed may be gone already.
+    path = Path(name).expanduser()
+    body = {"model": str(path.resolve()) if path.is_dir() else name}
+    result = ask("/cluster/models/remove", body, Removed, node, data_dir)
+    if as_json:
+        sys.stdout.write(key.as_json_text(result))
+        return
+    done = "What had come from other nodes is deleted." if result.deleted else "Nothing is deleted."
+    left = f" {clean(result.left)} is left alone." if result.left else ""
+    print(f"{clean(result.model)} is no longer kept here. {done}{left}")
+
+
+def _resolved(name: str) -> str:
+    """An absolute path for a directory. Ends the command for what can only be one and is none."""
+    from pxd.cli.start import BadOption, resolve_model
+
+    try:
+        return resolve_model(name) or name
+    except BadOption as error:
+        fail(str(error).removeprefix("--model: "), 2)
+
+
+def _until_here(status: "ClusterStatus", name: str) -> str:
+    view = next((each for each in status.added if each.name == name), None)
+    if view is None:
+        raise progress.Stuck(f"{clean(name)} was removed meanwhile")
+    if view.state == "failed":
+        raise progress.Stuck(f"{clean(name)} cannot be fetched: {clean(view.reason)}")
+    if view.state == "here":
+        return ""
+    where = f", {clean(view.reason)}" if view.reason else ""
+    return f"{clean(name)} {view.progress:.0%} here{where}"
 
 
 def _ask(verb: str, body: object, node: str | None, data_dir: Path | None) -> "Chosen":

@@ -126,7 +126,7 @@ class _Reader:
             end=stage.end,
             total=max(self._totals.get(stage.model, 0), stage.end),
             state=state,
-            words=f"{state} {stage.progress:.0%}" if loading else f"{spare}{state}",
+            words=_loading(stage) if loading else f"{spare}{state}",
             progress=stage.progress if loading else 1.0,
         )
 
@@ -218,6 +218,12 @@ class _Reader:
         return found
 
 
+def _loading(stage: StageView) -> str:
+    """How far a stage is; its reason says what it is at, such as fetching from other nodes."""
+    what = f" ({clean(stage.reason)})" if stage.reason else ""
+    return f"{clean(stage.state)} {stage.progress:.0%}{what}"
+
+
 def _blocks(kv: KvView | None) -> str:
     return f"{kv.total - kv.free:,} of {kv.total:,} KV blocks held" if kv and kv.total else ""
 
@@ -237,7 +243,7 @@ def _troubles(stage: StageView) -> list[str]:
     if stage.restarts:
         hung = f" ({_times(stage.hangs)} because it gave no answer)" if stage.hangs else ""
         where += f", restarted {_times(stage.restarts)}{hung},"
-    if stage.reason:
+    if stage.reason and stage.state != "loading":
         found.append(f"{where} {clean(stage.state)}: {clean(stage.reason)}")
     elif stage.restarts:
         found.append(f"{where} {clean(stage.state)} again")
@@ -246,6 +252,16 @@ def _troubles(stage: StageView) -> list[str]:
 
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
+
+
+def files(status: ClusterStatus) -> list[tuple[str, str]]:
+    """(model, the nodes that have files of it)"""
+    reader = _Reader(status)
+    names = sorted({name for node in status.nodes for name in node.files})
+    return [
+        (clean(name), ", ".join(reader.name(n.id) for n in status.nodes if name in n.files))
+        for name in names
+    ]
 
 
 _ORDER = {"alive": 0, "suspect": 1, "dead": 2, "left": 3}

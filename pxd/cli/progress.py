@@ -97,7 +97,7 @@ def loading(status: "ClusterStatus") -> str:
     """Which stages are on their way."""
     parts = [
         f"{clean(node.name)} loads {clean(stage.model)} [{stage.start},{stage.end}), "
-        f"{stage.progress:.0%} done"
+        f"{stage.progress:.0%} done" + (f", {clean(stage.reason)}" if stage.reason else "")
         for node in status.nodes
         for stage in node.stages
         if stage.state == "loading"

@@ -59,13 +59,15 @@ class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     `spares` hold a range ready that no pipeline needs of them, for when a node is lost. `retiring`
     are pipelines of plans before that go on until those that replace them are ready; nodes may be
-    in both. `outgoing` is a model that goes once others serve in its place, and one that is
+    in both. `revision` is the hub's commit of the files, empty if they do not come from there.
+    `outgoing` is a model that goes once others serve in its place, and one that is
     `stopped` takes no new requests; both have nothing but retiring pipelines. `basis` is what the
     plan follows from, so that every node can make sure that it does.
     """
 
     name: Name
     fingerprint: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    revision: Annotated[str, msgspec.Meta(max_length=128)] = ""
     layers: Count = 0
     context: Count = 0
     pipelines: Annotated[tuple[PipelinePlan, ...], msgspec.Meta(max_length=1024)] = ()

@@ -19,13 +19,17 @@ StageState = Literal["loading", "ready", "restarting", "failed"]
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """Compute hardware. `memory` in bytes, `tflops` bf16/fp16 matrix TFLOP/s, `bandwidth` GB/s."""
+    """Compute hardware. `memory` in bytes, `tflops` bf16/fp16 matrix TFLOP/s, `bandwidth` GB/s.
+
+    `memory_limit` is how much of the memory the system lets the device use, 0 where it sets none.
+    """
 
     kind: Annotated[str, msgspec.Meta(max_length=32)] = "cpu"
     name: Annotated[str, msgspec.Meta(max_length=128)] = ""
     memory: Count = 0
     tflops: Measure = 0.0
     bandwidth: Measure = 0.0
+    memory_limit: Count = 0
     executors: Annotated[tuple[Identifier, ...], msgspec.Meta(max_length=8)] = ()
 
 
@@ -97,8 +101,9 @@ class PeerLink(msgspec.Struct, frozen=True, array_like=True):
     bandwidth: Measure = 0.0
 
 
-class HeldModel(msgspec.Struct, frozen=True, array_like=True):
-    """A model whose files this node has; `fingerprint` tells revisions of one name apart."""
+class HeldModel(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """A model of which this node has files, perhaps not all, and lends them to others;
+    `fingerprint` tells revisions of one name apart."""
 
     name: Name
     fingerprint: Annotated[str, msgspec.Meta(max_length=128)] = ""

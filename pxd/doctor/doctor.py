@@ -150,7 +150,8 @@ class Doctor:
         loop = Part("multicast", partial(loops.test_all, facts.interfaces))
         clock = Part("clocks", partial(clocks.compare, self._clock, self._network, facts.connected))
         room = Part("the machine", partial(in_thread, look))
-        files = Part("model files", partial(in_thread, partial(versions.files, self._models())))
+        look_for = partial(versions.files, self._models(), versions.lenders(facts))
+        files = Part("model files", partial(in_thread, look_for))
         await finish(walls, asked, loop, clock, room, files, within=DEADLINE_S)
         reached = reach.reached(asked.value)
         return judged(

@@ -67,19 +67,34 @@ def _differing(model: str, revisions: Mapping[str, list[str]]) -> Finding:
     return findings.warning(MODEL_CHECK, text, remedy, details)
 
 
-def files(names: list[str]) -> list[Finding]:
-    """Whether this machine can have the files of the chosen models. Blocks, for a worker thread;
-    asks no hub."""
+def lenders(facts: Facts) -> dict[str, list[str]]:
+    """By model, the other nodes that have files of it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for peer in facts.live:
+        for model in peer.record.models:
+            found[model.name].append(peer.name)
+    return found
+
+
+def files(names: list[str], lent: Mapping[str, list[str]]) -> list[Finding]:
+    """Whether this machine can have the files of the chosen models; see `lenders` for `lent`.
+    Blocks, for a worker thread; asks no hub."""
     found = []
     for name in names:
         try:
             where = catalog.cached_directory(name)
         except ModelError as error:
-            remedy = (
-                "put the model there, as on the other nodes, or choose one by its hub id: "
-                "`pxd start --model M`"
-            )
-            found.append(findings.problem(MODEL_CHECK, str(error), remedy))
+            where = None
+            if name not in lent:
+                remedy = (
+                    "put the model there on one node at least, or choose one by its hub id: "
+                    "`pxd models use M`"
+                )
+                found.append(findings.problem(MODEL_CHECK, str(error), remedy))
+                continue
+        if where is None and name in lent:
+            text = f"what this node needs of {name} comes from {words.listed(lent[name])}"
+            found.append(findings.note(MODEL_CHECK, text))
             continue
         if where is None:
             text = f"nothing of {name} has been fetched from the hub to this machine yet"

@@ -8,7 +8,7 @@ from pxd.models.errors import ModelError
 
 
 def read_checkpoint(spec: LoadSpec) -> Checkpoint:
-    """Raises `ExecutorError`, also where the directory holds another model than `spec` means."""
+    """What the files say. Raises `ExecutorError` where they are not what is to be loaded."""
     try:
         checkpoint = describe_checkpoint(Path(spec.path))
     except ModelError as error:
@@ -18,5 +18,10 @@ def read_checkpoint(spec: LoadSpec) -> Checkpoint:
             f"{spec.path} holds another model than the plan means "
             f"(fingerprint {checkpoint.fingerprint[:12]}, not {spec.fingerprint[:12]}); "
             "put the same model on every node"
+        )
+    absent = sorted(set(checkpoint.files_for(spec.start, spec.end)) & set(checkpoint.missing))
+    if absent:
+        raise ExecutorError(
+            f"{spec.path} lacks {', '.join(absent)}, which its index names; fetch the model again"
         )
     return checkpoint

@@ -74,6 +74,7 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
 class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What planning and serving need to know of a model; nothing is loaded to find it out.
 
+    `hidden_size` is how many numbers cross a cut for each position, at the widest.
     `layer_bytes` holds the exact weight bytes of each decoder layer, `embedding_bytes` those of the
     input end and `head_bytes` those of the output end (norm and projection; a tied projection
     counts here too, since a last stage that is not the first holds its own copy). `splits` are the

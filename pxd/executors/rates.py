@@ -16,7 +16,14 @@ Rate = Callable[[int], Callable[[], None]]
 
 
 def measured(
-    *, kind: str, name: str, memory: int, executor: str, matmul: Rate, read: Rate
+    *,
+    kind: str,
+    name: str,
+    memory: int,
+    executor: str,
+    matmul: Rate,
+    read: Rate,
+    memory_limit: int = 0,
 ) -> Device:
     """Takes one to two seconds. Speeds are the best seen, memory is what the device has in all.
 
@@ -30,6 +37,7 @@ def measured(
         kind=kind,
         name=name[:128],
         memory=memory,
+        memory_limit=memory_limit,
         tflops=round(flops / 1e12, 4),
         bandwidth=round(read_bytes / 1e9, 2),
         executors=(executor,),

@@ -6,7 +6,9 @@ import numpy as np
 
 from pxd.engine.sampling import Sampler
 from pxd.executors.protocol import StepRejected
-from pxd.wire import MAX_DRAWS, Buffer, Row, Step
+from pxd.wire import MAX_DRAWS, Buffer, Limits, Row, Step
+
+FRAME_BYTES = Limits().body
 
 
 def check_rows(
@@ -115,6 +117,19 @@ def check_tokens(step: Step, body: Buffer, vocabulary: int) -> None:
                 f"request {row.request} has token ids beyond the vocabulary of {vocabulary}",
                 (row.request,),
             )
+
+
+def check_output(step: Step, hidden_bytes: int) -> None:
+    """Check that hidden states of so many bytes for each position fit into one frame."""
+    size = sum(row.count for row in step.rows) * hidden_bytes
+    if size > FRAME_BYTES:
+        # What helps is what helps where memory is short: a smaller step.
+        raise StepRejected(
+            "out-of-memory",
+            f"{size >> 20} MiB of hidden states are more than the {FRAME_BYTES >> 20} MiB that go "
+            "into one frame",
+            requests_of(step.rows),
+        )
 
 
 def check_hidden(step: Step, body: Buffer, hidden_size: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pxd.models.describe import INDEX_NAME, describe_checkpoint
 from pxd.models.errors import ModelError
+from pxd.models.manifest import METADATA
 
 log = logging.getLogger("pxd.models")
 
@@ -23,13 +24,12 @@ DEMO_DIRECTORY = Path(__file__).parent / "demo"
 Progress = Callable[[float], None]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# No *.py: a model's own code is never run. Tokenizers come in all of these.
-_METADATA = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _WEIGHTS = "model*.safetensors"
 
 
-def fetch_metadata(name: str, progress: Progress = lambda _: None) -> Path:
-    """Return a directory with at least configuration, tokenizer and index of the model.
+def fetch_metadata(name: str, progress: Progress = lambda _: None, revision: str = "") -> Path:
+    """Return a directory with at least configuration, tokenizer and index of the model; of a hub
+    id, what its main branch holds now unless a `revision` is given.
 
     Weights that are one file without an index are fetched too: nothing else tells their layout,
     and every node needs that file anyway. Raises `ModelError`.
@@ -42,7 +42,9 @@ def fetch_metadata(name: str, progress: Progress = lambda _: None) -> Path:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        directory = Path(snapshot_download(name, allow_patterns=_METADATA))
+        directory = Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=list(METADATA))
+        )
         if not (directory / "config.json").is_file():
             raise ModelError(f"the hub's {name} has no config.json; is this a language model?")
         if not (directory / INDEX_NAME).is_file():
@@ -50,22 +52,32 @@ def fetch_metadata(name: str, progress: Progress = lambda _: None) -> Path:
     return directory
 
 
-def fetch_layers(name: str, start: int, end: int, progress: Progress = lambda _: None) -> Path:
-    """Return a directory with at least the files that a stage of layers [start, end) needs.
+def fetch_layers(
+    name: str,
+    start: int,
+    end: int | None,
+    progress: Progress = lambda _: None,
+    revision: str = "",
+) -> Path:
+    """Return a directory with at least the files that a stage of layers [start, end) needs, up to
+    the last one for None.
 
     `progress` gets what part is there, 0 to 1. If it raises, fetching stops. Raises `ModelError`.
     """
-    directory = fetch_metadata(name, progress)
-    if local_directory(name) is None:
-        checkpoint = describe_checkpoint(directory)
-        wanted = [file for file in checkpoint.files_for(start, end) if file in checkpoint.missing]
+    directory = fetch_metadata(name, progress, revision)
+    checkpoint = describe_checkpoint(directory)
+    last = checkpoint.layers if end is None else end
+    wanted = [file for file in checkpoint.files_for(start, last) if file in checkpoint.missing]
+    if wanted and local_directory(name) is not None:
+        raise ModelError(f"{directory} has no {wanted[0]}, which its {INDEX_NAME} names")
+    if wanted:
         with _hub_errors(name):
             _fetch_files(name, directory, wanted, progress)
     progress(1.0)
     return directory
 
 
-def cached_directory(name: str) -> Path | None:
+def cached_directory(name: str, revision: str = "") -> Path | None:
     """Where a model's files are on this machine, whole or in part; None for a hub id of which
     nothing has been fetched. Asks no hub. Raises `ModelError` like `local_directory`."""
     directory = local_directory(name)
@@ -73,8 +85,18 @@ def cached_directory(name: str) -> Path | None:
         return directory
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json")
+    config = try_to_load_from_cache(name, "config.json", revision=revision or None)
     return Path(config).parent if isinstance(config, str) else None
+
+
+def revision_of(directory: Path) -> str:
+    """The commit of the hub that a directory of its cache is a snapshot of; else empty."""
+    return directory.name if directory.parent.name == "snapshots" else ""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no directory here can be one of the hub's."""
+    return name != DEMO and _HUB_ID.fullmatch(name) is not None and ".." not in name
 
 
 def local_directory(name: str) -> Path | None:
@@ -92,7 +114,7 @@ def local_directory(name: str) -> Path | None:
         if not has_config:
             raise ModelError(f"{path} has no config.json, so it is no model in Hugging Face layout")
         return path.resolve()
-    if _HUB_ID.fullmatch(name) and ".." not in name:
+    if is_hub_id(name):
         return None
     raise ModelError(
         f"there is no model {name!r}: it is neither {DEMO!r}, nor a directory on this machine, "

@@ -1,7 +1,8 @@
 """Chats to token ids and token ids to text, by the model's own tokenizer and chat template."""
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,25 @@ from pxd.models.config import ModelConfig
 from pxd.models.detokenizer import Detokenizer
 from pxd.models.errors import ModelError
 from pxd.models.pieces import Pieces
+from pxd.models.thinking import Thoughts, markers_of
+
+TOKENIZERS = ("tokenizer.*", "vocab.*", "tekken.json", "*.model", "*.tiktoken", "*.bpe")
+"""One of these is there wherever there is a tokenizer."""
+
+_LAST_TOKENS = 16
+"""Of a prompt, enough to hold the longest marker of thoughts."""
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raises `ModelError` where a model directory has no tokenizer at all.
+
+    For some models transformers would make an empty one up.
+    """
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+        raise ModelError(
+            f"{path} has no tokenizer; put tokenizer.json and tokenizer_config.json of the model "
+            "there that it was made from"
+        )
 
 
 class MessageLike(Protocol):
@@ -16,6 +36,10 @@ class MessageLike(Protocol):
     def role(self) -> str: ...
     @property
     def content(self) -> str: ...
+
+
+class OptionRefused(ModelError):
+    """A template option that is not for a request to set, or that the template cannot use."""
 
 
 class ChatTokenizer:
@@ -33,6 +57,7 @@ class ChatTokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._pieces = Pieces(tokenizer)
+        self._markers = markers_of(tokenizer)
         self.eos = eos
         self.temperature, self.top_p = temperature, top_p
         self.top_k, self.min_p = top_k, min_p
@@ -46,11 +71,16 @@ class ChatTokenizer:
         eos = dict.fromkeys([*config.eos, *([own] if isinstance(own, int) else [])])
         return cls(tokenizer, tuple(eos), *config.sampling)
 
-    def encode_chat(self, messages: Sequence[MessageLike]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[MessageLike], options: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of the templated chat, up to where the assistant's answer begins.
 
-        Raises `ModelError` where there is no template or it refuses the messages.
+        `options` are variables of the template. Raises `OptionRefused` for some of them, and
+        `ModelError` where there is no template or it refuses the messages.
         """
+        options = options or {}
+        self._check_options(options)
         template = self._tokenizer.chat_template
         if not template:
             raise ModelError("this model has no chat template, so it cannot chat")
@@ -69,11 +99,33 @@ class ChatTokenizer:
 
         try:
             ids = self._tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False
+                chat, add_generation_prompt=True, tokenize=True, return_dict=False, **options
             )
         except TemplateError as error:
             raise ModelError(f"the model's chat template refuses this chat: {error}") from error
+        except Exception as error:
+            if not options:
+                raise
+            # A template reckons with values of some type, and clients send any.
+            raise OptionRefused(
+                f"the model's chat template cannot use these options: {error}"
+            ) from error
         return list(ids)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        # Among them `chat_template`: whose template runs here is not for a client to say.
+        taken = {*inspect.signature(self._tokenizer.apply_chat_template).parameters, "messages"}
+        for name in options:
+            if name in taken or not name.isidentifier():
+                raise OptionRefused(f"{name[:64]!r} cannot be set by a request")
+
+    def thoughts(self, prompt: Sequence[int]) -> Thoughts:
+        """What tells thoughts from the answer to `prompt`, which may end in their beginning."""
+        if self._markers is None:
+            return Thoughts(None)
+        # Only the very end counts: a client may write markers into its messages.
+        end = self._decode(list(prompt[-_LAST_TOKENS:])).rstrip()
+        return Thoughts(self._markers, begun=end.endswith(self._markers.begin))
 
     def knows(self, token: int) -> bool:
         """Whether an id stands for anything."""
@@ -96,6 +148,7 @@ class ChatTokenizer:
 
 
 def _load_tokenizer(path: Path) -> Any:
+    check_tokenizer(path)
     # Or the import warns about frameworks that nobody here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from huggingface_hub.errors import StrictDataclassError
@@ -114,4 +167,8 @@ def _load_tokenizer(path: Path) -> Any:
             return load(config=PreTrainedConfig.from_pretrained(str(path), local_files_only=True))
     except Exception as error:
         # Tokenizers of all makers run here, and a bad one must not end the daemon.
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+        words = " ".join(str(error).split())
+        raise ModelError(
+            f"the tokenizer in {path} cannot be loaded; fetch it again or put that of the model "
+            f"there that it was made from: {words}"
+        ) from error

@@ -107,6 +107,12 @@ class ModelConfig:
         return self._count(CONTEXT_NAMES, 1 << 40)
 
     @property
+    def may_tie(self) -> bool:
+        """Whether the output projection may be the embedding: many a model's code takes that for
+        granted where the configuration says nothing."""
+        return self._get("tie_word_embeddings") is not False
+
+    @property
     def element_bytes(self) -> float:
         """Bytes of one weight, on average, as far as the configuration tells."""
         quantization = self._get("quantization") or self._get("quantization_config")

@@ -5,16 +5,19 @@ Works on a directory that has only config.json and the index yet, then with esti
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from pxd.models.chunks import Grid
 from pxd.models.config import ModelConfig, read_json
 from pxd.models.errors import ModelError
+from pxd.models.journal import SIDE_DIRECTORY, Journal, journal_path
 from pxd.models.safetensors import TensorInfo, read_header
 from pxd.planning.cost.tensors import (
+    EMBEDDING,
     HEAD,
     IGNORED,
     TensorSizes,
@@ -36,8 +39,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     `layer_prefix` is what stands before the layer number in the names of decoder layers' tensors;
     None where the names do not number all layers, so that their bytes are only known together.
-    `exact` tells whether byte counts come from headers. `missing` are files not fetched yet. Sizes
-    are None where the configuration leaves them to the model's code.
+    `exact` tells whether byte counts come from headers. `missing` are files not fetched yet, and
+    `absent` are tensors of other files whose bytes are not here. Sizes are None where the
+    configuration leaves them to the model's code.
     """
 
     architecture: str
@@ -49,6 +53,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     embedding_bytes: int
     head_bytes: int
     tied: bool
+    may_tie: bool
     eos: tuple[int, ...]
     dtype: str
     fingerprint: str
@@ -56,6 +61,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     shards: dict[str, str]
     exact: bool
     missing: tuple[str, ...]
+    absent: frozenset[str] = frozenset()
 
     def layer_of(self, tensor: str) -> int | None:
         """The decoder layer that a tensor belongs to; None for everything outside the layers."""
@@ -77,6 +83,28 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
             elif start <= layer < end:
                 wanted.add(file)
         return tuple(sorted(wanted))
+
+    def tensors_for(self, start: int, end: int) -> frozenset[str]:
+        """Names of the tensors that a stage of layers [start, end) needs.
+
+        Of what is outside of the layers, only embedding and head are told apart; the rest is small.
+        """
+        first, last = start == 0, end == self.layers
+        wanted = set()
+        for tensor in self.shards:
+            number = layer_number(tensor, self.layer_prefix)
+            if number is not None:
+                # Those behind the last layer are for drafting, and not loaded.
+                needed = start <= number < end
+            elif EMBEDDING.search(tensor):
+                needed = first or (last and self.may_tie)
+            elif HEAD.search(tensor):
+                needed = last
+            else:
+                needed = True
+            if needed and (number is not None or not IGNORED.search(tensor)):
+                wanted.add(tensor)
+        return frozenset(wanted)
 
 
 def describe_checkpoint(directory: Path) -> Checkpoint:
@@ -111,6 +139,7 @@ def describe_checkpoint(directory: Path) -> Checkpoint:
         embedding_bytes=sizes.embedding,
         head_bytes=sizes.head,
         tied=tied,
+        may_tie=tied or config.may_tie,
         eos=config.eos,
         dtype=config.dtype,
         fingerprint=_fingerprint(config, index, tensors),
@@ -118,7 +147,18 @@ def describe_checkpoint(directory: Path) -> Checkpoint:
         shards=shards,
         exact=not missing,
         missing=missing,
+        absent=frozenset(
+            tensor for file in headers for tensor in _absent(directory, file, headers[file])
+        ),
     )
+
+
+def _absent(directory: Path, file: str, header: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Tensors with holes, in a directory that is filled from other nodes."""
+    if not (directory / SIDE_DIRECTORY).is_dir():
+        return iter(())
+    grid = Grid(file, header, (directory / file).stat().st_size)
+    return grid.lacking(Journal(journal_path(directory, file), grid.count).held())
 
 
 class _Index(msgspec.Struct):

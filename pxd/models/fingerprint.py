@@ -3,7 +3,6 @@
 import hashlib
 from pathlib import Path
 
-from pxd.models import catalog
 from pxd.models.describe import INDEX_NAME
 from pxd.models.errors import ModelError
 
@@ -15,12 +14,9 @@ HEADER_LIMIT = 64 << 20
 _NAMES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def fingerprint(name: str) -> str:
-    """SHA-256, shortened, over configuration, tokenizer and the layout of the weights; empty for
-    a model of which nothing is on this machine. Blocks. Raises `ModelError`."""
-    directory = catalog.cached_directory(name)
-    if directory is None:
-        return ""
+def fingerprint(directory: Path) -> str:
+    """SHA-256, shortened, over configuration, tokenizer and the layout of the weights. Blocks.
+    Raises `ModelError`."""
     digest = hashlib.sha256()
     try:
         for file in (*_NAMES, INDEX_NAME):

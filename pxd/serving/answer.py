@@ -93,7 +93,7 @@ class ChatAnswer:
         self._limit = 0
         self._eos = eos
         self._sampling = sampling
-        self._text = AnswerText(tokenizer, generation.stop)
+        self._text = AnswerText(tokenizer, generation.stop, prompt)
         self._attempt: Attempt | None = None
         self._attempts = 0
         self._pipeline = ""

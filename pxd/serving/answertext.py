@@ -12,14 +12,19 @@ from pxd.wire import Finish, Logprobs
 class AnswerText:
     """Makes deltas of tokens: never half a character, never anything of a stop string.
 
+    Stop strings also end thoughts.
+
     A token's log probabilities come with the text in which it begins. Those of tokens that begin in
     a stop string never do.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, stops: Sequence[str], prompt: Sequence[int]
+    ) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer()
         self._stops = StopMatcher(stops)
+        self._thoughts = tokenizer.thoughts(prompt)
         self._decoded = self._given = 0
         self._waiting: deque[tuple[int, TokenLogprobs]] = deque()
 
@@ -43,7 +48,12 @@ class AnswerText:
             text += certain + self._stops.finish()
         self._given += len(text)
         complete = finish is not None and self._given == self._decoded
-        return Delta(text, len(tokens), "stop" if stopped else finish, self._ready(complete))
+        ended: Finish | None = "stop" if stopped else finish
+        thought, said = self._thoughts.add(text)
+        if ended is not None:
+            thought_rest, said_rest = self._thoughts.finish()
+            thought, said = thought + thought_rest, said + said_rest
+        return Delta(said, len(tokens), ended, self._ready(complete), thought)
 
     def _pass_on(self, piece: str) -> tuple[str, bool]:
         self._decoded += len(piece)

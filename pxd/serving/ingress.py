@@ -9,7 +9,7 @@ from typing import TypeVar
 import trio
 
 from pxd.cluster.plans import ModelPlan, Plan
-from pxd.models.chat import ChatTokenizer
+from pxd.models.chat import ChatTokenizer, OptionRefused
 from pxd.models.errors import ModelError
 from pxd.p2p.network import Network
 from pxd.serving.answer import PATIENCE_S, ChatAnswer
@@ -102,7 +102,11 @@ class ChatIngress:
             raise NotReady(f"this node cannot take requests for {planned.name}: {error}") from error
         _check_tokens(planned.name, tokenizer, generation)
         try:
-            prompt = await trio.to_thread.run_sync(tokenizer.encode_chat, messages)
+            prompt = await trio.to_thread.run_sync(
+                tokenizer.encode_chat, messages, generation.template_options
+            )
+        except OptionRefused as error:
+            raise InvalidRequest(str(error), param="chat_template_kwargs") from error
         except ModelError as error:
             raise InvalidRequest(str(error), param="messages") from error
         room = planned.context - len(prompt)

@@ -8,68 +8,165 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 import trio
 
-from pxd.executors.protocol import ModelDescription, Progress
+from pxd.executors.protocol import ModelDescription
 from pxd.models import catalog
-from pxd.models.chat import ChatTokenizer
+from pxd.models.chat import ChatTokenizer, check_tokenizer
 from pxd.models.cost import read_cost
-from pxd.models.errors import ModelError
+from pxd.models.errors import ModelError, NoRoom
+from pxd.models.library import Library
 from pxd.planning.model import ModelCost
+from pxd.serving.weights.run import Progress as FetchProgress
 
 log = logging.getLogger("pxd.serving.models")
 
-ArgumentT = TypeVar("ArgumentT")
 ResultT = TypeVar("ResultT")
+
+
+NOBODY = "no other node says that it has it (`pxd models add` there makes it say so)"
 
 
 class Describe(Protocol):
     async def __call__(self, path: Path) -> ModelDescription: ...
 
 
+class Pin(msgspec.Struct, frozen=True):
+    """Which files a name stands for: the fingerprint of the plan in force, and the hub's commit;
+    empty where that is open."""
+
+    fingerprint: str = ""
+    revision: str = ""
+
+
+class Lending(Protocol):
+    """The other members, as far as they lend models."""
+
+    def holders(self, name: str) -> list[str]: ...
+    async def metadata(self, name: str, fingerprint: str = "") -> Path: ...
+    async def layers(
+        self, name: str, fingerprint: str, start: int, end: int | None, progress: FetchProgress
+    ) -> Path: ...
+
+
 class ModelSource:
     """Every method takes a model's name as a person gives it, and raises `ModelError`.
 
-    Slow work runs in threads and worker processes; concurrent calls for one model do it once.
+    What is not on this machine comes from other nodes, and what nobody has from the hub. Slow work
+    runs in threads and worker processes; concurrent calls for one model do it once.
     """
 
-    def __init__(self, describe: Describe) -> None:
+    def __init__(
+        self,
+        describe: Describe,
+        library: Library,
+        lending: Lending,
+        pin: Callable[[str], Pin] = lambda _: Pin(),
+    ) -> None:
         self._describe = describe
+        self._library = library
+        self._lending = lending
+        self._pin = pin
         self._descriptions: dict[str, ModelDescription] = {}
+        self._revisions: dict[str, str] = {}
         self._costs: dict[str, ModelCost] = {}
-        self._tokenizers: dict[str, ChatTokenizer] = {}
+        self._tokenizers: dict[tuple[str, Pin], ChatTokenizer] = {}
         self._describing, self._tokenizing = trio.Lock(), trio.Lock()
 
     async def describe(self, name: str) -> ModelDescription:
+        """Also makes sure that there is a tokenizer: without one, nothing can be served."""
         async with self._describing:
             if name not in self._descriptions:
-                path = await _in_thread(catalog.fetch_metadata, name)
-                self._descriptions[name] = await self._describe(path)
+                path = await self._metadata(name)
+                await _in_thread(check_tokenizer, path)
+                description = await self._describe(path)
+                self._revisions[name] = await _in_thread(self._library.revision, name, path)
+                self._costs[name] = merged_cost(description, await _in_thread(_read_cost, path))
+                self._descriptions[name] = description
             return self._descriptions[name]
 
     async def cost(self, name: str) -> ModelCost:
         """What planning needs: sizes as the executor sees them, arithmetic as the files tell it."""
-        description = await self.describe(name)
-        if name not in self._costs:
-            path = await _in_thread(catalog.fetch_metadata, name)
-            self._costs[name] = merged_cost(description, await _in_thread(_read_cost, path))
+        await self.describe(name)
         return self._costs[name]
+
+    def revision(self, name: str) -> str:
+        """The hub's commit of what was described; empty if it does not come from there."""
+        return self._revisions.get(name, "")
+
+    def holders(self, name: str) -> list[str]:
+        """The members that could lend it."""
+        return self._lending.holders(name)
 
     async def tokenizer(self, name: str) -> ChatTokenizer:
         async with self._tokenizing:
-            if name not in self._tokenizers:
-                path = await _in_thread(catalog.fetch_metadata, name)
-                self._tokenizers[name] = await _in_thread(ChatTokenizer.load, path)
-            return self._tokenizers[name]
+            key = name, self._pin(name)
+            if key not in self._tokenizers:
+                path = await self._metadata(name)
+                self._tokenizers[key] = await _in_thread(ChatTokenizer.load, path)
+            return self._tokenizers[key]
 
-    async def directory(self, name: str, start: int, end: int, progress: Progress) -> Path:
-        """A local directory with at least the files that hold layers [start, end)."""
+    async def _metadata(self, name: str) -> Path:
+        """A directory with all but the weights."""
+        pin = self._pin(name)
+        found = await _in_thread(self._library.find, name, pin.fingerprint, pin.revision)
+        if found is not None:
+            return found
+        lent = NOBODY
+        if self._lending.holders(name):
+            try:
+                return await self._lending.metadata(name, pin.fingerprint)
+            except ModelError as error:
+                lent = await self._instead_of(name, error)
+        try:
+            return await _in_thread(catalog.fetch_metadata, name, _silent, pin.revision)
+        except ModelError as error:
+            raise ModelError(f"{error}; {lent}") from error
 
+    async def _instead_of(self, name: str, error: ModelError) -> str:
+        """Raises `error` where, with other nodes failing, the hub and what is here are no help."""
+        here = await _in_thread(self._library.elsewhere, name)
+        if isinstance(error, NoRoom) or (here is None and not catalog.is_hub_id(name)):
+            raise error
+        return str(error)
+
+    async def directory(
+        self, name: str, fingerprint: str, start: int, end: int | None, progress: FetchProgress
+    ) -> Path:
+        """A local directory with all that layers [start, end) need, up to the last one for None."""
+        find, revision = self._library.find_layers, self._pin(name).revision
+        found = await _in_thread(find, name, fingerprint, start, end, revision)
+        if found is not None:
+            progress(1.0)
+            return found
+        lent = NOBODY
+        if self._lending.holders(name):
+            try:
+                return await self._lending.layers(name, fingerprint, start, end, progress)
+            except ModelError as error:
+                lent = await self._instead_of(name, error)
+        try:
+            return await self._elsewhere(name, start, end, revision, progress)
+        except ModelError as error:
+            raise ModelError(f"{error}; {lent}") from error
+
+    async def _elsewhere(
+        self, name: str, start: int, end: int | None, revision: str, progress: FetchProgress
+    ) -> Path:
+        """From the hub; what is a directory here is taken even if it is another one than is meant,
+        so that the executor says what is wrong with it."""
         token = trio.lowlevel.current_trio_token()
 
         def report(done: float) -> None:
             # Also from threads that trio did not start, as the hub's client has some.
-            trio.from_thread.run_sync(progress, done, trio_token=token)
+            words = "fetching from the hub" if catalog.is_hub_id(name) else ""
+            trio.from_thread.run_sync(progress, done, words, trio_token=token)
 
-        return await trio.to_thread.run_sync(catalog.fetch_layers, name, start, end, report)
+        return await trio.to_thread.run_sync(
+            catalog.fetch_layers, name, start, end, report, revision
+        )
+
+
+def _silent(_: float) -> None:
+    """For what is over soon."""
 
 
 def merged_cost(description: ModelDescription, read: ModelCost | None) -> ModelCost:
@@ -97,6 +194,6 @@ def _read_cost(path: Path) -> ModelCost | None:
         return None
 
 
-async def _in_thread(call: Callable[[ArgumentT], ResultT], argument: ArgumentT) -> ResultT:
+async def _in_thread(call: Callable[..., ResultT], *arguments: object) -> ResultT:
     """A download that hangs holds back neither the daemon's end nor a newer plan."""
-    return await trio.to_thread.run_sync(call, argument, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)

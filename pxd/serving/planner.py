@@ -51,6 +51,14 @@ class _Look(msgspec.Struct, frozen=True):
     others: frozenset[str]
 
 
+class _Failure(msgspec.Struct, frozen=True):
+    """When a model could not be looked at, and who had it then."""
+
+    at: float
+    holders: list[str]
+    plan: ModelPlan
+
+
 class Planner:
     """Replans when the inputs of the plan in force have changed, and only then.
 
@@ -73,7 +81,7 @@ class Planner:
         self._members = members
         self._chosen = chosen
         self._handover = Handover(PLAN_SETTINGS)
-        self._failures: dict[str, tuple[float, ModelPlan]] = {}
+        self._failures: dict[str, _Failure] = {}
         self._balanced: dict[str, _Look] = {}
 
     async def run(self, changed: Signal) -> None:
@@ -156,15 +164,15 @@ class Planner:
 
     async def _order(self, name: str, current: ModelPlan | None) -> Order | ModelPlan:
         """What there is to plan; a plan that says why, if the model cannot be looked at."""
-        failure = self._failures.get(name)
-        if failure is not None and trio.current_time() < failure[0] + RETRY_S:
-            return failure[1]
+        failure, holders = self._failures.get(name), self._models.holders(name)
+        if failure and trio.current_time() < failure.at + RETRY_S and failure.holders == holders:
+            return failure.plan
         try:
             description = await self._models.describe(name)
             cost = await self._models.cost(name)
         except (ModelError, ExecutorError, ExecutorDied, OSError) as error:
             plan = ModelPlan(name=name, state="failed", reason=str(error)[:2000])
-            self._failures[name] = trio.current_time(), plan
+            self._failures[name] = _Failure(trio.current_time(), holders, plan)
             return plan
         inputs = inputs_of(name, cost, self._members())
         if current is not None and current.fingerprint != description.fingerprint:
@@ -173,6 +181,7 @@ class Planner:
         model = ModelPlan(
             name=name,
             fingerprint=description.fingerprint,
+            revision=self._models.revision(name),
             layers=description.layers,
             context=description.context,
         )

@@ -44,7 +44,8 @@ def _stage_state(
     if report is None:
         return "planned", f"{name} has not begun to load {layers} yet", None
     if report.state == "loading":
-        return "loading", f"{name} is loading {layers}, {report.progress:.0%} done", None
+        doing = f"loading {layers}" + (f" ({report.reason})" if report.reason else "")
+        return "loading", f"{name} is {doing}, {report.progress:.0%} done", None
     if report.state != "ready":
         return report.state, f"{name}, {layers}: {report.reason}", None
     return "ready", "", report

@@ -1,7 +1,7 @@
 """What services and faces say to each other about a request. Nothing here knows HTTP."""
 
 from collections.abc import AsyncIterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -57,8 +57,9 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     one. `stop` strings and `stop_token_ids` end the answer and are not part of it; before
     `min_tokens` tokens no end-of-sequence token and none of `stop_token_ids` can be drawn, but a
     stop string still ends the answer. A request of a lower `priority` goes first. The answer must
-    be complete within `timeout` seconds; None, or more than that, means the daemon's own limit. The
-    rest is as in `pxd.wire.Sampling`.
+    be complete within `timeout` seconds; None, or more than that, means the daemon's own limit.
+    `template_options` are variables for the model's chat template. The rest is as in
+    `pxd.wire.Sampling`.
     """
 
     max_tokens: int | None = None
@@ -77,6 +78,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     priority: int = 0
     timeout: float | None = None
+    template_options: dict[str, Any] = {}
 
 
 class ScoredPiece(msgspec.Struct, frozen=True):
@@ -98,13 +100,15 @@ class Delta(msgspec.Struct, frozen=True):
 
     Text may lag behind tokens (an unfinished character, a possible stop string): a delta with
     empty text and tokens > 0 is normal. `logprobs`, if asked for, are of the tokens that begin in
-    the text so far and were not in an earlier delta.
+    the text so far and were not in an earlier delta. `thought` is what a thinking model thinks: it
+    comes before all text.
     """
 
     text: str
     tokens: int
     finish: Finish | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    thought: str = ""
 
 
 class Answer(Protocol):

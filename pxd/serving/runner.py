@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +34,7 @@ from pxd.serving.timings import (
     blocks_are_news,
     figures_to_publish,
 )
+from pxd.serving.weights.run import Progress as FetchProgress
 from pxd.settings import WireDtype
 from pxd.wire import Buffer, Coding, Copied, Nack, NackCode, Sampled, Step, Tensor
 
@@ -66,7 +67,14 @@ class RunningExecutor(Protocol):
 
 _Result = tuple[Step, Sampled | Nack | tuple[Step, Buffer] | ExecutorError]
 OpenExecutor = Callable[[], AbstractAsyncContextManager[RunningExecutor]]
-FindDirectory = Callable[[str, int, int, Progress], Awaitable[Path]]
+
+
+class FindDirectory(Protocol):
+    """A local directory with all that layers [start, end) of a model need. Raises `ModelError`."""
+
+    async def __call__(
+        self, name: str, fingerprint: str, start: int, end: int, progress: FetchProgress
+    ) -> Path: ...
 
 
 class Host(Protocol):
@@ -310,9 +318,10 @@ class StageRunner:
     async def _load_and_serve(self) -> None:
         fetched = await self._host.find_directory(
             self.model.name,
+            self.model.fingerprint,
             self.stage.start,
             self.stage.end,
-            lambda done: self._progress(done * FETCH_SHARE),
+            lambda done, words="": self._progress(done * FETCH_SHARE, words),
         )
         async with self._host.open_executor() as executor:
             try:
@@ -359,10 +368,10 @@ class StageRunner:
             nursery.cancel_scope.cancel()
         raise ExecutorDied(death)
 
-    def _progress(self, done: float) -> None:
+    def _progress(self, done: float, words: str = "") -> None:
         # A record travels to every node, so small advances are not worth a new version.
-        if done - self.report.progress >= 0.05 or done >= 1.0:
-            self._set(progress=min(max(done, 0.0), 1.0))
+        if done - self.report.progress >= 0.05 or done >= 1.0 or words != self.report.reason:
+            self._set(progress=min(max(done, 0.0), 1.0), reason=words)
 
     async def _pass_on(self) -> None:
         async for step, result in self._results:

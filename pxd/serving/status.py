@@ -46,7 +46,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     `drained`: it takes no part in plans. `leaving`: nor does it, and it goes once others serve in
     its place. `unfit` are the models that it leaves to others because it
     keeps failing at them. `slow` is how many times slower than usual plans take it to be, 0 for as
-    usual.
+    usual. `files` are the models of which it has files, perhaps not all.
     """
 
     id: str
@@ -72,6 +72,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     leaving: bool = False
     unfit: list[str] = []
     slow: float = 0.0
+    files: list[str] = []
 
 
 class PipelineStageView(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,11 +137,21 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     retiring: list[list[PipelineStageView]] = []
 
 
+class AddedView(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that a person wants to have on this node. `progress` 0..1; `reason` says where it
+    comes from, or why not."""
+
+    name: str
+    state: Literal["fetching", "here", "failed"]
+    progress: float = 0.0
+    reason: str = ""
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster as `self` (peer id) sees it. `leader` is None until one is known.
 
-    `hints` are sentences on why it sees no other node. `waits_for` is what it waits for before it
-    leaves.
+    `hints` are sentences on why it sees no other node, `added` the models to be had on this one.
+    `waits_for` is what it waits for before it leaves.
     """
 
     self_id: str = msgspec.field(name="self")
@@ -153,6 +164,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     uptime: float = 0.0
     hints: list[str] = []
+    added: list[AddedView] = []
     waits_for: str = ""
 
 

@@ -122,8 +122,13 @@ class Survey:
         """A frame of a request came, from wherever."""
         self._frame_at = trio.current_time()
 
+    @property
+    def frames_come(self) -> bool:
+        """Frames of requests came a moment ago."""
+        return trio.current_time() < self._frame_at + QUIET_S
+
     def busy(self) -> bool:
-        return self._occupied() or trio.current_time() < self._frame_at + QUIET_S
+        return self._occupied() or self.frames_come
 
     def rtts(self) -> dict[str, float]:
         """Round-trip times to all other nodes that are there, as far as they are measured."""

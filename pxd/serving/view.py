@@ -124,6 +124,7 @@ def _node_view(
         leaving=record.leaving and not gone,
         unfit=[unfit.model for unfit in record.unfit],
         slow=record.slow,
+        files=[] if gone else [held.name for held in record.models],
     )
 
 

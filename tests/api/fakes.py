@@ -12,6 +12,7 @@ from pxd.api.server import serve
 from pxd.cluster.bans import Ban
 from pxd.cluster.records import ModelChoice
 from pxd.doctor.findings import Finding, Report, note, ok
+from pxd.serving.added import Removed
 from pxd.serving.choice import ChoiceError, Chosen, stop, use
 from pxd.serving.clients import Clients
 from pxd.serving.door import MAX_GRACE_S, DoorError
@@ -19,6 +20,7 @@ from pxd.serving.doorview import Kick, NodeRef, Rotation, Told
 from pxd.serving.drain import Drained, DrainError
 from pxd.serving.requests import Delta, Generation, Message, UnknownModel
 from pxd.serving.status import (
+    AddedView,
     ClusterStatus,
     ModelView,
     NodeView,
@@ -254,6 +256,26 @@ class FakeChoices:
         return Chosen(name, list(choice.names), list(choice.outgoing), changed)
 
 
+class FakeAdded:
+    """Has everything at once, but for `nonsense` and `needed`."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    async def add(self, name: str) -> AddedView:
+        await trio.lowlevel.checkpoint()
+        if name == "nonsense":
+            raise ChoiceError("bad_model", "nonsense cannot be had: no such model")
+        self.names.append(name)
+        return AddedView(name=name, state="fetching")
+
+    async def remove(self, name: str) -> Removed:
+        await trio.lowlevel.checkpoint()
+        if name == "needed":
+            raise ChoiceError("in_use", "this node serves layers of needed")
+        return Removed(name, True, "/hub/cache")
+
+
 def resolve_fake(wanted: str) -> NodeRef:
     if wanted != "ben":
         raise DoorError("unknown_node", f"there is no such node: {wanted!r}")
@@ -265,6 +287,7 @@ class FakeDaemon:
         self.door = FakeDoor()
         self.drains = FakeDrains()
         self.choices = FakeChoices()
+        self.added = FakeAdded()
         self.control_token = TOKEN
         self.ingress = FakeIngress()
         self.cluster = serving_status()

@@ -64,6 +64,49 @@ def test_the_length_limit_is_a_finish_reason(server: LiveServer, client: openai.
     assert completion.choices[0].message.content == "ab"
 
 
+THINKING = [
+    Delta("", 1),
+    Delta("", 1, thought="Two and "),
+    Delta("Four", 2, thought="two."),
+    Delta(".", 1),
+    Delta("", 0, "stop"),
+]
+
+
+def test_thoughts_are_kept_apart(server: LiveServer, client: openai.OpenAI) -> None:
+    server.daemon.ingress.scripts.append(list(THINKING))
+    completion = client.chat.completions.create(model="demo", messages=HELLO)
+    message = completion.choices[0].message
+    assert message.content == "Four."
+    assert message.reasoning_content == "Two and two."  # type: ignore[attr-defined]
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens == 5
+    plain = client.chat.completions.create(model="demo", messages=HELLO)
+    assert "reasoning_content" not in plain.choices[0].message.model_dump()
+
+
+def test_thoughts_are_streamed_before_the_answer(server: LiveServer, client: openai.OpenAI) -> None:
+    server.daemon.ingress.scripts.append(list(THINKING))
+    chunks = client.chat.completions.create(model="demo", messages=HELLO, stream=True)
+    deltas = [chunk.choices[0].delta.model_dump(exclude_none=True) for chunk in chunks]
+    assert deltas == [
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "Two and "},
+        {"reasoning_content": "two.", "content": "Four"},
+        {"content": "."},
+        {},
+    ]
+
+
+def test_options_of_the_template_arrive(server: LiveServer, client: openai.OpenAI) -> None:
+    options = {"enable_thinking": False, "budget": {"tokens": 3}}
+    client.chat.completions.create(
+        model="demo", messages=HELLO, extra_body={"chat_template_kwargs": options}
+    )
+    [(_, _, generation)] = server.daemon.ingress.calls
+    assert generation.template_options == options
+
+
 def test_every_parameter_arrives(server: LiveServer, client: openai.OpenAI) -> None:
     client.chat.completions.create(
         model="demo",

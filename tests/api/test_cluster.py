@@ -145,6 +145,8 @@ CONTROL_ROUTES = [
     ("POST", "/cluster/resume"),
     ("POST", "/cluster/models/use"),
     ("POST", "/cluster/models/stop"),
+    ("POST", "/cluster/models/add"),
+    ("POST", "/cluster/models/remove"),
 ]
 
 

@@ -38,6 +38,14 @@ def test_models(server: LiveServer) -> None:
     assert post(server, "models/stop", {"model": "third"}).json()["names"] == []
 
 
+def test_files(server: LiveServer) -> None:
+    added = post(server, "models/add", {"model": "other"}).json()
+    assert added == {"name": "other", "state": "fetching", "progress": 0.0, "reason": ""}
+    assert server.daemon.added.names == ["other"]
+    removed = post(server, "models/remove", {"model": "other"}).json()
+    assert removed == {"model": "other", "deleted": True, "left": "/hub/cache"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code"),
     [
@@ -50,6 +58,9 @@ def test_models(server: LiveServer) -> None:
         ("models/use", {"model": "x" * 513}, 400, "bad_request"),
         ("models/use", {}, 400, "bad_request"),
         ("models/stop", {"model": "unheard-of"}, 404, "unknown_model"),
+        ("models/add", {"model": "nonsense"}, 400, "bad_model"),
+        ("models/add", {"model": "x" * 513}, 400, "bad_request"),
+        ("models/remove", {"model": "needed"}, 409, "in_use"),
     ],
 )
 def test_what_cannot_be_done(

@@ -71,6 +71,8 @@ def refused(fields: dict[str, Any]) -> InvalidRequest:
         ({"timeout": -1}, "timeout"),
         ({"timeout": 86401}, "timeout"),
         ({"timeout": "soon"}, "timeout"),
+        ({"chat_template_kwargs": ["enable_thinking"]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {f"a{n}": 1 for n in range(33)}}, "chat_template_kwargs"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"model": 5}, "model"),
@@ -167,7 +169,7 @@ JSON = st.recursive(
 FIELDS = [
     *("temperature", "stop", "seed", "tools", "stream_options", "messages", "n", "logit_bias"),
     *("top_k", "min_tokens", "logprobs", "top_logprobs", "stop_token_ids", "repetition_penalty"),
-    *("priority", "timeout"),
+    *("priority", "timeout", "chat_template_kwargs"),
 ]
 
 

@@ -90,6 +90,19 @@ def test_a_server_that_ends_amid_the_answer(server: LiveServer) -> None:
             next(pieces)
 
 
+def test_thoughts_are_no_part_of_the_answer(server: LiveServer) -> None:
+    deltas = [Delta("", 1, thought="So "), Delta("Yes", 2, thought="be it."), Delta("", 0, "stop")]
+    server.daemon.ingress.scripts.append(list(deltas))
+    talk = Conversation(Client(server.url), Options())
+    thoughts: list[str] = []
+    talk.on_thought = thoughts.append
+    assert "".join(talk.ask("well?")) == "Yes"
+    assert "".join(thoughts) == "So be it."
+    assert list(talk.ask("and?")) == ["and?"]
+    _, messages, _ = server.daemon.ingress.calls[-1]
+    assert [message.content for message in messages] == ["well?", "Yes", "and?"]
+
+
 def test_a_conversation_remembers(server: LiveServer) -> None:
     talk = Conversation(Client(server.url), Options(), "Be kind.")
     assert "".join(talk.ask("one")) == "one"

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from pxd.cli import progress
-from pxd.serving.status import ModelView
+from pxd.serving.status import AddedView, ModelView
 from tests.api.fakes import PEERS, LiveServer, node, pipeline, serving_status, stage
 
 from .tools import pxd, write_daemon_file
@@ -114,3 +114,53 @@ def test_the_status_shows_who_is_drained(server: LiveServer) -> None:
     show(server, node("anna", stage(0, 8)), node("ben", drained=True))
     assert "drained" in pxd("status").stdout
     assert json.loads(pxd("status", "--json").stdout)["nodes"][1]["drained"] is True
+
+
+def added(server: LiveServer, **fields: object) -> None:
+    view = AddedView(name="acme/other", **fields)  # type: ignore[arg-type]
+    server.daemon.cluster = msgspec.structs.replace(serving_status(), added=[view])
+
+
+def test_add_waits_until_it_is_here(server: LiveServer) -> None:
+    added(server, state="here", progress=1.0)
+    done = pxd("models", "add", "acme/other")
+    assert done.exit_code == 0, done.stderr
+    assert server.daemon.added.names == ["acme/other"]
+    assert "acme/other is on this node; `pxd models use acme/other` serves it" in done.stdout
+    assert "on its way" in pxd("models", "add", "--no-wait", "acme/other").stdout
+
+
+def test_add_says_why_it_does_not_come(server: LiveServer) -> None:
+    added(server, state="failed", reason="no space left for acme/other")
+    done = pxd("models", "add", "acme/other")
+    assert done.exit_code == 1
+    assert "cannot be fetched: no space left for acme/other" in done.stderr
+    assert "no such model" in pxd("models", "add", "nonsense").stderr
+    assert pxd("models", "add", "./nowhere").exit_code == 2
+
+
+def test_remove_says_what_is_left(server: LiveServer) -> None:
+    done = pxd("models", "remove", "acme/other")
+    assert "from other nodes is deleted. /hub/cache is left alone." in done.stdout
+    assert "serves layers" in pxd("models", "remove", "needed").stderr
+    assert json.loads(pxd("models", "remove", "--json", "other").stdout)["deleted"] is True
+
+
+def test_the_list_says_who_has_files(server: LiveServer) -> None:
+    show(server, node("anna", files=["demo", "acme/other"]), node("ben", files=["demo"]))
+    lines = pxd("models", "list").stdout.splitlines()
+    assert [line.split() for line in lines[-3:]] == [
+        ["FILES", "OF", "ON"],
+        ["acme/other", "anna"],
+        ["demo", "anna,", "ben"],
+    ]
+    shown = json.loads(pxd("models", "list", "--json").stdout)
+    assert shown["files"] == {"anna": ["demo", "acme/other"], "ben": ["demo"]}
+
+
+def test_the_status_says_where_layers_come_from(server: LiveServer) -> None:
+    coming = stage(0, 8, state="loading", progress=0.25, reason="fetching from ben")
+    show(server, node("anna", coming), node("ben"))
+    shown = pxd("status").stdout
+    assert "loading 25% (fetching from ben)" in shown
+    assert "PROBLEM" not in shown

@@ -167,13 +167,18 @@ def test_revisions_of_a_model() -> None:
 
 
 def test_files_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert versions.files(["demo"]) == []
-    missing = only(versions.files([str(tmp_path / "gone")]))
+    assert versions.files(["demo"], {}) == []
+    gone = str(tmp_path / "gone")
+    missing = only(versions.files([gone], {}))
     assert missing.level == "problem"
+    lent = versions.lenders(facts(holding(BEN, "aaa"), CARL))
+    assert lent == {"demo": ["ben"], "other": ["ben"]}
+    coming = only(versions.files([gone], {gone: ["ben", "carl"]}))
+    assert (coming.level, "comes from ben and carl" in coming.text) == ("note", True)
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert only(versions.files(["some/model"])).level == "note"
+    assert only(versions.files(["some/model"], {})).level == "note"
 
 
 def compared(*offsets: tuple[Peer, float | None]) -> list[Compared]:

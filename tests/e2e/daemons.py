@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,6 +46,7 @@ class Daemon:
         join: str | None = None,
         slower: int = 1,
         machine: Machine | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """`slower` than the first one by that factor, as far as the planner knows.
 
@@ -53,6 +54,7 @@ class Daemon:
         """
         self.name = name
         self.machine = machine
+        self._environment = {**os.environ, **(environment or {})}
         self.data_dir = root / name
         self.log_path = root / f"{name}.log"
         # What answers are compared with is computed by MLX.
@@ -80,7 +82,11 @@ class Daemon:
     def start(self) -> None:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                self._command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
             )
 
     def join(self, ticket: str) -> None:

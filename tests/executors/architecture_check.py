@@ -1,6 +1,6 @@
 """Checks one architecture: any pipeline and any batch must give what mlx-lm gives for one request.
 
-    python -m tests.executors.architecture_check ARCHITECTURE DIRECTORY [--dtype …] [--quantize] …
+    python -m tests.executors.architecture_check ARCHITECTURE DIRECTORY [--dtype …] [--quantize 4] …
 
 Runs in a process of its own for the reason given in `tests.tiny_models`. Exits 0 if all is well.
 """
@@ -10,27 +10,41 @@ import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from pxd.executors.mlx.batch import can_take_back
 from pxd.executors.mlx.describe import describe
+from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.mlx.loader import load_stage
-from pxd.executors.protocol import ModelDescription
+from pxd.executors.mlx.prefixes import can_share_prefixes
+from pxd.executors.mlx.skeleton import model_classes
+from pxd.executors.mlx.trial import supports_batches, supports_guesses
+from pxd.executors.protocol import ExecutorError, LoadSpec, ModelDescription
 from pxd.models.describe import describe_checkpoint
+from tests.executors.architecture_table import REASON_CHARACTERS, Row
 from tests.executors.pipeline import Pipeline
-from tests.tiny_models import VOCABULARY, make_in_process
+from tests.models.files import keep_part
+from tests.tiny_configs import CONFIGS
+from tests.tiny_models import QUANTIZATIONS, VOCABULARY, make_in_process
 
 # Longer than the sliding windows of the tiny models, and the shortest there is.
 PROMPTS = [list(range(5, 40)), [77]]
 COUNT = 10
+CHUNK = 16
+"""Of the prompts of batches. There is a model whose answers depend on it."""
 
 
-def expected(model: Any, prompt: Sequence[int], count: int) -> list[int]:
-    generated = generate_step(mx.array(list(prompt)), model, max_tokens=count)
+def expected(model: Any, prompt: Sequence[int], count: int, chunk: int = 2048) -> list[int]:
+    generated = generate_step(
+        mx.array(list(prompt)), model, max_tokens=count, prefill_step_size=chunk
+    )
     return [token for token, _ in generated]
 
 
@@ -46,30 +60,56 @@ def check_alone(path: Path, description: ModelDescription, model: Any) -> None:
     for cuts in choose_cuts(description):
         pipeline = Pipeline.load(path, description.layers, cuts)
         for prompt in PROMPTS:
-            wanted = expected(model, prompt, COUNT)
             for chunk in (2048, 7):
+                wanted = expected(model, prompt, COUNT, chunk)
                 got = pipeline.generate(prompt, COUNT, chunk=chunk)
                 assert got == wanted, f"cuts {cuts}, chunk {chunk}: {got}, not {wanted}"
+
+
+def check_fetched(path: Path, description: ModelDescription, model: Any) -> None:
+    """Stages in directories that hold nothing but what a stage fetches from other nodes."""
+    checkpoint = describe_checkpoint(path)
+    bounds = [0, *choose_cuts(description)[-1], description.layers]
+    engines = []
+    with TemporaryDirectory() as root:
+        for start, end in itertools.pairwise(bounds):
+            tensors = checkpoint.tensors_for(start, end)
+            part = keep_part("m", path, Path(root) / f"{start}", tensors)
+            assert describe_checkpoint(part).absent == checkpoint.shards.keys() - tensors
+            engine = MlxEngine()
+            mark = checkpoint.fingerprint
+            spec = LoadSpec(path=str(part), start=start, end=end, fingerprint=mark)
+            engine.load(spec, lambda _: None)
+            engines.append(engine)
+        got = Pipeline(engines).generate(PROMPTS[0], COUNT)
+    assert got == expected(model, PROMPTS[0], COUNT)
 
 
 def check_numbers(path: Path, description: ModelDescription, model: Any) -> None:
     """Logits at every position of a chunked prompt, bit by bit: tokens alone may hide much."""
     checkpoint = describe_checkpoint(path)
-    for cuts in choose_cuts(description)[1:]:
+    widths = {description.hidden_size} if not description.splits else set()
+    for cuts in [[cut] for cut in description.splits] + choose_cuts(description)[2:]:
         bounds = [0, *cuts, description.layers]
         stages = [
             load_stage(path, checkpoint, start, end, lambda _: None).stage
             for start, end in itertools.pairwise(bounds)
         ]
+        dtype = getattr(mx, checkpoint.dtype)
+        widths |= {stage.width(dtype, incoming=False) for stage in stages[:-1]}
         whole = make_prompt_cache(model)
         parts = [stage.make_caches() for stage in stages]
         for begin, end in ((0, 20), (20, 21), (21, 35)):
             tokens = mx.array([PROMPTS[0][begin:end]])
             wanted = model(tokens, cache=whole)
+            # Some models bar tokens with minus infinity.
+            finite = mx.isfinite(mx.logsumexp(wanted, axis=-1))
+            assert finite.all().item(), "the whole model computes no numbers"
             got = tokens
             for stage, caches in zip(stages, parts, strict=True):
                 got = stage.forward(got, caches)
             assert mx.array_equal(got, wanted).item(), f"cuts {cuts}, positions {begin} to {end}"
+    assert max(widths) == description.hidden_size, widths
 
 
 class Crowd:
@@ -81,7 +121,7 @@ class Crowd:
 
     def join(self, *numbers: int) -> None:
         for number in numbers:
-            self.pipeline.prefill(number, self.prompts[number], chunk=16)
+            self.pipeline.prefill(number, self.prompts[number], chunk=CHUNK)
 
     def decode(self, *numbers: int) -> None:
         rows = [
@@ -118,7 +158,7 @@ def check_batches(path: Path, description: ModelDescription, model: Any) -> None
         crowd.decode(1, 5, 4, 3)
     for number, prompt in prompts.items():
         got = crowd.answer(number)
-        wanted = expected(model, prompt, len(got))
+        wanted = expected(model, prompt, len(got), CHUNK)
         assert got == wanted, f"request {number}: {got}, not {wanted}"
 
 
@@ -129,7 +169,7 @@ def check_random_batches(path: Path, description: ModelDescription, model: Any) 
 
     def check(number: int) -> None:
         got = crowd.answer(number)
-        wanted = expected(model, crowd.prompts[number], len(got))
+        wanted = expected(model, crowd.prompts[number], len(got), CHUNK)
         assert got == wanted, f"request {number} at random: {got}, not {wanted}"
 
     running: list[int] = []
@@ -171,15 +211,47 @@ def check_guesses(path: Path, description: ModelDescription, model: Any, *, trim
                 place += right
 
 
+def try_out(architecture: str, directory: Path) -> Row:
+    """What the table says about it. Raises `AssertionError` where stages compute otherwise."""
+    try:
+        model_classes(CONFIGS[architecture])
+        path = make_in_process(architecture, directory)
+        description = describe(path)
+    except ExecutorError as error:
+        return Row(name=architecture, reason=str(error)[:REASON_CHARACTERS])
+    model, _ = load_model(path)
+    check_alone(path, description, model)
+    check_numbers(path, description, model)
+    check_batches(path, description, model)
+    check_random_batches(path, description, model)
+    whole = load_stage(path, describe_checkpoint(path), 0, description.layers, lambda _: None)
+    caches = whole.stage.make_caches()
+    guesses = can_take_back(caches) and supports_guesses(whole.stage, whole.dtype)
+    check_guesses(path, description, model, trims=guesses)
+    return Row(
+        name=architecture,
+        layers=description.layers,
+        cuts=description.splits,
+        batches=supports_batches(whole.stage, whole.dtype),
+        prefixes=can_share_prefixes(caches),
+        guesses=guesses,
+        reason=description.unsupported,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("architecture")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--quantize", action="store_true")
+    parser.add_argument("--quantize", default="", choices=QUANTIZATIONS)
     parser.add_argument("--splits", default="1,2,3,4,5", help="cuts that must be allowed")
+    parser.add_argument("--row", action="store_true", help="print what the table says of it")
     arguments = parser.parse_args()
+    if arguments.row:
+        print(msgspec.json.encode(try_out(arguments.architecture, arguments.directory)).decode())
+        return
     path = make_in_process(
         arguments.architecture,
         arguments.directory,
@@ -192,6 +264,7 @@ def main() -> None:
     assert bool(description.unsupported) == (not description.splits), description
     model, _ = load_model(path)
     check_alone(path, description, model)
+    check_fetched(path, description, model)
     check_numbers(path, description, model)
     # In less precision a batch may break near-ties otherwise than a single row.
     if arguments.dtype == "float32" and not arguments.quantize:

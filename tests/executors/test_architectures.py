@@ -23,8 +23,13 @@ CHECKS = [
     "qwen3_next",
     "olmo_hybrid",
     "gemma2",
-    "rwkv7 --splits=",
-    "qwen3 --quantize --dtype bfloat16 --shards 2",
+    # More than the hidden state crosses cuts, here in other types of numbers.
+    "rwkv7",
+    "kimi_k3 --quantize 4 --dtype bfloat16",
+    "gemma4_text --splits=1,2",
+    "qwen3 --quantize 4 --dtype bfloat16 --shards 2",
+    "llama --quantize 8 --dtype bfloat16",
+    "qwen3_moe --quantize mxfp4",
     "gemma3_text --dtype bfloat16",
     "llama --dtype float16",
 ]

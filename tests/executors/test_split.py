@@ -93,6 +93,23 @@ def from_embedding(model: Toy, tokens: mx.array, hidden: mx.array, caches: list[
     return hidden
 
 
+def mixed_in(model: Toy, tokens: mx.array, hidden: mx.array, caches: list[Any]) -> mx.array:
+    """What no layer is given as it is cannot be given to one in another stage either."""
+    start = hidden
+    for layer, cache in zip(model.layers, caches, strict=True):
+        hidden = layer(hidden + 0.1 * start, cache)
+    return hidden
+
+
+def grown(model: Toy, tokens: mx.array, hidden: mx.array, caches: list[Any]) -> mx.array:
+    """Layers are given a sum of what came before, which the model itself keeps."""
+    seen = hidden
+    for layer, cache in zip(model.layers, caches, strict=True):
+        made = layer(hidden, cache, extra=seen)
+        seen, hidden = seen + hidden, made
+    return hidden
+
+
 def shared_cache(model: Toy, tokens: mx.array, hidden: mx.array, caches: list[Any]) -> mx.array:
     for layer, cache in zip(model.layers, [*caches[:2], caches[1], caches[3]], strict=True):
         hidden = layer(hidden, cache)
@@ -134,7 +151,8 @@ def test_models_that_may_be_cut_anywhere(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loop", "splits"), [(looks_back, (1, 3)), (shared_cache, (1, 3)), (from_embedding, ())]
+    ("loop", "splits"),
+    [(looks_back, (1, 3)), (shared_cache, (1, 3)), (mixed_in, ()), (grown, (3,))],
 )
 def test_cuts_that_more_than_the_hidden_state_would_cross_are_not_allowed(
     loop: Loop, splits: tuple[int, ...]
@@ -142,6 +160,17 @@ def test_cuts_that_more_than_the_hidden_state_would_cross_are_not_allowed(
     plan = plan_of(loop)
     assert plan.splits == splits
     assert bool(plan.reason) == (not splits)
+
+
+@pytest.mark.parametrize(("loop", "carried"), [(from_embedding, [1, 1, 1]), (plain, [0, 0, 0])])
+def test_values_that_layers_are_given_can_be_carried(loop: Loop, carried: list[int]) -> None:
+    plan = plan_of(loop)
+    assert plan.splits == (1, 2, 3)
+    assert [len(plan.carried[cut]) for cut in plan.splits] == carried
+    stage = part(loop, 1, 2)
+    for dtype in (mx.float32, mx.bfloat16):
+        assert stage.width(dtype, incoming=True) == HIDDEN * (1 + carried[0])
+        assert stage.width(dtype, incoming=False) == HIDDEN * (1 + carried[1])
 
 
 def test_layers_that_are_called_twice_cannot_be_split() -> None:
@@ -169,10 +198,10 @@ WINDOWED: list[Any] = [lambda: RotatingKVCache(max_size=6), KVCache, KVCache, KV
 
 
 @pytest.mark.parametrize("kinds", [None, WINDOWED])
-@pytest.mark.parametrize("loop", [plain, by_keyword, scaled_between, counting])
+@pytest.mark.parametrize("loop", [plain, by_keyword, scaled_between, counting, from_embedding])
 def test_stages_compute_what_the_whole_model_does(loop: Loop, kinds: list[Any] | None) -> None:
     whole = make(loop, kinds)
-    stages = [part(loop, start, end, kinds) for start, end in ((0, 1), (1, 3), (3, 4))]
+    stages = [part(loop, start, end, kinds) for start, end in ((0, 1), (1, 2), (2, 3), (3, 4))]
     caches, parts = whole.make_cache(), [stage.make_caches() for stage in stages]
     for tokens in ([[1, 2, 3, 4, 5, 6, 7, 8]], [[9]], [[10]], [[11, 12]]):
         wanted = whole(mx.array(tokens), caches)

@@ -1,5 +1,6 @@
 """A valid value of any message type, with every field filled, from the type alone."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -43,7 +44,8 @@ def _example(info: inspect.Type, depth: int) -> Any:
         case inspect.LiteralType(values=values):
             return values[0]
         case inspect.StrType():
-            return "a" * max(info.min_length or 0, 1)
+            examples = ("a" * max(info.min_length or 0, 1), "a.json", "model.safetensors")
+            return next(text for text in examples if re.search(info.pattern or "", text))
         case inspect.BytesType():
             return b"\x01" * max(info.min_length or 0, 1)
         case inspect.BoolType():

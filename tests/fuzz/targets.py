@@ -114,17 +114,20 @@ def _headers() -> Iterator[Target]:
 def _body(data: bytes, decoder: Any) -> int:
     """The length of the body that a header asks for."""
     try:
-        tensor = getattr(decoder.decode(data), "tensor", None)
+        return _size(decoder.decode(data))
     except wire.DECODE_ERRORS:
         return 0
-    return tensor.nbytes if tensor is not None else 0
+
+
+def _size(header: Any) -> int:
+    tensor = getattr(header, "tensor", None)
+    return tensor.nbytes if tensor is not None else getattr(header, "size", 0)
 
 
 def _framed(kind: Any) -> list[bytes]:
     frames = []
     for header in encoded(kind):
-        tensor = getattr(msgspec.msgpack.decode(header, type=kind), "tensor", None)
-        size = tensor.nbytes if tensor is not None else 0
+        size = _size(msgspec.msgpack.decode(header, type=kind))
         frames.append(wire._PREFIX.pack(len(header), size) + header + bytes(size))
     return frames
 

@@ -2,8 +2,14 @@
 
 import json
 import math
+import os
+import random
 from pathlib import Path
 from typing import Any
+
+from pxd.models.files import ModelFiles
+from pxd.models.kept import KeptFiles, put_head, put_small
+from pxd.models.library import Library
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -15,6 +21,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 BYTES = {"BF16": 2, "F32": 4, "U32": 4}
+LAYER_KIB = 600
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -75,4 +82,55 @@ def write_sharded(directory: Path, shapes: Shapes, *, shards: int = 3) -> Path:
     total = sum(math.prod(shape) * BYTES[dtype] for dtype, shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def write_random(directory: Path, *, shards: int = 2, layers: int = 4, seed: int = 0) -> Path:
+    """Layers of `LAYER_KIB` and random bytes in all of them: large enough to be cut into chunks."""
+    shapes = model_shapes(layers=0)
+    for layer in range(layers):
+        shapes[f"model.layers.{layer}.mlp.weight"] = ("BF16", (LAYER_KIB, 512))
+        shapes[f"model.layers.{layer}.norm.weight"] = ("BF16", (8,))
+    write_sharded(directory, shapes, shards=shards)
+    (directory / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    rng = random.Random(seed)
+    for path in sorted(directory.glob("*.safetensors")):
+        data = path.read_bytes()
+        head = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(data[:head] + rng.randbytes(len(data) - head))
+    return directory
+
+
+def flip(path: Path, place: int, *, secretly: bool = False) -> None:
+    """Change one byte of a file; `secretly` as a disk does, without a new time of change."""
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.seek(place)
+        [byte] = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    if secretly:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def keep_part(name: str, source: Path, root: Path, tensors: frozenset[str]) -> Path:
+    """A directory as one is after `tensors` of `source` have come from another node; `root` is that
+    of a `Library`."""
+    library = Library(root)
+    files = ModelFiles(source, library.digests)
+    store, manifest = library.store, files.manifest
+    directory = store.place(name, manifest)
+    directory.mkdir(parents=True, exist_ok=True)
+    for small in manifest.files:
+        put_small(directory, small.name, (source / small.name).read_bytes())
+    for file in manifest.weights:
+        put_head(directory, file, files.read_small(file.name, 0, file.head))
+    store.finish(directory, name, manifest)
+    kept = KeptFiles(directory)
+    kept.begin()
+    for chunk in kept.missing(tensors):
+        [digest] = files.digests(chunk.file, [chunk])
+        kept.put(chunk.file, [(chunk, memoryview(files.read(chunk.file, [chunk])), digest)])
+    kept.finish()
     return directory

@@ -34,6 +34,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.repositories = repositories
         self.fetched: list[str] = []
+        self.revisions: list[str] = []
 
     @property
     def endpoint(self) -> str:
@@ -63,10 +64,13 @@ class HubHandler(BaseHTTPRequestHandler):
         elif path == f"/api/models/{name}/tree/{COMMIT}":
             self._send(json.dumps(self._tree(name)).encode())
         elif path.startswith("/api/models/"):
+            revision = re.search("/revision/([^/]+)", path)
+            self.server.revisions.append(revision[1] if revision else "")
             self._send(json.dumps(self._info(name)).encode())
         else:
-            match = re.fullmatch(rf"/{name}/resolve/[^/]+/(.+)", path)
-            file = self.server.repositories[name] / (match[1] if match else "nothing")
+            match = re.fullmatch(rf"/{name}/resolve/([^/]+)/(.+)", path)
+            self.server.revisions.append(match[1] if match else "")
+            file = self.server.repositories[name] / (match[2] if match else "nothing")
             if not file.is_file():
                 self._fail(404, "EntryNotFound")
                 return
@@ -129,21 +133,26 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 FETCH = """
-import json, sys
+import json, os, sys
 from pxd.models import catalog
 from pxd.models.errors import ModelError
 seen = []
 name, *layers = json.loads(sys.argv[1])
 try:
     fetch = catalog.fetch_layers if layers else catalog.fetch_metadata
-    print(json.dumps([str(fetch(name, *layers, seen.append)), seen]))
+    pinned = {"revision": os.environ["REVISION"]} if "REVISION" in os.environ else {}
+    print(json.dumps([str(fetch(name, *layers, seen.append, **pinned)), seen]))
 except ModelError as error:
     print(json.dumps([f"ModelError: {error}", seen]))
 """
 
 
-def fetch(hub: Hub, home: Path, *arguments: object, **environment: str) -> tuple[str, list[float]]:
+def fetch(
+    hub: Hub, home: Path, *arguments: object, revision: str = "", **environment: str
+) -> tuple[str, list[float]]:
     """Call the catalog with `home` as the hub client's cache; returns (directory, progress)."""
+    if revision:
+        environment["REVISION"] = revision
     result = subprocess.run(
         [sys.executable, "-c", FETCH, json.dumps(arguments)],
         cwd=ROOT,
@@ -188,6 +197,12 @@ def test_what_is_cached_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
     assert hub.fetched == []
     lacking, _ = fetch(hub, home, "acme/sharded", 0, 1, HF_HUB_OFFLINE="1")
     assert re.match("ModelError: .*HF_HUB_OFFLINE", lacking)
+
+
+def test_a_revision_can_be_pinned(hub: Hub, tmp_path: Path) -> None:
+    """The hub's answers are those of one commit, whatever is asked for: the paths tell."""
+    fetch(hub, tmp_path / "home", "acme/sharded", 1, 2, revision=COMMIT)
+    assert {revision for revision in hub.revisions if revision} == {COMMIT}
 
 
 def test_weights_in_one_file_come_with_the_metadata(hub: Hub, tmp_path: Path) -> None:

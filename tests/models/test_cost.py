@@ -94,10 +94,10 @@ def test_no_configuration(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "quantize"),
-    [("qwen3", True), ("deepseek_v3", False), ("gemma3", False), ("qwen3_next", False)],
+    [("qwen3", "4"), ("deepseek_v3", ""), ("gemma3", ""), ("qwen3_next", "")],
 )
 def test_real_models_cost_what_their_files_and_mlx_say(
-    tmp_path: Path, architecture: str, quantize: bool
+    tmp_path: Path, architecture: str, quantize: str
 ) -> None:
     directory = make_tiny_model(architecture, tmp_path, quantize=quantize, dtype="bfloat16")
     cost, files, engine = read_cost(directory), describe_checkpoint(directory), describe(directory)

@@ -24,6 +24,7 @@ from pxd.executors.protocol import (
     StageInfo,
     StepResult,
 )
+from pxd.models.thinking import Thoughts
 from pxd.serving.heads import HeadHost
 from pxd.serving.ingress import ChatIngress
 from pxd.serving.requests import Message
@@ -74,7 +75,7 @@ class FakeTokenizer:
     top_k = 0
     min_p = 0.0
 
-    def encode_chat(self, messages: tuple[Message, ...]) -> list[int]:
+    def encode_chat(self, messages: tuple[Message, ...], options: object = None) -> list[int]:
         return [ord(c) % 90 for message in messages for c in message.content]
 
     def detokenizer(self) -> "FakeTokenizer":
@@ -89,6 +90,9 @@ class FakeTokenizer:
     def knows(self, token: int) -> bool:
         return token < VOCABULARY
 
+    def thoughts(self, prompt: list[int]) -> Thoughts:
+        return Thoughts(None)
+
     def piece(self, token: int) -> bytes:
         return self.add([token]).encode()
 
@@ -97,7 +101,9 @@ class FakeModels:
     async def tokenizer(self, name: str) -> FakeTokenizer:
         return FakeTokenizer()
 
-    async def directory(self, name: str, start: int, end: int, progress: object) -> Path:
+    async def directory(
+        self, name: str, fingerprint: str, start: int, end: int, progress: object
+    ) -> Path:
         return Path("/models") / name
 
 

@@ -47,10 +47,17 @@ class Models:
         self.answer = answer
         self.others = others
         self.calls = 0
+        self.lenders: list[str] = []
 
     async def describe(self, name: str) -> ModelDescription:
         self.calls += 1
         return self.others.get(name, self.answer)()
+
+    def holders(self, name: str) -> list[str]:
+        return self.lenders
+
+    def revision(self, name: str) -> str:
+        return "" if "/" not in name else "c0ffee"
 
     async def cost(self, name: str) -> ModelCost:
         return merged_cost(self.others.get(name, self.answer)(), None)

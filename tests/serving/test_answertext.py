@@ -26,7 +26,7 @@ def test_pieces_and_log_probabilities_are_those_of_the_text_that_counts(
     text: str, stops: list[str], places: list[int]
 ) -> None:
     tokens = [NAMES[bytes([byte])] for byte in text.encode()]
-    answer = AnswerText(TOKENIZER, stops)
+    answer = AnswerText(TOKENIZER, stops, ())
     cuts = sorted({0, len(tokens), *(place % (len(tokens) + 1) for place in places)})
     deltas = []
     for begin, end in pairwise([0, *cuts] if len(cuts) == 1 else cuts):

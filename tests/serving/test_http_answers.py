@@ -199,3 +199,14 @@ async def test_what_cannot_be_is_refused(fields: dict[str, Any], param: str, mes
     assert error["param"] == param
     assert message in error["message"]
     assert client.script.openings == []
+
+
+@pytest.mark.parametrize("name", ["chat_template", "add_generation_prompt"])
+async def test_the_template_itself_is_not_for_a_client_to_choose(name: str) -> None:
+    async with serving("one") as client:
+        response = await client.ask(chat_template_kwargs={name: "{{ 1 }}"})
+        fine = await client.ask(chat_template_kwargs={"enable_thinking": True})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "chat_template_kwargs"
+    assert name in response.json()["error"]["message"]
+    assert fine.status_code == 200

@@ -49,6 +49,30 @@ async def test_nodes_that_hold_the_whole_model_serve_it_side_by_side(clock: Mock
     assert "other memory" in mismatch(plan.models[0], NodeOffer("b", 8 * GIB))
 
 
+async def test_a_model_is_looked_at_again_as_soon_as_somebody_has_it(clock: MockClock) -> None:
+    def describe() -> ModelDescription:
+        if not models.lenders:
+            raise ModelError("there is no model sums; no other node has it")
+        return description()
+
+    models = Models(describe)
+    leader = Leader(models, a=16)
+    await leader.run_for(10)
+    assert leader.states() == {"sums": "failed"}
+    models.lenders = ["b"]
+    leader.changed.notify()
+    await leader.run_for(3)
+    assert leader.states() == {"sums": "planned"}
+
+
+async def test_the_plan_pins_the_revision_of_the_hub(clock: MockClock) -> None:
+    leader = Leader(Models(description), a=16)
+    leader.choose("acme/sums", "sums")
+    await leader.run_for(10)
+    revisions = {model.name: model.revision for model in leader.plan.models}
+    assert revisions == {"acme/sums": "c0ffee", "sums": ""}
+
+
 async def test_figures_measured_while_serving_change_no_plan(clock: MockClock) -> None:
     leader = Leader(Models(description), a=8, b=8, c=8)
     await leader.run_for(60)

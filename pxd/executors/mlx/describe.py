@@ -5,10 +5,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from pxd.executors.mlx.carry import columns
 from pxd.executors.mlx.layers import CannotSplit
 from pxd.executors.mlx.skeleton import make_skeleton
 from pxd.executors.mlx.split import SplitPlan, plan_split
-from pxd.executors.mlx.stage import WholeModel
+from pxd.executors.mlx.stage import vocabulary_of
 from pxd.executors.protocol import ExecutorError, ModelDescription
 from pxd.models.config import CONTEXT_NAMES
 from pxd.models.describe import Checkpoint, describe_checkpoint
@@ -37,7 +38,7 @@ def describe(path: Path) -> ModelDescription:
     return ModelDescription(
         architecture=checkpoint.architecture,
         layers=checkpoint.layers,
-        hidden_size=plan.hidden_size,
+        hidden_size=plan.hidden_size + _carried_at_most(plan, checkpoint),
         vocabulary=plan.vocabulary,
         context=checkpoint.context or _context_of_code(model),
         layer_bytes=checkpoint.layer_bytes,
@@ -60,15 +61,19 @@ def _plan(model: nn.Module, checkpoint: Checkpoint) -> SplitPlan:
                 f"its code has {plan.layers} layers, its configuration {checkpoint.layers}"
             )
     except CannotSplit as error:
-        whole = WholeModel(model, checkpoint.layers, checkpoint.hidden_size or 0)
         return SplitPlan(
-            layers=whole.layers,
-            hidden_size=whole.hidden_size,
-            vocabulary=whole.vocabulary,
+            layers=checkpoint.layers,
+            hidden_size=checkpoint.hidden_size or 0,
+            vocabulary=vocabulary_of(model),
             splits=(),
             reason=f"{checkpoint.architecture} cannot be split: {error}",
         )
     return plan
+
+
+def _carried_at_most(plan: SplitPlan, checkpoint: Checkpoint) -> int:
+    dtype = getattr(mx, checkpoint.dtype)
+    return max((columns(carried, dtype) for carried in plan.carried.values()), default=0)
 
 
 def _context_of_code(model: nn.Module) -> int:

@@ -7,9 +7,10 @@ import mlx.core as mx
 import psutil
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from pxd.engine.blocks import blocks_for
+from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
 from pxd.engine.sampling import Sampler
 from pxd.executors.checkpoints import read_checkpoint
+from pxd.executors.memory import ADVICE, check_fits, compare, kv_room, stage_bytes
 from pxd.executors.mlx.batch import (
     Request,
     can_take_back,
@@ -17,13 +18,14 @@ from pxd.executors.mlx.batch import (
     take_back,
 )
 from pxd.executors.mlx.loader import load_stage
+from pxd.executors.mlx.measure import free_memory, wired_limit
 from pxd.executors.mlx.passes import Passes, parts_of
 from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
 from pxd.executors.mlx.split import cache_token_bytes
 from pxd.executors.mlx.stage import Caches, Stage
-from pxd.executors.mlx.tensors import from_wire, to_wire
+from pxd.executors.mlx.tensors import from_wire, mlx_dtype, to_wire
 from pxd.executors.mlx.tier import Tier, open_tier
-from pxd.executors.mlx.trial import dummy_inputs, supports_batches
+from pxd.executors.mlx.trial import dummy_inputs, supports_batches, supports_guesses
 from pxd.executors.protocol import (
     ExecutorError,
     LoadSpec,
@@ -38,6 +40,7 @@ from pxd.executors.rows import (
     check_copies,
     check_guesses,
     check_hidden,
+    check_output,
     check_rows,
     check_tokens,
     requests_of,
@@ -65,6 +68,7 @@ class MlxEngine:
         self._trims = False
         self._kv_tokens: int | None = None
         self._layers = 0, 0
+        self._hidden_bytes = 0
         self._coding: Coding | None = None
         self._steps = 0
 
@@ -73,6 +77,8 @@ class MlxEngine:
         if self._passes is not None:
             raise ExecutorError("this process holds a stage already; start another one")
         checkpoint = read_checkpoint(spec)
+        computed = stage_bytes(checkpoint, spec.start, spec.end)
+        check_fits(computed, free_memory(), _advice())
         maybe_set_recommended_wired_limit()
         try:
             loaded = load_stage(Path(spec.path), checkpoint, spec.start, spec.end, progress)
@@ -81,28 +87,33 @@ class MlxEngine:
                 f"cannot load layers [{spec.start}, {spec.end}) of {spec.path}: "
                 f"{type(error).__name__}: {error}{_hint(error)}"
             ) from error
+        compare(computed, loaded.weight_bytes)
         batching = supports_batches(loaded.stage, loaded.dtype)
-        self._layers = spec.start, spec.end
-        self._passes = Passes(loaded.stage, batching=batching)
-        if can_share_prefixes(loaded.stage.make_caches()):
-            self._prefixes = PrefixStore(self._requests)
-        self._trims = can_take_back(loaded.stage.make_caches())
         mx.clear_cache()
         caches = _used_caches(loaded.stage, loaded.dtype)
         # Counting windows in full promises less than there is, but holds for any mix of requests.
         token_bytes = sum(cache_token_bytes(cache) for cache in caches)
+        kv_bytes = kv_room(spec.kv_bytes, free_memory(), token_bytes * BLOCK_TOKENS, _advice())
+        self._layers = spec.start, spec.end
+        width = loaded.stage.width(loaded.dtype, incoming=False)
+        self._hidden_bytes = width * loaded.dtype.size
+        self._passes = Passes(loaded.stage, batching=batching)
+        if can_share_prefixes(loaded.stage.make_caches()):
+            self._prefixes = PrefixStore(self._requests)
+        self._trims = can_take_back(caches) and supports_guesses(loaded.stage, loaded.dtype)
+        mx.clear_cache()
         if spec.tier_bytes and self._prefixes is None:
             log.warning("no KV tier: caches of several kinds, or with a state, cannot be cut up")
         elif spec.tier_bytes and self._prefixes is not None:
             self._tier = open_tier(spec, caches, self._prefixes, self._requests, self._report)
-        kv_tokens = spec.kv_bytes // token_bytes if token_bytes else 1 << 40
+        kv_tokens = kv_bytes // token_bytes if token_bytes else 1 << 40
         self._kv_tokens = kv_tokens if spec.kv_bytes else None
         return StageInfo(
             layers=loaded.stage.layers,
             hidden_size=loaded.stage.hidden_size,
             weight_bytes=loaded.weight_bytes,
             kv_tokens=kv_tokens,
-            hidden_bytes=loaded.stage.hidden_size * loaded.dtype.size,
+            hidden_bytes=self._hidden_bytes,
             prefix_cache=self._prefixes is not None,
             tier_slots=self._tier.slots if self._tier else 0,
             trims=self._trims,
@@ -203,7 +214,11 @@ class MlxEngine:
         if stage.first:
             check_tokens(step, body, stage.vocabulary)
         else:
-            check_hidden(step, body, stage.hidden_size)
+            dtype = step.tensor.dtype
+            width = 0 if dtype == "i32" else stage.width(mlx_dtype(dtype), incoming=True)
+            check_hidden(step, body, width)
+        if not stage.last:
+            check_output(step, self._hidden_bytes)
 
     def _forget(self, rows: tuple[Row, ...]) -> tuple[int, ...]:
         """Drop the requests of `rows` and all that share a batch with them."""
@@ -237,7 +252,19 @@ class MlxEngine:
         found.sort(key=lambda pair: pair[0].begin)
         hidden = [output for _, output in found]
         whole = hidden[0] if len(hidden) == 1 else mx.concatenate(hidden)
-        return to_wire(whole, self._coding)
+        carries = whole.shape[-1] > passes.stage.hidden_size
+        # One scale would have to do for all columns, and not all are of one size.
+        return to_wire(whole, None if carries else self._coding)
+
+
+def _advice() -> str:
+    limit = wired_limit()
+    if not limit:
+        return ADVICE
+    return (
+        f"macOS lets the GPU use {limit / (1 << 30):.1f} GiB, which "
+        f"`sudo sysctl iogpu.wired_limit_mb=…` raises; else {ADVICE}"
+    )
 
 
 def _hint(error: Exception) -> str:

@@ -21,7 +21,7 @@ from pxd.executors.mlx.lanes import make_lanes, widen
 from pxd.executors.mlx.layers import CannotSplit
 from pxd.executors.mlx.skeleton import model_classes
 from pxd.executors.mlx.split import SplitPlan, plan_split
-from pxd.executors.mlx.stage import PartialModel, Stage, WholeModel
+from pxd.executors.mlx.stage import PartialModel, Stage, WholeModel, vocabulary_of
 from pxd.executors.mlx.trial import dummy_inputs
 from pxd.executors.protocol import ExecutorError, Progress
 from pxd.models.describe import Checkpoint
@@ -92,12 +92,14 @@ class _Loading:
 
         def make(args: Any) -> nn.Module:
             model = model_class(args)
-            self._prepare(model)
+            # Some models remember what they first computed from their weights, and those are not
+            # loaded yet: what tries the model out gets one of its own.
+            self._prepare(model, model_class(args))
             return model
 
         return make, args_class
 
-    def _prepare(self, model: nn.Module) -> None:
+    def _prepare(self, model: nn.Module, trial: nn.Module) -> None:
         if not 0 <= self.start < self.end <= self.checkpoint.layers:
             raise ExecutorError(
                 f"there are no layers [{self.start}, {self.end}) "
@@ -105,15 +107,16 @@ class _Loading:
             )
         whole = self.start == 0 and self.end == self.checkpoint.layers
         if whole:
-            self.stage = WholeModel(model, self.checkpoint.layers, self.checkpoint.hidden_size or 0)
+            hidden_size, vocabulary = self.checkpoint.hidden_size or 0, vocabulary_of(trial)
+            self.stage = WholeModel(model, self.checkpoint.layers, hidden_size, vocabulary)
             self._own_prefixes: tuple[str, ...] = ("",)
         else:
-            self._prepare_part(model)
+            self._prepare_part(model, trial)
         self._hook(model)
 
-    def _prepare_part(self, model: nn.Module) -> None:
+    def _prepare_part(self, model: nn.Module, trial: nn.Module) -> None:
         try:
-            plan = plan_split(model)
+            plan = plan_split(trial)
         except CannotSplit as error:
             raise ExecutorError(
                 f"{self.checkpoint.architecture} cannot be split: {error}"
@@ -140,16 +143,14 @@ class _Loading:
         object.__setattr__(model, "load_weights", load_own_weights)
 
     def _is_partial(self, name: str) -> bool:
-        """Whether a tensor belongs to a foreign layer in a directory that has not all files.
+        """Whether a tensor is a hole, or belongs to a foreign layer in a directory with gaps.
 
         Such a layer may lack tensors, and sanitizing code relies on all being there.
         """
         layer = self.checkpoint.layer_of(name)
-        return (
-            bool(self.checkpoint.missing)
-            and layer is not None
-            and not (self.start <= layer < self.end)
-        )
+        gaps = bool(self.checkpoint.missing or self.checkpoint.absent)
+        foreign = layer is not None and not (self.start <= layer < self.end)
+        return (gaps and foreign) or name in self.checkpoint.absent
 
     def _only_own(self, weights: Weights) -> Weights:
         if not isinstance(self.stage, PartialModel):

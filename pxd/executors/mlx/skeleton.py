@@ -1,5 +1,7 @@
 """Models as mlx-lm builds them from a configuration, before any weight is read."""
 
+import dataclasses
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,39 @@ from pxd.executors.protocol import ExecutorError
 
 
 def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """mlx-lm's classes of model and arguments. Raises `ExecutorError` where it has none."""
+    """mlx-lm's classes of model and arguments.
+
+    Raises `ExecutorError` where it has none or the configuration lacks what they need.
+    """
+    kind = config.get("model_type")
     try:
-        return _get_classes(config)
-    except (ValueError, KeyError, AttributeError, SystemExit) as error:
-        # SystemExit: one module ends the process when a package it wants is not installed.
+        model, arguments = _get_classes(config)
+    except (ValueError, KeyError, AttributeError) as error:
         raise ExecutorError(
-            f"mlx-lm cannot run {config.get('model_type')} models: {error}"
+            f"this pxd cannot run {kind} models, for mlx-lm {version('mlx-lm')} has no code for "
+            "them; a newer release may, else choose another model"
         ) from error
+    except SystemExit as error:
+        # One module ends the process when a package it wants is not installed.
+        raise ExecutorError(
+            f"mlx-lm cannot run {kind} models here: its code wants a package that is not installed"
+        ) from error
+    absent = [name for name in _required(arguments) if name not in config]
+    if absent:
+        raise ExecutorError(
+            f"config.json lacks {', '.join(absent)}, which {kind} models need; "
+            "take it from where the model comes from"
+        )
+    return model, arguments
+
+
+def _required(arguments: Any) -> list[str]:
+    """What a configuration must say, as far as the class of arguments reads it as it is."""
+    own_way = "from_dict" in vars(arguments)
+    if own_way or not dataclasses.is_dataclass(arguments):
+        return []
+    fields = dataclasses.fields(arguments)
+    return [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
 
 
 def make_skeleton(path: Path) -> nn.Module:

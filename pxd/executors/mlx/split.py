@@ -3,10 +3,11 @@
 MLX is lazy: the skeleton of a model of any size runs in a moment and no memory, as long as nobody
 evaluates anything. In the dry run every layer's output is replaced by a fresh array before the next
 layer sees it. Whatever a layer then depends on, other than the array given to it, crosses a cut.
+Values that the model hands to its layers can: they are carried along with the hidden state.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,10 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from pxd.executors.mlx.graph import DependencyGraph
+from pxd.executors.mlx.carry import Carried, Path, arrays_in, layout_of, templates_of
+from pxd.executors.mlx.crossing import Crossings
 from pxd.executors.mlx.layers import CannotSplit, LayerList, Standin, find_layers
 
 DRY_RUN_TOKENS = 3
+FURTHER_RUNS = ((2, 4), (2, 2))
+"""(batch, tokens) of two more runs, one after the other, which tell the axes of carried values."""
 
 CacheKind = tuple[Any, ...]
 
@@ -30,7 +34,8 @@ class SplitPlan:
     `splits` are the layer indices at which the model may be cut; without any, `reason` says why.
     `cache_of` maps a layer to its place in the model's list of caches, `kinds` describes the caches
     in that list; two of equal kind make equal masks. `tuples` is how many values a layer returns,
-    None if it returns the hidden state alone.
+    None if it returns the hidden state alone, and `hidden_at` where it is given it. `carried` are
+    the values that cross a cut besides the hidden state, and `templates` the layers' arguments.
     """
 
     layers: int
@@ -42,14 +47,21 @@ class SplitPlan:
     cache_of: dict[int, int] = field(default_factory=dict)
     token_bytes: tuple[int, ...] = ()
     tuples: int | None = None
+    hidden_at: Any = 0
+    carried: Mapping[int, tuple[Carried, ...]] = field(default_factory=dict)
+    templates: Mapping[int, Mapping[Any, Any]] = field(default_factory=dict)
 
 
 @dataclass
 class _Call:
-    """One layer's call: what it was given besides the hidden state, and what it returned."""
+    """One layer's call: what it was given, and what it returned."""
 
     layer: int
-    arguments: list[Any]
+    arguments: dict[Any, Any]
+    filled: list[Any]
+    arrays: dict[Path, mx.array]
+    made: list[mx.array]
+    returned: list[mx.array]
     output: Any
     hidden: mx.array
     handed_on: mx.array
@@ -65,14 +77,23 @@ class _Probe(Standin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         number, calls, caches = self.record
         untouched = [cache for cache in caches if cache.empty()]
+        # As they are now: layers may change what they are given.
+        arguments, arrays = templates_of(args, kwargs), arrays_in(args, kwargs)
         output = self.layer(*args, **kwargs)
         hidden = output if isinstance(output, mx.array) else output[0]
         fresh = mx.zeros(hidden.shape, hidden.dtype)
         # A cache counts as used by the layer that gets it or fills it.
         filled = [cache for cache in untouched if not cache.empty()]
-        # The first argument is the hidden state, by whatever name.
-        arguments = [*[*args, *kwargs.values()][1:], *filled]
-        calls.append(_Call(number, arguments, output, hidden, fresh))
+        given = {id(array) for array in arrays.values()}
+        returned = list(arrays_in((output,), {}).values())
+        made = [
+            array
+            for array in (*returned, *arrays_in(args, kwargs).values())
+            if id(array) not in given
+        ]
+        calls.append(
+            _Call(number, arguments, filled, arrays, made, returned, output, hidden, fresh)
+        )
         return fresh if isinstance(output, mx.array) else (fresh, *output[1:])
 
 
@@ -116,8 +137,9 @@ def plan_split(model: nn.Module) -> SplitPlan:
     if len(hidden_shape) != 3 or tuple(hidden_shape[:2]) != (1, DRY_RUN_TOKENS):
         raise CannotSplit(f"its hidden state has the unusual shape {tuple(hidden_shape)}")
     cache_of = _match_caches(calls, caches)
-    crossed = _crossed(calls, tokens, logits) | _shared(cache_of)
-    splits = tuple(cut for cut in range(1, count) if cut not in crossed)
+    carried = _carried(model, found, calls, Crossings(calls, tokens, logits))
+    shared = _shared(cache_of)
+    splits = tuple(cut for cut in range(1, count) if cut in carried and cut not in shared)
     return SplitPlan(
         layers=count,
         hidden_size=hidden_shape[2],
@@ -128,6 +150,9 @@ def plan_split(model: nn.Module) -> SplitPlan:
         cache_of=cache_of,
         token_bytes=tuple(cache_token_bytes(cache) for cache in caches),
         tuples=tuples.pop(),
+        hidden_at=_hidden_at(calls),
+        carried={cut: carried[cut] for cut in splits},
+        templates={call.layer: call.arguments for call in calls} if any(carried.values()) else {},
     )
 
 
@@ -152,7 +177,7 @@ def _match_caches(calls: list[_Call], caches: list[Any]) -> dict[int, int]:
     return {
         call.layer: places[id(argument)]
         for call in calls
-        for argument in call.arguments
+        for argument in (*call.arguments.values(), *call.filled)
         if id(argument) in places
     }
 
@@ -167,39 +192,72 @@ def _shared(cache_of: dict[int, int]) -> set[int]:
     return crossed
 
 
-def _crossed(calls: list[_Call], tokens: mx.array, logits: mx.array) -> set[int]:
-    """Cuts that something besides the hidden state would have to cross."""
-    count = len(calls)
-    arrays = {"given_0": tokens, f"made_{count}": logits}
-    for call in calls:
-        arrays[f"made_{call.layer}"] = call.hidden
-        arrays[f"given_{call.layer + 1}"] = call.handed_on
-    graph = DependencyGraph(arrays)
-    crossed: set[int] = set()
-    for user in range(count + 1):
-        for source in graph.sources(f"made_{user}"):
-            # What comes from layer n, or was given to it, is known in its stage only.
-            layer = int(source.partition("_")[2])
-            crossed.update(range(layer + 1, user + 1))
+def _hidden_at(calls: list[_Call]) -> Any:
+    """Where layers are given the hidden state: mostly it comes first, by whatever name."""
     for before, after in pairwise(calls):
-        if _passes_extras(before, after):
-            crossed.add(after.layer)
-    return crossed
+        for key, value in after.arguments.items():
+            if value is before.handed_on:
+                return key
+    return next(iter(calls[0].arguments))
 
 
-def _passes_extras(before: _Call, after: _Call) -> bool:
-    """Whether a further value that a layer returned is given to the next one."""
+def _carried(
+    model: nn.Module, found: LayerList, calls: list[_Call], crossings: Crossings
+) -> dict[int, tuple[Carried, ...]]:
+    """What crosses each cut besides the hidden state; cuts that are left out are not allowed."""
+    values = {cut: crossings.carried(cut) for cut in range(1, len(calls))}
+    for before, after in pairwise(calls):
+        if _passes_lengths(before, after, crossings):
+            values[after.layer] = None
+    wanted = sorted(frozenset().union(*(each for each in values.values() if each)))
+    known = _described(model, found, calls, crossings, wanted) if wanted else {}
+    return {
+        cut: tuple(known[value] for value in sorted(each))
+        for cut, each in values.items()
+        if each is not None and each <= known.keys()
+    }
+
+
+def _passes_lengths(before: _Call, after: _Call, crossings: Crossings) -> bool:
+    """Whether a further value that a layer returned is given to the next one, although it says
+    nothing of the tokens: then it is not carried, and yet the next layer's stage lacks it."""
     if isinstance(before.output, mx.array):
         return False
-    extras = {id(array) for array in _arrays(before.output[1:])}
-    return any(id(array) in extras for array in _arrays(after.arguments))
+    extras = {id(array) for array in arrays_in(before.output[1:], {}).values()}
+    local = {use for v, uses in enumerate(crossings.uses) if crossings.is_local(v) for use in uses}
+    return any(
+        id(array) in extras and (after.layer, path) in local for path, array in after.arrays.items()
+    )
 
 
-def _arrays(value: Any) -> Iterator[mx.array]:
-    if isinstance(value, mx.array):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _arrays(item)
-    elif isinstance(value, dict):
-        yield from _arrays(list(value.values()))
+def _described(
+    model: nn.Module,
+    found: LayerList,
+    calls: list[_Call],
+    crossings: Crossings,
+    wanted: Sequence[int],
+) -> dict[int, Carried]:
+    """The shapes of values, as far as they are made of one piece for each position.
+
+    Two more runs tell which axis is which, and the types of numbers in a model of 16 bits.
+    """
+    parameters = model.parameters()
+    model.set_dtype(mx.bfloat16)
+    caches = make_prompt_cache(model)
+    runs = [calls]
+    try:
+        for size in FURTHER_RUNS:
+            runs.append(_dry_run(model, found, caches, mx.zeros(size, mx.int32))[0])
+    finally:
+        model.update(parameters)
+    sizes = [(1, DRY_RUN_TOKENS), *FURTHER_RUNS]
+    known = {}
+    for value in wanted:
+        layer, path = crossings.uses[value][0]
+        arrays = [run[layer].arrays[path] for run in runs]
+        layout = layout_of([tuple(array.shape) for array in arrays], sizes)
+        if layout is not None:
+            hidden, last = runs[-1][layer].hidden.dtype, arrays[-1].dtype
+            dtype = None if last == hidden else last
+            known[value] = Carried(tuple(crossings.uses[value]), *layout, dtype)
+    return known

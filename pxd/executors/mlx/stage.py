@@ -6,12 +6,14 @@ incoming hidden state in; the last own layer is tapped for the outgoing one. Wha
 around that (embedding of dummy tokens, norm, head) is never evaluated and so costs nothing.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from pxd.executors.mlx.carry import Path, at, columns, pack, put, unpack
 from pxd.executors.mlx.layers import Standin, find_layers
 from pxd.executors.mlx.split import SplitPlan
 
@@ -21,11 +23,15 @@ Caches = list[Any]
 class Stage(Protocol):
     """A loaded part of a model."""
 
+    model: nn.Module
     first: bool
     last: bool
     layers: int
     hidden_size: int
     vocabulary: int
+
+    def width(self, dtype: mx.Dtype, *, incoming: bool) -> int:
+        """Columns of the hidden states that come in or go out, with what they carry."""
 
     def make_caches(self) -> Caches:
         """Caches for one request; batches are made of these by mlx-lm's merge and extend."""
@@ -37,16 +43,24 @@ class Stage(Protocol):
         """
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """How many logits a model computes for each position; nothing is evaluated."""
+    logits = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    return int(logits.shape[-1])
+
+
 class WholeModel:
     """The stage that is the whole model; works for every mlx-lm architecture."""
 
     first = last = True
 
-    def __init__(self, model: nn.Module, layers: int, hidden_size: int) -> None:
+    def __init__(self, model: nn.Module, layers: int, hidden_size: int, vocabulary: int) -> None:
         self.model = model
-        self.layers, self.hidden_size = layers, hidden_size
-        logits = model(mx.zeros((1, 1), mx.int32), cache=self.make_caches())
-        self.vocabulary = logits.shape[-1]
+        self.layers, self.hidden_size, self.vocabulary = layers, hidden_size, vocabulary
+
+    def width(self, dtype: mx.Dtype, *, incoming: bool) -> int:
+        del dtype, incoming
+        return self.hidden_size
 
     def make_caches(self) -> Caches:
         return make_prompt_cache(self.model)
@@ -56,25 +70,58 @@ class WholeModel:
 
 
 class _Boundary:
-    """The hidden state on its way into and out of the own layers, during one forward pass."""
+    """What is on its way into and out of the own layers, during one forward pass: the hidden state
+    and, by their place among what is carried, values that go with it."""
 
-    incoming: mx.array | None = None
-    outgoing: mx.array | None = None
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.incoming: mx.array | None = None
+        self.outgoing: mx.array | None = None
+        self.brought: list[mx.array] = []
+        self.taken: dict[int, mx.array] = {}
+
+
+Uses = Mapping[Path, int]
+"""Where a layer is given carried values: the place of each among what its stage gets or sends."""
 
 
 class _Absent(Standin):
-    """A layer of another stage: hands its input on, or brings the hidden state in."""
+    """A layer of another stage: hands its input on, or brings the hidden state in.
 
-    def __init__(self, layer: nn.Module, boundary: _Boundary | None, tuples: int | None) -> None:
+    Takes the values at `uses` for the stages that follow.
+    """
+
+    def __init__(
+        self, layer: nn.Module, boundary: _Boundary, plan: SplitPlan, uses: Uses, *, brings: bool
+    ) -> None:
         super().__init__(layer)
-        self.hide("boundary", boundary)
-        self.hide("extras", None if tuples is None else (None,) * (tuples - 1))
+        extras = None if plan.tuples is None else (None,) * (plan.tuples - 1)
+        self.hide("role", (boundary, plan.hidden_at, extras, uses, brings))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        if self.boundary is not None:
-            hidden = self.boundary.incoming
-        return hidden if self.extras is None else (hidden, *self.extras)
+        boundary, hidden_at, extras, uses, brings = self.role
+        for path, place in uses.items():
+            boundary.taken[place] = at(path, args, kwargs)
+        hidden = boundary.incoming if brings else at((hidden_at,), args, kwargs)
+        return hidden if extras is None else (hidden, *extras)
+
+
+class _Fed(Standin):
+    """An own layer that is given carried values in place of what the model has for it."""
+
+    def __init__(
+        self, layer: nn.Module, boundary: _Boundary, uses: Uses, templates: Mapping[Any, Any]
+    ) -> None:
+        super().__init__(layer)
+        self.hide("role", (boundary, uses, templates))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        boundary, uses, templates = self.role
+        values = {path: boundary.brought[place] for path, place in uses.items()}
+        given, named = put(values, templates, args, kwargs)
+        return self.layer(*given, **named)
 
 
 class _Tapped(Standin):
@@ -106,24 +153,46 @@ class PartialModel:
         self.vocabulary = plan.vocabulary
         self.layer_prefix = found.prefix
         self.own_layers = found.layers[start:end]
-        self._found, self._plan, self._end = found, plan, end
+        self._found, self._plan, self._start, self._end = found, plan, start, end
         self._boundary = _Boundary()
+        self._brings, self._sends = plan.carried.get(start, ()), plan.carried.get(end, ())
         self._choose_caches(start, end)
         found.replace(
             [
-                layer if start <= i < end else self._absent(layer, i == start - 1)
+                layer if start <= i < end else self._absent(layer, i)
                 for i, layer in enumerate(found.layers)
             ]
         )
 
-    def _absent(self, layer: nn.Module, brings_in: bool) -> _Absent:
-        return _Absent(layer, self._boundary if brings_in else None, self._plan.tuples)
+    def _absent(self, layer: nn.Module, number: int) -> _Absent:
+        # Once is enough, and later layers may not be given what this one did not return.
+        sent = {
+            one.uses_from(self._end)[0][1]: place
+            for place, one in enumerate(self._sends)
+            if one not in self._brings and one.uses_from(self._end)[0][0] == number
+        }
+        brings = number == self._start - 1
+        return _Absent(layer, self._boundary, self._plan, sent, brings=brings)
 
     def tap(self) -> None:
-        """Take the outgoing hidden state from now on. The layer leaves the parameter tree."""
+        """Take the outgoing hidden state, and feed what is carried, from now on. Layers that this
+        concerns leave the parameter tree."""
+        layers = self._found.layers
+        for number in range(self._start, self._end):
+            uses = {
+                path: place
+                for place, one in enumerate(self._brings)
+                for layer, path in one.uses
+                if layer == number
+            }
+            if uses:
+                templates = self._plan.templates[number]
+                layers[number] = _Fed(layers[number], self._boundary, uses, templates)
         if not self.last:
-            layers = self._found.layers
             layers[self._end - 1] = _Tapped(layers[self._end - 1], self._boundary)
+
+    def width(self, dtype: mx.Dtype, *, incoming: bool) -> int:
+        return self.hidden_size + columns(self._brings if incoming else self._sends, dtype)
 
     def _choose_caches(self, start: int, end: int) -> None:
         plan = self._plan
@@ -150,22 +219,35 @@ class PartialModel:
 
     def forward(self, inputs: mx.array, caches: Caches) -> mx.array:
         batch, count = inputs.shape[:2]
+        boundary = self._boundary
+        boundary.clear()
         if self.first:
             tokens = inputs
         else:
-            self._boundary.incoming = inputs
+            unpacked = unpack(inputs, self._brings, self.hidden_size)
+            boundary.incoming, boundary.brought = unpacked
             tokens = mx.zeros((batch, count), mx.int32)
         logits = self.model(tokens, cache=self._spread(caches))
         for shadow in caches[len(self._own) :]:
             marks = mx.zeros((batch, 1, count, 1))
             shadow.update_and_fetch(marks, marks)
-        outgoing = self._boundary.outgoing
-        self._boundary.incoming = self._boundary.outgoing = None
+        outgoing = self._outgoing()
+        boundary.clear()
+        return logits if outgoing is None else outgoing
+
+    def _outgoing(self) -> mx.array | None:
+        """Hidden states for the next stage, with what is carried on; None on the last stage."""
+        boundary = self._boundary
         if self.last:
-            return logits
-        if outgoing is None:
+            return None
+        if boundary.outgoing is None:
             raise RuntimeError("the model did not call the last layer of this stage")
-        return outgoing
+        brought = dict(zip(self._brings, boundary.brought, strict=True))
+        values = [
+            brought[one] if one in brought else boundary.taken[place]
+            for place, one in enumerate(self._sends)
+        ]
+        return pack(boundary.outgoing, self._sends, values)
 
     def _spread(self, caches: Caches) -> Caches:
         """The full-length list that the model expects."""

@@ -31,6 +31,11 @@ def from_wire(tensor: Tensor, body: Buffer) -> mx.array:
     return array.view(mx.bfloat16) if tensor.dtype == "bf16" else array
 
 
+def mlx_dtype(dtype: DType) -> mx.Dtype:
+    """Raises `KeyError` for integers, which no hidden states are."""
+    return _TO_MLX[dtype]
+
+
 def dtype_of(array: mx.array) -> DType:
     """Raises `TypeError` for a type that has no name on the wire."""
     dtype = _FROM_MLX.get(array.dtype)

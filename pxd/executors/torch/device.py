@@ -3,6 +3,8 @@
 import psutil
 import torch
 
+from pxd import hardware
+
 
 def choose_device() -> torch.device:
     """A GPU of NVIDIA or AMD where there is one, which PyTorch both calls cuda; else the CPU."""
@@ -20,6 +22,14 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still allocate on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return hardware.memory_available()
 
 
 def wait_for(device: torch.device) -> None:

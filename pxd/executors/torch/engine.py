@@ -11,6 +11,7 @@ from pxd.engine.blocks import BLOCK_TOKENS, blocks_for
 from pxd.engine.sampling import Sampler
 from pxd.engine.tables import BlockTables, TableError
 from pxd.executors.checkpoints import read_checkpoint
+from pxd.executors.memory import ADVICE, check_fits, compare, kv_room, stage_bytes
 from pxd.executors.protocol import (
     ExecutorError,
     LoadSpec,
@@ -24,6 +25,7 @@ from pxd.executors.rows import (
     check_copies,
     check_guesses,
     check_hidden,
+    check_output,
     check_rows,
     check_tokens,
     draws_of,
@@ -31,7 +33,7 @@ from pxd.executors.rows import (
 )
 from pxd.executors.slots import Report
 from pxd.executors.torch.decode import draw
-from pxd.executors.torch.device import choose_device
+from pxd.executors.torch.device import choose_device, free_memory
 from pxd.executors.torch.kv import KvPool, Rows, token_numbers
 from pxd.executors.torch.loader import load_stage
 from pxd.executors.torch.stage import Stage
@@ -77,13 +79,16 @@ class TorchEngine:
         if self._loaded is not None:
             raise ExecutorError("this process holds a stage already; start another one")
         checkpoint = read_checkpoint(spec)
+        device = choose_device()
+        computed = stage_bytes(checkpoint, spec.start, spec.end)
+        check_fits(computed, free_memory(device), ADVICE)
         try:
-            stage = load_stage(
-                Path(spec.path), checkpoint, spec.start, spec.end, choose_device(), progress
-            )
+            stage = load_stage(Path(spec.path), checkpoint, spec.start, spec.end, device, progress)
+            compare(computed, stage.weight_bytes)
             position = token_numbers(stage.shapes) * stage.dtype.itemsize
-            tokens = spec.kv_bytes // position if spec.kv_bytes else DEFAULT_KV_TOKENS
-            blocks = tokens // BLOCK_TOKENS
+            planned = spec.kv_bytes or DEFAULT_KV_TOKENS * position
+            room = kv_room(planned, free_memory(device), position * BLOCK_TOKENS, ADVICE)
+            blocks = room // (position * BLOCK_TOKENS)
             pool = KvPool(stage.shapes, blocks, stage.dtype, stage.device)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:
             raise ExecutorError(
@@ -99,7 +104,7 @@ class TorchEngine:
             hidden_size=stage.hidden_size,
             weight_bytes=stage.weight_bytes,
             kv_tokens=blocks * BLOCK_TOKENS,
-            hidden_bytes=stage.hidden_size * stage.dtype.itemsize,
+            hidden_bytes=stage.hidden_bytes,
             prefix_cache=True,
             trims=True,
         )
@@ -180,6 +185,8 @@ class TorchEngine:
             check_tokens(step, body, loaded.stage.vocabulary)
         else:
             check_hidden(step, body, loaded.stage.hidden_size)
+        if not loaded.stage.last:
+            check_output(step, loaded.stage.hidden_bytes)
 
     def _open(self, loaded: _Loaded, step: Step) -> None:
         loaded.pool.copy(loaded.tables.open(step.openings, step.grants))

@@ -8,7 +8,7 @@ import msgspec
 
 _LAYER = re.compile(r"(?P<prefix>(?:[\w-]+\.)*?)(?P<layer>\d{1,5})\.")
 IGNORED = re.compile(r"(^|[._])(vision|visual|audio|multi_modal|image|mtp)")
-_EMBEDDING = re.compile(
+EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|embeddings?|embed_in|embed)\."
 )
 HEAD = re.compile(r"(^|\.)(lm_head|output|embed_out|head|ff_out)\.")
@@ -41,10 +41,10 @@ def sort_tensors(tensors: Mapping[str, int], layers: int) -> TensorSizes:
                 layer_bytes[number] += size
                 expert_bytes[number] += size * bool(_EXPERTS.search(name))
             continue
-        if IGNORED.search(name) and not _EMBEDDING.search(name):
+        if IGNORED.search(name) and not EMBEDDING.search(name):
             continue
         tied = tied and not (HEAD.search(name) and not IGNORED.search(name))
-        if _EMBEDDING.search(name):
+        if EMBEDDING.search(name):
             embedding += size
         else:
             other += size
