@@ -60,6 +60,17 @@ def memory_offer(settings: Settings, device: Device) -> int:
 
 def identify(settings: Settings) -> Identity:
     """Read the data directory; from now on this is another life. Raises `IdentityError`."""
+    try:
+        return _identify(settings)
+    except OSError as error:
+        why = error.strerror or error
+        raise identity.IdentityError(
+            f"cannot keep who this node is in {settings.data_dir}: {why}; give it room there, or "
+            "another place with --data-dir DIR"
+        ) from error
+
+
+def _identify(settings: Settings) -> Identity:
     files = settings.files
     ticket = identity.Ticket.parse(settings.join) if settings.join else None
     alone = not has_met_others(files.peers)

@@ -1,7 +1,7 @@
 """What the faults of a schedule are, and how they end."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -48,6 +48,8 @@ class Disorder:
         self._ground = ground
         self._other_model = str(other_model)
         self._began = began
+        # What befalls a node may take longer than planned; the next thing waits for its turn.
+        self._turns = {node.name: trio.Lock() for node in cluster.nodes}
         self._acts: dict[Kind, Callable[[list[Node]], AbstractAsyncContextManager[None]]] = {
             "kill": self._kill,
             "executor": self._executor,
@@ -69,6 +71,12 @@ class Disorder:
 
     async def _commit(self, fault: Fault) -> None:
         nodes = [self._cluster.nodes[place] for place in fault.places]
+        async with AsyncExitStack() as stack:
+            for node in sorted(nodes, key=lambda node: node.name):
+                await stack.enter_async_context(self._turns[node.name])
+            await self._carry_out(fault, nodes)
+
+    async def _carry_out(self, fault: Fault, nodes: list[Node]) -> None:
         words = await self._words(fault, nodes)
         at = trio.current_time() - self._began
         self.done.append(Done(at=round(at, 1), fault=fault, words=words))
