@@ -25,6 +25,7 @@ from pxd.executors.rows import (
     check_copies,
     check_guesses,
     check_hidden,
+    check_output,
     check_rows,
     check_tokens,
     draws_of,
@@ -175,6 +176,8 @@ class PagedEngine:
         check_copies(step, has_tier=False)
         if not step.rows:
             return
+        if not stage.last:
+            check_output(step, stage.hidden_size * stage.dtype.itemsize)
         if stage.first:
             check_tokens(step, body, stage.vocabulary)
         else:

@@ -3,13 +3,17 @@
 import tempfile
 from pathlib import Path
 
+import torch
+
 from pxd.executors.checkpoints import read_checkpoint
+from pxd.executors.memory import ADVICE, check_fits, compare, stage_bytes
 from pxd.executors.protocol import ExecutorError, LoadSpec, Progress
 from pxd.executors.sglang.models import architecture_of, find_code, models_directory, only
 from pxd.executors.sglang.pinned import check_symbols
 from pxd.executors.sglang.ranks import NodeStage, load_ranks
 from pxd.executors.sglang.runtime import RankSpec, choose_device
 from pxd.executors.sglang.view import make_view
+from pxd.executors.torch.device import free_memory
 from pxd.models.config import read_json
 from pxd.models.describe import Checkpoint
 from pxd.models.errors import ModelError
@@ -28,7 +32,10 @@ def load(spec: LoadSpec, progress: Progress) -> NodeStage:
     source = Path(spec.path)
     architecture = _prepare(source, checkpoint, spec)
     check_symbols()
-    choose_device(spec.tensor_parallel)
+    device = torch.device(choose_device(spec.tensor_parallel))
+    computed = stage_bytes(checkpoint, spec.start, spec.end)
+    # Ranks have equal shares, on GPUs that are mostly alike.
+    check_fits(-(-computed // spec.tensor_parallel), free_memory(device), ADVICE)
     try:
         with tempfile.TemporaryDirectory(prefix="pxd-sglang-") as view:
             make_view(source, Path(view), checkpoint, spec.start, spec.end, architecture)
@@ -41,6 +48,7 @@ def load(spec: LoadSpec, progress: Progress) -> NodeStage:
             f"cannot load layers [{spec.start}, {spec.end}) of {spec.path}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    compare(computed, stage.weight_bytes)
     progress(1.0)
     return stage
 
