@@ -134,6 +134,7 @@ class Node:
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.stages.send_as(settings.wire_dtype)
+        self.stages.spread_over(settings.tensor_parallel)
         self.drains = Drains(
             self.network, self._members, self.gossip, self._save, self.stages.forgive
         )

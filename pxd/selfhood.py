@@ -8,7 +8,7 @@ from pxd import hardware, identity
 from pxd.cluster.bans import BanTable
 from pxd.cluster.records import Device
 from pxd.executors import choose_executor
-from pxd.executors.choice import installed_kinds
+from pxd.executors.choice import installed_kinds, spread
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.p2p.addressbook import has_met_others
 from pxd.serving.door import read_bans
@@ -100,4 +100,4 @@ async def measured_device(settings: Settings) -> Device:
         except (ExecutorError, ExecutorDied) as error:
             raise StartupError(f"no executor works on this machine: {error}") from error
         hardware.store(path, key, device)
-    return device
+    return spread(device, settings.tensor_parallel)

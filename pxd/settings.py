@@ -13,8 +13,10 @@ DEFAULT_MODEL = "demo"
 DEFAULT_REQUEST_TIMEOUT_S = 3600.0
 DEFAULT_LEAVE_TIMEOUT_S = 20.0
 
+MAX_RANKS = 64
+
 WireDtype = Literal["native", "fp8", "int8", "auto"]
-ExecutorChoice = Literal["auto", "mlx", "torch"]
+ExecutorChoice = Literal["auto", "mlx", "torch", "sglang"]
 
 
 def default_data_dir() -> Path:
@@ -34,8 +36,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stands for all addresses, IPv4 and IPv6. `admission` is explained at
     `pxd.engine.continuous.ContinuousConfig`, and holds for the pipelines that this node heads.
     `speculate`: guess tokens ahead in pipelines that begin here. `wire_dtype` is for what this node
-    sends; all nodes take everything. `leave_timeout` is for how long others are waited for that are
-    to take over, before this node leaves.
+    sends; all nodes take everything. `tensor_parallel` is over how many GPUs of this machine each
+    stage is spread. `leave_timeout` is for how long others are waited for that are to take over,
+    before this node leaves.
     """
 
     data_dir: Path
@@ -53,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     speculate: Literal["auto", "on", "off"] = "auto"
     wire_dtype: WireDtype = "native"
     executor: ExecutorChoice = "auto"
+    tensor_parallel: int = 1
     priority: int = 0
     mdns: bool = True
     relay: bool = False

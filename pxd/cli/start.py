@@ -16,6 +16,7 @@ from pxd.settings import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DEFAULT_REQUEST_TIMEOUT_S,
+    MAX_RANKS,
     ExecutorChoice,
     Settings,
     WireDtype,
@@ -152,8 +153,18 @@ Executor = Annotated[
     _option(
         "--executor",
         "KIND",
-        "What runs the model here: mlx, torch (needs pxd[torch]), or auto: what can use a GPU, and "
-        "mlx on a CPU. [dim]\\[default: auto][/dim]",
+        "What runs the model here: mlx, torch (needs pxd[torch]), sglang (needs pxd[sglang] and an "
+        "NVIDIA GPU), or auto: mlx or torch, what can use a GPU, and mlx on a CPU. "
+        "[dim]\\[default: auto][/dim]",
+    ),
+]
+TensorParallel = Annotated[
+    int,
+    _option(
+        "--tp",
+        "N",
+        "Spread each stage over N GPUs of this machine; with --executor sglang only. "
+        "[dim]\\[default: 1][/dim]",
     ),
 ]
 Priority = Annotated[
@@ -207,6 +218,13 @@ def _check_ticket(value: str | None) -> None:
             raise BadOption(f"--join: {error}") from error
 
 
+def _check_tensor_parallel(ranks: int, executor: ExecutorChoice) -> None:
+    if not 1 <= ranks <= MAX_RANKS:
+        raise BadOption(f"--tp: {ranks} is not between 1 and {MAX_RANKS}")
+    if ranks > 1 and executor != "sglang":
+        raise BadOption("--tp: only --executor sglang can spread a stage over several GPUs")
+
+
 def _node_name(value: str | None) -> str:
     name = default_name() if value is None else value.strip()
     if not 0 < len(name) <= 64 or not name.isprintable():
@@ -245,6 +263,7 @@ def build_settings(
     speculate: Speculate = Speculate.auto,
     wire_dtype: WireDtype = "native",
     executor: ExecutorChoice = "auto",
+    tensor_parallel: int = 1,
     priority: int = 0,
     mdns: bool = True,
     relay: bool = False,
@@ -264,6 +283,7 @@ def build_settings(
         raise BadOption(
             f"--request-timeout: {request_timeout:g} s is not between 0 and {MAX_TIMEOUT_S:g} s"
         )
+    _check_tensor_parallel(tensor_parallel, executor)
     if not 0 <= leave_timeout <= MAX_LEAVE_TIMEOUT_S:
         raise BadOption(
             f"--leave-timeout: {leave_timeout:g} s is not between 0 and {MAX_LEAVE_TIMEOUT_S:g} s"
@@ -286,6 +306,7 @@ def build_settings(
         speculate=speculate.value,
         wire_dtype=wire_dtype,
         executor=executor,
+        tensor_parallel=tensor_parallel,
         priority=priority,
         mdns=mdns,
         relay=relay,
@@ -309,6 +330,7 @@ def start(
     speculate: Speculation = Speculate.auto,
     wire_dtype: Wire = "native",
     executor: Executor = "auto",
+    tensor_parallel: TensorParallel = 1,
     priority: Priority = 0,
     no_mdns: NoMdns = False,
     relay: Relay = False,
@@ -331,6 +353,7 @@ def start(
             speculate=speculate,
             wire_dtype=wire_dtype,
             executor=executor,
+            tensor_parallel=tensor_parallel,
             priority=priority,
             mdns=not no_mdns,
             relay=relay,

@@ -9,6 +9,7 @@ from pxd.doctor.findings import Finding
 from pxd.executors import choose_executor
 from pxd.executors.backends import KINDS
 from pxd.executors.protocol import ExecutorDied, ExecutorError
+from pxd.executors.sglang.pinned import check_version
 from pxd.settings import ExecutorChoice
 
 CHECK = "executor"
@@ -30,11 +31,22 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def _wrong_sglang() -> str:
+    """Of its release; empty if it is the right one."""
+    try:
+        check_version()
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
 def _why_not(kind: str) -> str:
     if kind not in KINDS:
         return "not part of this release"
     if not _installed(KNOWN[kind]):
         return "not installed"
+    if kind == "sglang" and (wrong := _wrong_sglang()):
+        return wrong
     if kind in GPU_ONLY and shutil.which("nvidia-smi") is None:
         return "no GPU that it could use"
     return "installed, but not taken; `pxd start --executor` chooses, and its log says what fails"

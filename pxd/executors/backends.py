@@ -7,7 +7,7 @@ from pxd.cluster.records import Device
 from pxd.executors.protocol import Engine, ExecutorError, ModelDescription
 from pxd.executors.slots import Report
 
-KINDS = ("mlx", "torch")
+KINDS = ("mlx", "torch", "sglang")
 
 
 class Backend(Protocol):
@@ -32,6 +32,10 @@ def load_backend(kind: str) -> Backend:
             from pxd.executors.torch.backend import TorchBackend
 
             return TorchBackend()
+        if kind == "sglang":
+            from pxd.executors.sglang.backend import SglangBackend
+
+            return SglangBackend()
         from pxd.executors.mlx.backend import MlxBackend
 
         return MlxBackend()

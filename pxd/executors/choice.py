@@ -3,7 +3,8 @@
 On a Mac it is MLX. Elsewhere those that are installed are measured: a GPU goes before a CPU, and
 otherwise the faster before the slower. On a CPU that is PyTorch: of a model of 100 million weights
 it took a twentieth of MLX's processor time for a prompt, half of it for a token in bfloat16 and two
-thirds in float32. Of the smallest models, such as the bundled one, MLX decodes faster.
+thirds in float32. Of the smallest models, such as the bundled one, MLX decodes faster. SGLang
+has never been seen on a GPU and so is only taken by who asks for it.
 """
 
 import importlib.util
@@ -11,11 +12,15 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+import msgspec
+
 from pxd.cluster.records import Device
 from pxd.executors.backends import KINDS
 from pxd.executors.inspection import MEASURE_TIMEOUT_S, measure_device
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.settings import ExecutorChoice
+
+ONLY_IF_WANTED = frozenset({"sglang"})
 
 Measure = Callable[[str], Awaitable[Device]]
 
@@ -41,8 +46,20 @@ async def choose_executor(
         kinds = (wanted,)
     elif sys.platform == "darwin" and "mlx" in kinds:
         kinds = ("mlx",)
+    else:
+        kinds = tuple(kind for kind in kinds if kind not in ONLY_IF_WANTED)
     measure = partial(measure_device, timeout=timeout)
     return await best_device(kinds, lambda kind: measure(kind=kind))
+
+
+def spread(device: Device, ranks: int) -> Device:
+    """What `ranks` of this device are together, at best; stages measure what they really do."""
+    return msgspec.structs.replace(
+        device,
+        memory=device.memory * ranks,
+        tflops=device.tflops * ranks,
+        bandwidth=device.bandwidth * ranks,
+    )
 
 
 async def best_device(kinds: Sequence[str], measure: Measure) -> Device:

@@ -5,7 +5,7 @@ asynchronous, and owns that process (`process.py`). Between them run the frames 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 
@@ -26,7 +26,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     `fingerprint`, where not empty, must equal `ModelDescription.fingerprint` of the directory.
     `kv_bytes` bounds the KV caches of all requests together. `tier_bytes` bounds what the second
     tier keeps of them: in memory of the host where the device has its own, else in a file in
-    `tier_directory`; 0 means none.
+    `tier_directory`; 0 means none. The stage is spread over `tensor_parallel` GPUs of this machine.
     """
 
     path: str
@@ -36,6 +36,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int = 0
     tier_bytes: int = 0
     tier_directory: str = ""
+    tensor_parallel: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
 
 
 class StageInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,20 +7,16 @@ The process lives exactly as long as the daemon holds the other end of the socke
 """
 
 import logging
-import os
-import select
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
-from io import BufferedReader
 from pathlib import Path
-from typing import NoReturn, cast
 
 import msgspec
 
 from pxd.executors.backends import Backend, load_backend
+from pxd.executors.frames import FrameSocket, exit_with_parent
 from pxd.executors.messages import (
     Command,
     Describe,
@@ -40,9 +36,7 @@ from pxd.executors.messages import (
 from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
 from pxd.executors.rows import draws_of
 from pxd.wire import (
-    PREFIX_SIZE,
     Buffer,
-    Limits,
     Logprobs,
     Nack,
     Sampled,
@@ -50,48 +44,11 @@ from pxd.wire import (
     Step,
     Tensor,
     WireError,
-    decode_header,
-    decode_prefix,
-    encode,
 )
 
 log = logging.getLogger("pxd.executors.worker")
 
 REASON_CHARACTERS = 2000
-PARENT_CHECK_MS = 1000
-READ_AHEAD = 64 << 10
-COALESCE = 16 << 10
-
-
-class FrameSocket:
-    """Blocking frames over a stream socket."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._incoming = cast(BufferedReader, connection.makefile("rb", buffering=READ_AHEAD))
-        self._limits = Limits()
-        self._sending = threading.Lock()
-
-    def receive(self) -> tuple[Command, Buffer]:
-        """Raises `EOFError` when the daemon has closed its end."""
-        header_size, body_size = decode_prefix(self._read(PREFIX_SIZE), self._limits)
-        command = decode_header(self._read(header_size), body_size, command_decoder)
-        return command, self._read(body_size)
-
-    def send(self, reply: Reply, body: Buffer = b"") -> None:
-        header = encode(reply, len(body), self._limits)
-        with self._sending:
-            if len(body) <= COALESCE:
-                self._connection.sendall(b"".join((header, body)))
-            else:
-                self._connection.sendall(header)
-                self._connection.sendall(body)
-
-    def _read(self, size: int) -> bytearray:
-        data = bytearray(size)
-        if self._incoming.readinto(data) < size:
-            raise EOFError
-        return data
 
 
 def run_step(engine: Engine, step: Step, body: Buffer) -> tuple[Sampled | Nack | Step, Buffer]:
@@ -126,7 +83,7 @@ def _parts(drawn: Drawn) -> tuple[int, Logprobs | None]:
 class Worker:
     """Runs commands on one backend; the engine is made at the first `Load`."""
 
-    def __init__(self, frames: FrameSocket, open_backend: Callable[[], Backend]) -> None:
+    def __init__(self, frames: FrameSocket[Command], open_backend: Callable[[], Backend]) -> None:
         self._frames = frames
         self._open_backend = open_backend
         self._backend: Backend | None = None
@@ -191,29 +148,15 @@ class Worker:
         self._frames.send(LoadProgress(min(max(done, 0.0), 1.0)))
 
 
-def _exit_with_daemon(connection: socket.socket, daemon_pid: int) -> NoReturn:
-    """End this process at once when the daemon lets go of the socket, whatever is running here."""
-    poller = select.poll()
-    poller.register(connection, 0)  # hang-up is always reported
-    while True:
-        for _, events in poller.poll(PARENT_CHECK_MS):
-            if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
-                os._exit(0)
-        if os.getppid() != daemon_pid:
-            os._exit(0)
-
-
 def serve(descriptor: int, open_backend: Callable[[], Backend]) -> int:
     """Be a worker on the socket `descriptor`; returns the process's exit code."""
     # Ctrl-C goes to the whole terminal group; what it means is for the daemon to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
     connection = socket.socket(fileno=descriptor)
-    threading.Thread(
-        target=_exit_with_daemon, args=(connection, os.getppid()), name="parent-watch", daemon=True
-    ).start()
+    exit_with_parent(connection)
     try:
-        Worker(FrameSocket(connection), open_backend).run()
+        Worker(FrameSocket(connection, command_decoder), open_backend).run()
     except ConnectionError:
         return 0
     except WireError as error:

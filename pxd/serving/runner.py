@@ -87,6 +87,7 @@ class Host(Protocol):
     tier_bytes: int
     tier_directory: Path
     wire_dtype: WireDtype
+    tensor_parallel: int
 
     def report_changed(self) -> None: ...
     async def nack(
@@ -339,6 +340,7 @@ class StageRunner:
             kv_bytes=self.stage.kv_bytes,
             tier_bytes=self._host.tier_bytes,
             tier_directory=str(self._host.tier_directory),
+            tensor_parallel=self._host.tensor_parallel,
         )
         info = await executor.load(
             spec, lambda done: self._progress(FETCH_SHARE + done * (1 - FETCH_SHARE))

@@ -31,6 +31,7 @@ class StageHost:
     ) -> None:
         self.tier_bytes, self.tier_directory = 0, Path()
         self.wire_dtype: WireDtype = "native"
+        self.tensor_parallel = 1
         self.network = network
         self.open_executor = open_executor
         self.find_directory = find_directory
@@ -54,6 +55,10 @@ class StageHost:
     def send_as(self, wire_dtype: WireDtype) -> None:
         """How stages that are set up from now on send hidden states to the next stage."""
         self.wire_dtype = wire_dtype
+
+    def spread_over(self, ranks: int) -> None:
+        """Stages that are loaded from now on are spread over so many GPUs of this machine."""
+        self.tensor_parallel = ranks
 
     def follow_links(self, links: Iterable[PeerLink]) -> None:
         """`links` as they are in the node's record; to be called about once a second."""

@@ -1,5 +1,6 @@
 """The smaller checks, each both ways."""
 
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -318,7 +319,7 @@ def test_executors(monkeypatch: pytest.MonkeyPatch) -> None:
     found = only(engines.executors(works))
     assert (found.level, found.text) == (
         "ok", "mlx works on cpu: EPYC (0.5 TFLOP/s, 20 GB/s)")  # fmt: skip
-    assert found.details == ("torch: not installed", "sglang: not part of this release")
+    assert found.details == ("torch: not installed", "sglang: not installed")
     assert only(engines.executors(None, "no module named mlx")).level == "problem"
     assert only(engines.executors(Device())).level == "problem"
 
@@ -326,16 +327,18 @@ def test_executors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("installed", "gpu", "words"),
     [
-        (False, True, "not installed"),
-        (True, False, "no GPU that it could use"),
-        (True, True, "installed, but not taken"),
+        ("", True, "not installed"),
+        ("0.5.22", True, "SGLang 0.5.22 is installed; install the release"),
+        ("0.5.23", False, "no GPU that it could use"),
+        ("0.5.23", True, "installed, but not taken"),
     ],
 )
 def test_why_an_executor_does_not_work(
-    monkeypatch: pytest.MonkeyPatch, installed: bool, gpu: bool, words: str
+    monkeypatch: pytest.MonkeyPatch, installed: str, gpu: bool, words: str
 ) -> None:
     monkeypatch.setattr(engines, "KINDS", ("mlx", "sglang"))
-    monkeypatch.setattr(engines, "_installed", lambda package: installed)
+    monkeypatch.setattr(engines, "_installed", lambda package: bool(installed))
+    monkeypatch.setattr(metadata, "version", lambda package: installed)
     monkeypatch.setattr(engines.shutil, "which", lambda program: "/bin/x" if gpu else None)
     details = engines.executors(Device(executors=("mlx",))).pop().details
     assert any(line.startswith(f"sglang: {words}") for line in details)

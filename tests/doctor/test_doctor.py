@@ -277,7 +277,7 @@ async def test_examinations_follow_each_other(
 
 @pytest.fixture
 def fast_executor(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def measured(timeout: float) -> tuple[Device | None, str]:
+    async def measured(wanted: str, timeout: float) -> tuple[Device | None, str]:
         return DEVICE, ""
 
     monkeypatch.setattr(alone.engines, "measured", measured)

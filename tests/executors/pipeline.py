@@ -18,6 +18,10 @@ GREEDY = Sampling(temperature=0)
 
 
 def new_engine(kind: str) -> Engine:
+    if kind == "sglang":
+        from tests.sglang.shared import SharedEngine
+
+        return SharedEngine()
     return load_backend(kind).engine(lambda _: None)
 
 

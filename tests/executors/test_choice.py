@@ -35,7 +35,7 @@ async def test_one_that_does_not_work_is_passed_over() -> None:
     assert await best(device("mlx"), ExecutorDied("killed")) == device("mlx")
     with pytest.raises(ExecutorError, match="0: no; 1: killed"):
         await best(ExecutorError("no"), ExecutorDied("killed"))
-    with pytest.raises(ExecutorError, match="none of mlx, torch is installed"):
+    with pytest.raises(ExecutorError, match="none of mlx, torch, sglang is"):
         await best()
 
 
