@@ -23,6 +23,7 @@ MAX_METADATA_BYTES = 256 << 20
 MAX_MODEL_BYTES = 8 << 40
 MAX_FILES = 4096
 MAX_RUNS = 65536
+MAX_CHANGED = (1 << 62) - 1
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 FileName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\Z")]
@@ -45,13 +46,15 @@ class MetadataFile(msgspec.Struct, frozen=True, array_like=True):
 
 class WeightsFile(msgspec.Struct, frozen=True, array_like=True):
     """A safetensors file of `size` bytes. Its first `head` bytes, up to the first tensor, have
-    `digest`; `held` are the chunks that are there, in runs of (first, count)."""
+    `digest`; `held` are the chunks that are there, in runs of (first, count). `changed` is when it
+    was last changed, in nanoseconds of the source's clock."""
 
     name: WeightsName
     size: Annotated[int, msgspec.Meta(ge=0, le=MAX_MODEL_BYTES)]
     head: Annotated[int, msgspec.Meta(ge=8, le=MAX_HEADER_BYTES + 8)]
     digest: Digest
     held: Annotated[tuple[Run, ...], msgspec.Meta(max_length=MAX_RUNS)]
+    changed: Annotated[int, msgspec.Meta(ge=0, le=MAX_CHANGED)] = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +91,9 @@ class Held:
     """Which chunks of which files a source has."""
 
     def __init__(self, weights: Iterable[WeightsFile]) -> None:
-        self._runs = {file.name: sorted(file.held) for file in weights}
+        files = tuple(weights)
+        self._runs = {file.name: sorted(file.held) for file in files}
+        self.changed = {file.name: file.changed for file in files}
 
     def __call__(self, chunk: Chunk) -> bool:
         runs = self._runs.get(chunk.file, [])
@@ -144,8 +149,9 @@ def describe_metadata(directory: Path) -> tuple[MetadataFile, ...]:
 def describe_weights(path: Path, grid: Grid, held: list[bool]) -> WeightsFile:
     with path.open("rb") as file:
         head = file.read(grid.head_bytes)
-    runs = tuple(runs_of(held))
-    return WeightsFile(path.name, path.stat().st_size, len(head), digest_of(head), runs)
+    runs, stat = tuple(runs_of(held)), path.stat()
+    changed = min(max(0, stat.st_mtime_ns), MAX_CHANGED)
+    return WeightsFile(path.name, stat.st_size, len(head), digest_of(head), runs, changed)
 
 
 def runs_of(held: list[bool]) -> Iterator[Run]:

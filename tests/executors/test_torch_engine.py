@@ -68,7 +68,7 @@ def test_what_the_executor_cannot_run_is_refused_with_a_reason(tmp_path: Path) -
     path = make_torch_model("qwen3_next", tmp_path / "linear")
     with pytest.raises(ExecutorError, match="layers of type linear_attention"):
         describe(path)
-    quantised = make_tiny_model("qwen3", tmp_path / "quantised", quantize=True)
+    quantised = make_tiny_model("qwen3", tmp_path / "quantised", quantize="4")
     for look in (lambda: describe(quantised), lambda: load(quantised)):
         with pytest.raises(ExecutorError, match="only the mlx executor reads"):
             look()

@@ -36,9 +36,9 @@ class NobodyHas(ModelError):
 
 
 class WeightsFetch:
-    """`leader()` is believed where as many sources say one thing as the other; `busy()` says that
-    this node serves requests, which then go first. `came()` is called when there is a new model to
-    be lent to others."""
+    """`leader()` is believed where as many sources say one thing as the other, of files that were
+    changed at the same time; `busy()` says that this node serves requests, which then go first.
+    `came()` is called when there is a new model to be lent to others."""
 
     def __init__(
         self,

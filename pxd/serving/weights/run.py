@@ -178,6 +178,8 @@ class Run:
         known = {p: sum(1 for _ in takewhile(held, chunks)) for p, held in usable.items()}
         most = max(known.values(), default=0)
         able = [peer for peer, count in known.items() if count == most and most > 0]
+        # In a draw the first is believed: what has not been changed for longest, or the leader.
+        able.sort(key=lambda peer: usable[peer].changed.get(chunks[0].file, 0))
         return able[:WITNESSES], chunks[:most]
 
     async def _witness(
