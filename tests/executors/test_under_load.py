@@ -128,7 +128,6 @@ CASES = [
     ("mlx", (), "reserve", 512, 40, 0),
     ("mlx", (2,), "preempt", 1, 12, 0),
     ("mlx", (2, 4), "preempt", 37, 12, 0),
-    ("mlx", (1, 5), "reserve", 64, 12, 0),
     ("mlx", (), "preempt", 64, 10, 16),
     ("mlx", (3,), "reserve", 512, 20, 5),
     ("mlx", (2, 4), "preempt", 37, 10, 16),
