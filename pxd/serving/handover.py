@@ -20,6 +20,9 @@ GRACE_S = 30.0
 """How long requests may go on where they are before they are moved to another pipeline."""
 LEAVE_GRACE_S = 10.0
 """The same where a node waits to leave."""
+NEWS_S = 2.0
+"""Until all nodes know that a model is stopped, and its heads have told of their requests since. An
+answer of it has no other pipeline to go on in."""
 STOP_GRACE_S = 60.0
 """How long requests to a model that was stopped may go on before they end with an error."""
 
@@ -50,11 +53,12 @@ class Handover:
                 if not self._fits(more, pipeline, members):
                     continue
                 if is_replaced(model, members):
-                    done[pipeline.id] = self._done.get(pipeline.id, now)
-                    left = done[pipeline.id] + _grace(model, pipeline, members) - now
-                    if left <= 0 or _has_ended(pipeline, members):
+                    began = done[pipeline.id] = self._done.get(pipeline.id, now)
+                    left = began + _grace(model, pipeline, members) - now
+                    news = began + NEWS_S - now if model.state == "stopped" else 0.0
+                    if left <= 0 or (news <= 0 and _has_ended(pipeline, members)):
                         continue
-                    rest = min(rest, left)
+                    rest = min(rest, news if news > 0 else left)
                 kept.append(pipeline)
                 claims = more
         self._done = done

@@ -34,7 +34,7 @@ def test_one_clear_error_each_and_the_demo_is_served(tmp_path: Path) -> None:
     with cluster(tmp_path, ["anna"], "--model", str(mute), serving=False) as (anna,):
         wait_reason(anna, mute, "has no tokenizer")
         assert anna.pxd("models", "use", str(torn)).returncode == 1
-        wait_reason(anna, torn, "lacks model-00002-of-00003.safetensors")
+        wait_reason(anna, torn, "has no model-00002-of-00003.safetensors")
         assert anna.pxd("models", "use", "demo").returncode == 0
         anna.wait_status(serving_on(1), "the demo is served")
         assert anna.answer("What is 17 + 25?", model="demo") == "42"

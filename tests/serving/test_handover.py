@@ -6,7 +6,7 @@ from trio.testing import MockClock
 from pxd.cluster.plans import StagePlan, pipeline_id
 from pxd.serving.audit import overcommitted
 from pxd.serving.basis import PLAN_SETTINGS
-from pxd.serving.handover import GRACE_S, LEAVE_GRACE_S, STOP_GRACE_S, Handover
+from pxd.serving.handover import GRACE_S, LEAVE_GRACE_S, NEWS_S, STOP_GRACE_S, Handover
 
 from .leader import GIB, Leader, Models, description, nodes
 
@@ -150,6 +150,26 @@ async def test_another_model_takes_over_once_it_serves(clock: MockClock) -> None
     leader.obey(a=3)
     await leader.run_for(5)
     assert leader.states() == {"sums": "stopped", "other": "planned"}
+    leader.obey(a=0)
+    await leader.run_for(5)
+    assert leader.states() == {"other": "planned"}
+
+
+async def test_what_heads_said_before_a_model_was_stopped_does_not_end_it(clock: MockClock) -> None:
+    """It had no requests a moment ago, and still took new ones."""
+    leader = Leader(Models(description, other=small), a=16)
+    await serving(leader)
+    leader.choose("other", outgoing=("sums",))
+    await leader.run_for(5)
+    leader.obey("loading", a=0)
+    await leader.run_for(30)
+    assert leader.states()["sums"] == "outgoing"
+    leader.obey(a=0)
+    await leader.run_for(NEWS_S)
+    assert leader.states()["sums"] == "stopped"
+    leader.obey(a=2)
+    await leader.run_for(10)
+    assert leader.states()["sums"] == "stopped"
     leader.obey(a=0)
     await leader.run_for(5)
     assert leader.states() == {"other": "planned"}
