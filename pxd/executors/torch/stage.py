@@ -102,11 +102,6 @@ class Stage:
         self._boundary: _Boundary = model.stage_boundary
 
     @property
-    def hidden_bytes(self) -> int:
-        """Of one position, as it is sent on."""
-        return self.hidden_size * self.dtype.itemsize
-
-    @property
     def weight_bytes(self) -> int:
         # Tied weights count once.
         tensors = (*self.model.parameters(), *self.model.buffers())
