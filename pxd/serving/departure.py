@@ -14,7 +14,7 @@ from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan
 from pxd.notify import notify
 from pxd.serving.clients import Clients
 from pxd.serving.handover import is_replaced
-from pxd.serving.readiness import Members, readiness
+from pxd.serving.readiness import Members, is_loaded
 from pxd.serving.signal import Signal
 
 log = logging.getLogger("pxd.serving.departure")
@@ -116,7 +116,7 @@ def _of_model(me: str, model: ModelPlan, members: Members) -> str:
 def _serves(me: str, pipelines: tuple[PipelinePlan, ...], members: Members) -> bool:
     """Whether `me` has a part in one of them that serves."""
     return any(
-        {"ready", "restarting"} >= set(readiness(pipeline, members).states)
+        is_loaded(pipeline, members)
         for pipeline in pipelines
         if any(stage.node == me for stage in pipeline.stages)
     )

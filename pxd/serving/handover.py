@@ -14,7 +14,7 @@ from pxd.cluster.claims import Claims, claims_of, room, stage_bytes
 from pxd.cluster.plans import ModelPlan, PipelinePlan, Plan, StagePlan
 from pxd.cluster.records import ModelChoice
 from pxd.planning.model import PlanSettings
-from pxd.serving.readiness import Members, readiness, stage_report
+from pxd.serving.readiness import Members, is_loaded, readiness, stage_report
 
 GRACE_S = 30.0
 """How long requests may go on where they are before they are moved to another pipeline."""
@@ -123,10 +123,9 @@ def _candidates(
     current = {pipeline.id for pipeline in model.pipelines}
     at_once = _needed_to_start(model, old)
     for pipeline in old.pipelines:
-        if pipeline.id not in current and not at_once & set(pipeline.chain):
-            states = readiness(pipeline, members).states
-            if {"ready", "restarting"} >= set(states):
-                yield pipeline
+        goes = pipeline.id not in current and not at_once & set(pipeline.chain)
+        if goes and is_loaded(pipeline, members):
+            yield pipeline
     for pipeline in old.retiring:
         state = readiness(pipeline, members)
         gone = state.lost or "failed" in state.states

@@ -70,6 +70,11 @@ def readiness(pipeline: PipelinePlan, members: Members) -> Readiness:
     )
 
 
+def is_loaded(pipeline: PipelinePlan, members: Members) -> bool:
+    """Whether nothing of it is yet to be loaded or lost; executors may be starting again."""
+    return {"ready", "restarting"} >= set(readiness(pipeline, members).states)
+
+
 def is_coming(pipeline: PipelinePlan, members: Members) -> bool:
     """Whether some stage of it is yet to be loaded."""
     return not {"planned", "loading"}.isdisjoint(readiness(pipeline, members).states)
