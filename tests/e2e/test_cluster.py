@@ -94,6 +94,15 @@ def test_the_same_answer_at_every_node(three: list[Daemon]) -> None:
         check_plan(daemon)
 
 
+@pytest.mark.skipif(not psutil.LINUX, reason="what a process has mapped shows on Linux only")
+def test_no_process_carries_pytorch_along(three: list[Daemon]) -> None:
+    for daemon in three:
+        for process in (psutil.Process(daemon.process.pid), *daemon.executors()):
+            mapped = {Path(mapped.path).name for mapped in process.memory_maps()}
+            assert any(name.startswith("libc.") for name in mapped)
+            assert not any("torch" in name for name in mapped)
+
+
 def test_eight_concurrent_streams_at_different_nodes(three: list[Daemon]) -> None:
     def stream(item: tuple[int, str]) -> str:
         number, question = item
