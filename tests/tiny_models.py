@@ -139,7 +139,8 @@ def make_tiny_model(
     seed: int = 0,
 ) -> Path:
     """Make a model in a process of its own and return `directory`."""
-    command = [sys.executable, "-m", "tests.tiny_models", architecture, str(directory)]
+    command = [sys.executable, "-m", "tests.without_torch", "tests.tiny_models"]
+    command += [architecture, str(directory)]
     command += ["--dtype", dtype, "--shards", str(shards), "--seed", str(seed)]
     if quantize:
         command += ["--quantize", quantize]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from pxd.executors.backends import Backend, load_backend
+from pxd.executors.backends import Backend, hide_torch, load_backend
 from pxd.executors.frames import FrameSocket, exit_with_parent
 from pxd.executors.messages import (
     Command,
@@ -167,6 +167,8 @@ def serve(descriptor: int, open_backend: Callable[[], Backend]) -> int:
 
 def main(arguments: list[str]) -> int:
     kind, descriptor = arguments
+    if kind == "mlx":
+        hide_torch()
     return serve(int(descriptor), lambda: load_backend(kind))
 
 

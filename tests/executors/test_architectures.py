@@ -34,7 +34,7 @@ Checks = dict[str, "Future[subprocess.CompletedProcess[str]]"]
 
 def run(check: str, directory: Path) -> "subprocess.CompletedProcess[str]":
     architecture, *options = check.split()
-    command = [sys.executable, "-m", "tests.executors.architecture_check"]
+    command = [sys.executable, "-m", "tests.without_torch", "tests.executors.architecture_check"]
     return subprocess.run(
         [*command, architecture, str(directory), *options],
         cwd=ROOT,
