@@ -1,6 +1,6 @@
 """Runs a module as if PyTorch were not installed, which an MLX worker does as well.
 
-    python -m tests.without_torch MODULE [ARGUMENT …]
+python -m tests.without_torch MODULE [ARGUMENT …]
 """
 
 import runpy
