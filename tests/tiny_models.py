@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pxd.lean import without_torch
 from tests.tiny_configs import CONFIGS, VOCABULARY
 
 __all__ = ["VOCABULARY", "make_in_process", "make_tiny_model", "save_tokenizer"]
@@ -139,8 +140,7 @@ def make_tiny_model(
     seed: int = 0,
 ) -> Path:
     """Make a model in a process of its own and return `directory`."""
-    command = [sys.executable, "-m", "tests.without_torch", "tests.tiny_models"]
-    command += [architecture, str(directory)]
+    command = [sys.executable, "-m", "tests.tiny_models", architecture, str(directory)]
     command += ["--dtype", dtype, "--shards", str(shards), "--seed", str(seed)]
     if quantize:
         command += ["--quantize", quantize]
@@ -162,4 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    without_torch()
     main()

@@ -6,9 +6,9 @@ python -m tests.without_torch MODULE [ARGUMENT …]
 import runpy
 import sys
 
-from pxd.executors.backends import hide_torch
+from pxd.lean import without_torch
 
 if __name__ == "__main__":
-    hide_torch()
+    without_torch()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

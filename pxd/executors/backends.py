@@ -1,8 +1,7 @@
 """The kinds of executor. Their tensor libraries are imported in worker processes only."""
 
-import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pxd.cluster.records import Device
 from pxd.executors.protocol import Engine, ExecutorError, ModelDescription
@@ -42,14 +41,3 @@ def load_backend(kind: str) -> Backend:
         return MlxBackend()
     except (ImportError, ValueError, OSError) as error:
         raise ExecutorError(f"the {kind} executor cannot be used here: {error}") from error
-
-
-def hide_torch() -> None:
-    """Make it look as if PyTorch were not installed, in a process that only ever runs MLX.
-
-    mlx-lm imports transformers, which imports PyTorch where it finds it, for nothing: that takes
-    longer than all the rest of what a worker imports.
-    """
-    modules: dict[str, Any] = sys.modules
-    # What Python takes as: known not to be there.
-    modules.setdefault("torch", None)

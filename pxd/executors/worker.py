@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from pxd.executors.backends import Backend, hide_torch, load_backend
+from pxd.executors.backends import Backend, load_backend
 from pxd.executors.frames import FrameSocket, exit_with_parent
 from pxd.executors.messages import (
     Command,
@@ -35,6 +35,7 @@ from pxd.executors.messages import (
 )
 from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
 from pxd.executors.rows import draws_of
+from pxd.lean import without_torch
 from pxd.wire import (
     Buffer,
     Logprobs,
@@ -168,7 +169,7 @@ def serve(descriptor: int, open_backend: Callable[[], Backend]) -> int:
 def main(arguments: list[str]) -> int:
     kind, descriptor = arguments
     if kind == "mlx":
-        hide_torch()
+        without_torch()
     return serve(int(descriptor), lambda: load_backend(kind))
 
 
