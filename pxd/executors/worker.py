@@ -37,6 +37,7 @@ from pxd.executors.messages import (
 )
 from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
 from pxd.executors.rows import draws_of
+from pxd.lean import without_torch
 from pxd.wire import (
     Buffer,
     Logprobs,
@@ -174,6 +175,8 @@ def serve(descriptor: int, open_backend: Callable[[], Backend]) -> int:
 
 def main(arguments: list[str]) -> int:
     kind, descriptor = arguments
+    if kind == "mlx":
+        without_torch()
     return serve(int(descriptor), lambda: load_backend(kind))
 
 
