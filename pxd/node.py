@@ -113,7 +113,7 @@ class Node:
             self.gossip,
             settings.files.cache,
             partial(describe_model, kind=kind),
-            quantize=quantize_model if kind == "mlx" else None,
+            quantize=quantize_model if kind != "sglang" else None,
             added=who.state.added,
             quantized=who.state.quantized,
             chosen=lambda: self.choices.current.names,

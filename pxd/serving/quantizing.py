@@ -59,8 +59,8 @@ class Quantizing:
     def _quantizer(self) -> Quantize:
         if self._quantize is None:
             raise ModelError(
-                "this node has another executor than MLX, which alone quantises and reads what is "
-                "quantised: `pxd start --executor mlx`, or use another node"
+                "this node's executor cannot serve what MLX quantises: `pxd start --executor mlx`, "
+                "or use another node"
             )
         return self._quantize
 

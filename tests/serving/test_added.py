@@ -296,7 +296,7 @@ async def test_what_cannot_be_quantised(clock: MockClock, tmp_path: Path) -> Non
     with pytest.raises(ChoiceError, match="there is another source-4bit on this node already"):
         await node.added.add("/models/source", 4)
     other = Node(tmp_path / "other")
-    with pytest.raises(ChoiceError, match="another executor than MLX"):
+    with pytest.raises(ChoiceError, match="executor cannot serve what MLX quantises"):
         await other.added.add("acme/other", 4)
     assert (node.states(), node.saved, other.saved) == ({}, [], [])
 
