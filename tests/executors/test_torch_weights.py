@@ -42,7 +42,7 @@ class InMemory:
 
     def get_dtype(self) -> str:
         return {
-            torch.float32: "F32", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
+            torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
             torch.float8_e4m3fn: "F8_E4M3",
         }[self.tensor.dtype]  # fmt: skip
 
@@ -91,10 +91,30 @@ def scores(path: Path, kinds: list[str], cuts: list[int]) -> dict[int, float]:
 
 
 def test_stages_of_either_kind_compute_the_same_of_mlx_weights(tmp_path: Path) -> None:
-    """Of a model whose experts mlx-lm has in one tensor."""
-    path = make_tiny_model("qwen3_moe", tmp_path / "four", quantize="4")
+    path = make_tiny_model("qwen3", tmp_path / "four", quantize="4")
     alone = scores(path, ["mlx"], [])
     assert scores(path, ["mlx", "torch"], [3]) == pytest.approx(alone, abs=1e-3)
+
+
+def test_experts_of_mlx_lm_are_given_one_by_one_under_the_names_of_makers() -> None:
+    numbers = mx.random.normal((2, 3, 64))
+    parts = [torch.from_numpy(np.array(p)) for p in mx.quantize(numbers, group_size=32, bits=8)]
+    names = ("weight", "scales", "biases")
+    wanted = mlx.dequantize(*parts, mlx.Packing(8, 32))
+    for module, first in [
+        ("l.0.mlp.switch_mlp.up_proj", "l.0.mlp.experts.0.up_proj.weight"),
+        ("l.0.mlp.experts.up_proj", "l.0.mlp.experts.0.up_proj.weight"),
+        ("l.0.block_sparse_moe.switch_mlp.up_proj", "l.0.block_sparse_moe.experts.0.w3.weight"),
+    ]:
+        tensors = stored({f"{module}.{name}": p for name, p in zip(names, parts, strict=True)})
+        packings = mlx.Packings(
+            {"bits": 4, "group_size": 64, module: {"bits": 8, "group_size": 32}}
+        )
+        made = mlx.one_by_one(mlx.dense(tensors, packings))
+        assert list(made) == [first, first.replace("0.up", "1.up").replace("0.w3", "1.w3")]
+        for expert, weight in zip(wanted, made.values(), strict=True):
+            assert weight.get_shape() == [3, 64]
+            assert torch.equal(weight[...], expert)
 
 
 def save_changed(path: Path, change: Callable[[str, Any], Tensors], said: Any, to: Path) -> Path:
