@@ -42,7 +42,8 @@ class InMemory:
 
     def get_dtype(self) -> str:
         return {
-            torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
+            torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32",
+            torch.int8: "I8", torch.uint8: "U8",
             torch.float8_e4m3fn: "F8_E4M3",
         }[self.tensor.dtype]  # fmt: skip
 
