@@ -20,7 +20,7 @@ from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, NodeRecord, StageReport
 from pxd.doctor.doctor import Doctor
 from pxd.doctor.findings import Report
-from pxd.executors import describe_model, open_executor
+from pxd.executors import describe_model, open_executor, quantize_model
 from pxd.notify import notify
 from pxd.p2p.addresses import for_tickets
 from pxd.p2p.bandwidth import Meter
@@ -113,7 +113,9 @@ class Node:
             self.gossip,
             settings.files.cache,
             partial(describe_model, kind=kind),
+            quantize=quantize_model if kind == "mlx" else None,
             added=who.state.added,
+            quantized=who.state.quantized,
             chosen=lambda: self.choices.current.names,
             plan=lambda: self.plans.plan,
             save=self._save,
@@ -320,6 +322,7 @@ class Node:
                 now=time.time(),
             ),
             added=self.added.views(),
+            looking=self.models.looking,
             waits_for=self._departure.waits_for,
         )
 

@@ -129,9 +129,9 @@ def render(lines: Mapping[str, str]) -> str:
 def try_out(name: str) -> Row:
     """Raises `AssertionError` where a model computes something else in stages."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "tests.executors.architecture_check", name, directory]
+        command = [sys.executable, "-m", "tests.without_torch"]
         result = subprocess.run(
-            [*command, "--row"],
+            [*command, "tests.executors.architecture_check", name, directory, "--row"],
             cwd=ROOT,
             capture_output=True,
             text=True,
