@@ -18,7 +18,10 @@ def stage_bytes(model: ModelPlan, stage: StagePlan) -> int:
         return stage.kv_bytes
     cost = model.basis.inputs.model
     ends = ends_bytes(cost, embedding=stage.start == 0, head=stage.end == cost.layers)
-    return sum(cost.layer_bytes[stage.start : stage.end]) + ends + stage.kv_bytes
+    weights = sum(cost.layer_bytes[stage.start : stage.end]) + ends
+    offers = model.basis.inputs.offers
+    expansion = next((offer.expansion for offer in offers if offer.id == stage.node), 1.0)
+    return math.ceil(weights * expansion) + stage.kv_bytes
 
 
 def claims_of(

@@ -10,7 +10,7 @@ from pxd.planning.model import ModelCost, NodeOffer, PlanSettings
 
 
 class Budget(msgspec.Struct, frozen=True, order=True):
-    """What one node may hold: bytes of weights, bytes of KV, number of layers."""
+    """What one node may hold: bytes of stored weights, bytes of KV, number of layers."""
 
     weights: int
     kv: int
@@ -21,7 +21,7 @@ def budget(offer: NodeOffer, model: ModelCost, settings: PlanSettings) -> Budget
     memory = left_over(offer, settings)
     limit = model.layers if offer.max_layers is None else min(offer.max_layers, model.layers)
     return Budget(
-        weights=math.floor(memory * settings.weight_share),
+        weights=math.floor(memory * settings.weight_share / offer.expansion),
         kv=math.floor(memory * settings.kv_share),
         layers=limit,
     )

@@ -9,6 +9,7 @@ Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 Speed = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Layer = Annotated[int, msgspec.Meta(ge=0, le=4096)]
+Expansion = Annotated[float, msgspec.Meta(ge=1, le=1000)]
 PerLayer = Annotated[tuple[Size, ...], msgspec.Meta(max_length=4096)]
 
 
@@ -31,7 +32,7 @@ class NodeOffer(msgspec.Struct, frozen=True):
     `tflops` (fp16) and `bandwidth` (GB/s of memory) are totals of the whole node, whatever number
     of devices it has; 0 means not known. One that is `slow` is slower than usual just now, and all
     figures are of now. `taken` is how many bytes, of weights and KV caches, the stages of other
-    models have on it.
+    models have on it. Weights take `expansion` times their stored bytes on it.
     """
 
     id: NodeId
@@ -42,6 +43,7 @@ class NodeOffer(msgspec.Struct, frozen=True):
     measured: Measured | None = None
     taken: Size = 0
     slow: bool = False
+    expansion: Expansion = 1.0
 
 
 class Experts(msgspec.Struct, frozen=True):
@@ -64,7 +66,8 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     `windows` in positions (0: attends to all), `state_bytes` of a request whatever its length, and
     `experts` (None: the layer is dense). `head_flops` is per token; `compute_scale` is how much
     faster the model's number format multiplies than fp16. `hidden_size` and `activation_bytes` are
-    what a position takes on the wire.
+    what a position takes on the wire. `expansion` is how many times their bytes weights take as
+    plain numbers, on nodes that cannot compute with quantised ones.
     """
 
     layer_bytes: PerLayer
@@ -83,6 +86,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: Size = 0
     activation_bytes: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
     context: Size = 0
+    expansion: Expansion = 1.0
 
     @property
     def layers(self) -> int:

@@ -15,6 +15,9 @@ from pxd.serving.readiness import Members
 # What both leave over is room for activations and the library's own buffers.
 PLAN_SETTINGS = PlanSettings(weight_share=0.75, kv_share=0.2)
 
+_SPREADS_OUT = "torch"
+"""The executor that holds quantised weights as plain numbers."""
+
 PROBE_S = 0.0013
 """What a membership probe takes on top of the network: both daemons have to wake up."""
 LEAST_RTT_S = 1e-5
@@ -29,7 +32,7 @@ def inputs_of(name: str, cost: ModelCost, members: Members) -> PlanInputs:
     links = (link for record in present for link in _links(record) if link.b in there)
     return PlanInputs(
         model=cost,
-        offers=tuple(_offer(record, name) for record in present),
+        offers=tuple(_offer(record, name, cost) for record in present),
         settings=PLAN_SETTINGS,
         links=tuple(sorted(links)),
     )
@@ -111,7 +114,7 @@ def _present(members: Members) -> Iterator[NodeRecord]:
             yield record
 
 
-def _offer(record: NodeRecord, model: str) -> NodeOffer:
+def _offer(record: NodeRecord, model: str, cost: ModelCost) -> NodeOffer:
     device = record.device
     assert device is not None, "_present leaves out nodes that have not measured themselves"
     report = next((r for r in record.stages if r.model == model and r.decode_s > 0), None)
@@ -125,6 +128,7 @@ def _offer(record: NodeRecord, model: str) -> NodeOffer:
         max_layers=record.max_layers,
         measured=_measured(report, slow) if report is not None else None,
         slow=record.slow > 0,
+        expansion=cost.expansion if _SPREADS_OUT in device.executors else 1.0,
     )
 
 

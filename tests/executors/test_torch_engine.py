@@ -17,7 +17,6 @@ from pxd.executors.torch import attention  # noqa: E402
 from pxd.executors.torch.describe import describe  # noqa: E402
 from pxd.executors.torch.engine import TorchEngine  # noqa: E402
 from pxd.executors.torch.split import plan_split  # noqa: E402
-from tests.tiny_models import make_tiny_model  # noqa: E402
 from tests.torch_models import make_torch_model  # noqa: E402
 
 LAYERS = 6
@@ -68,10 +67,6 @@ def test_what_the_executor_cannot_run_is_refused_with_a_reason(tmp_path: Path) -
     path = make_torch_model("qwen3_next", tmp_path / "linear")
     with pytest.raises(ExecutorError, match="layers of type linear_attention"):
         describe(path)
-    quantised = make_tiny_model("qwen3", tmp_path / "quantised", quantize="4")
-    for look in (lambda: describe(quantised), lambda: load(quantised)):
-        with pytest.raises(ExecutorError, match="only the mlx executor reads"):
-            look()
 
 
 def load(path: Path) -> None:

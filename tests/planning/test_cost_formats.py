@@ -34,6 +34,10 @@ def test_mlx_quantises_the_ends_too_and_keeps_a_scale_and_a_bias_per_group() -> 
     quantised = model(DENSE, quantization={"bits": 4, "group_size": 64})
     assert quantised.layer_bytes[0] == (ATTENTION + MLP) * (4 / 8 + 4 / 64)
     assert quantised.embedding_bytes == quantised.head_bytes == ENDS * (4 / 8 + 4 / 64)
+    assert quantised.expansion == pytest.approx(2 / (4 / 8 + 4 / 64))
+    assert model(DENSE).expansion == model(MIXTURE).expansion == 1
+    mixture = model(MIXTURE, quantization={"bits": 8, "group_size": 64})
+    assert mixture.expansion == pytest.approx(2 / (1 + 4 / 64))
     blocks = model(DENSE, quantization={"bits": 4, "group_size": 32, "mode": "mxfp4"})
     assert blocks.layer_bytes[0] == (ATTENTION + MLP) * (4 / 8 + 1 / 32)
 

@@ -86,6 +86,7 @@ def load_paged(spec: LoadSpec, progress: Progress) -> TorchLayers:
         KeyError,
         TypeError,
         IndexError,
+        AttributeError,
         OSError,
         ImportError,
     ) as error:

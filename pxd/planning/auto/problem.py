@@ -191,9 +191,10 @@ class Problem:
 
 
 def known_speeds(offers: Sequence[NodeOffer]) -> list[tuple[float, float]]:
-    """(TFLOP/s, GB/s) of each offer; what is not known counts as the mean of what is."""
+    """(TFLOP/s, GB/s of stored weights) of each offer; what is not known counts as the mean of what
+    is."""
     tflops = [offer.tflops for offer in offers]
-    bandwidth = [offer.bandwidth for offer in offers]
+    bandwidth = [offer.bandwidth / offer.expansion for offer in offers]
     return list(
         zip(_filled(tflops, FALLBACK_TFLOPS), _filled(bandwidth, FALLBACK_BANDWIDTH), strict=True)
     )

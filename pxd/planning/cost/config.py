@@ -4,7 +4,7 @@ Layers are taken one by one: attention over all positions, over a window or over
 latent, states of fixed size in its place, dense networks and experts in any order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,12 +21,14 @@ MAX_TOTAL = 1 << 60
 
 
 class _Layer(msgspec.Struct, frozen=True):
-    """`flops` are two per active weight; `bits` is what those weights take, without scales."""
+    """`flops` are two per active weight; `bits` is what those weights take, without scales. `plain`
+    is the size that it had if nothing were quantised."""
 
     size: int
     kv: int
     flops: int
     bits: float
+    plain: int
     attention_flops: int
     window: int
     state: int
@@ -70,8 +72,14 @@ def cost_from_config(
         hidden_size=hidden,
         activation_bytes=fields.element_bytes,
         context=fields.maybe("max_position_embeddings") or 0,
+        expansion=_expansion(layers),
     )
     return within_bounds(_measured(cost, tensors) if tensors else cost)
+
+
+def _expansion(layers: Sequence[_Layer]) -> float:
+    stored = sum(layer.size for layer in layers)
+    return max(1.0, sum(layer.plain for layer in layers) / max(1, stored))
 
 
 def within_bounds(cost: ModelCost) -> ModelCost:
@@ -85,16 +93,18 @@ def within_bounds(cost: ModelCost) -> ModelCost:
 
 def _layer(fields: Fields, formats: Formats, index: int, kind: LayerKind) -> _Layer:
     mixer, ffn = MIXERS[kind.mixer](fields), FEED_FORWARDS[kind.ffn](fields)
-    size = expert = weights = 0
+    size = expert = weights = plain = 0
     bits = 0.0
     for matrix in mixer.matrices + ffn.matrices:
         found = formats.of(index, matrix.name)
         size += found.size(matrix.elements)
+        plain += formats.plain.size(matrix.elements)
         weights += matrix.elements
         bits += matrix.elements * found.bits
     for matrix in ffn.expert:
         found = formats.of(index, matrix.name)
         expert += found.size(matrix.elements)
+        plain += ffn.total * formats.plain.size(matrix.elements)
         weights += matrix.elements * ffn.active
         bits += matrix.elements * ffn.active * found.bits
     window = fields.count("sliding_window") if kind.mixer == "window" else 0
@@ -103,6 +113,7 @@ def _layer(fields: Fields, formats: Formats, index: int, kind: LayerKind) -> _La
         kv=mixer.kv * fields.element_bytes,
         flops=2 * weights,
         bits=bits,
+        plain=plain,
         attention_flops=mixer.flops,
         # One that is never filled is none.
         window=window if window < _context(fields) else 0,
