@@ -20,7 +20,7 @@ from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, NodeRecord, StageReport
 from pxd.doctor.doctor import Doctor
 from pxd.doctor.findings import Report
-from pxd.executors import describe_model, open_executor
+from pxd.executors import describe_model, open_executor, scratch
 from pxd.notify import notify
 from pxd.p2p.addresses import for_tickets
 from pxd.p2p.bandwidth import Meter
@@ -112,7 +112,7 @@ class Node:
             self.network,
             self.gossip,
             settings.files.cache,
-            partial(describe_model, kind=kind),
+            partial(describe_model, kind=kind, scratch_root=settings.files.scratch),
             added=who.state.added,
             chosen=lambda: self.choices.current.names,
             plan=lambda: self.plans.plan,
@@ -130,7 +130,10 @@ class Node:
         )
         self.plans = PlanSync(self.network, self._members, self._on_plan, lambda: self.gossip.leads)
         self.stages = StageHost(
-            self.network, partial(open_executor, kind), self.models.directory, self._on_stages
+            self.network,
+            partial(open_executor, kind, scratch_root=settings.files.scratch),
+            self.models.directory,
+            self._on_stages,
         )
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.stages.send_as(settings.wire_dtype)
@@ -473,6 +476,8 @@ async def run(settings: Settings, *, started: Callable[[Started], None]) -> None
 
 async def _run(settings: Settings, started: Callable[[Started], None]) -> None:
     with identity.lock_data_dir(settings.files.lock):
+        # Of executors whose daemon was killed, and could not tidy up after them.
+        scratch.remove(settings.files.scratch)
         who = identify(settings)
         starting = trio.CancelScope()
         node: Node | None = None
