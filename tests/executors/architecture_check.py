@@ -6,6 +6,7 @@ Runs in a process of its own for the reason given in `tests.tiny_models`. Exits 
 """
 
 import argparse
+import gc
 import itertools
 import random
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
-import msgspec
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
@@ -56,14 +56,17 @@ def choose_cuts(description: ModelDescription) -> list[list[int]]:
     return [[], [splits[len(splits) // 2]], [splits[0], splits[-1]]]
 
 
-def check_alone(path: Path, description: ModelDescription, model: Any) -> None:
-    for cuts in choose_cuts(description):
-        pipeline = Pipeline.load(path, description.layers, cuts)
-        for prompt in PROMPTS:
-            for chunk in (2048, 7):
-                wanted = expected(model, prompt, COUNT, chunk)
-                got = pipeline.generate(prompt, COUNT, chunk=chunk)
-                assert got == wanted, f"cuts {cuts}, chunk {chunk}: {got}, not {wanted}"
+def load_pipelines(path: Path, description: ModelDescription) -> list[Pipeline]:
+    return [Pipeline.load(path, description.layers, cuts) for cuts in choose_cuts(description)]
+
+
+def check_alone(pipelines: Sequence[Pipeline], model: Any) -> None:
+    for prompt, chunk in itertools.product(PROMPTS, (2048, 7)):
+        wanted = expected(model, prompt, COUNT, chunk)
+        for pipeline in pipelines:
+            got = pipeline.generate(prompt, COUNT, chunk=chunk)
+            stages = len(pipeline.engines)
+            assert got == wanted, f"{stages} stages, chunk {chunk}: {got}, not {wanted}"
 
 
 def check_fetched(path: Path, description: ModelDescription, model: Any) -> None:
@@ -134,12 +137,14 @@ class Crowd:
     def answer(self, number: int) -> list[int]:
         return self.sequences[number][len(self.prompts[number]) :]
 
+    def leave(self, *numbers: int) -> None:
+        self.pipeline.release(numbers)
 
-def check_batches(path: Path, description: ModelDescription, model: Any) -> None:
+
+def check_batches(pipeline: Pipeline, model: Any) -> None:
     """Requests of different lengths join, change places, pause, are cancelled and rejoin."""
     prompts = {1: list(range(5, 30)), 2: list(range(40, 52)), 3: [7, 9, 11], 4: [8] * 40, 5: [3]}
-    cuts = choose_cuts(description)[-1]
-    crowd = Crowd(Pipeline.load(path, description.layers, cuts), prompts)
+    crowd = Crowd(pipeline, prompts)
     crowd.join(1, 2, 3)
     crowd.decode(1, 2)
     crowd.decode(1, 2, 3)
@@ -148,7 +153,7 @@ def check_batches(path: Path, description: ModelDescription, model: Any) -> None
     crowd.decode(4, 3, 2, 1, 5)
     crowd.decode(1)
     crowd.decode(5, 1)
-    crowd.pipeline.release([2])
+    crowd.leave(2)
     for _ in range(4):
         crowd.decode(3, 4, 5)
         crowd.decode(1)
@@ -160,12 +165,13 @@ def check_batches(path: Path, description: ModelDescription, model: Any) -> None
         got = crowd.answer(number)
         wanted = expected(model, prompt, len(got), CHUNK)
         assert got == wanted, f"request {number}: {got}, not {wanted}"
+    crowd.leave(1, 3, 4, 5)
 
 
-def check_random_batches(path: Path, description: ModelDescription, model: Any) -> None:
+def check_random_batches(pipeline: Pipeline, model: Any) -> None:
     """Any subset may decode next, in any order; requests end and new ones take their place."""
     chance = random.Random(17)
-    crowd = Crowd(Pipeline.load(path, description.layers, choose_cuts(description)[-1]), {})
+    crowd = Crowd(pipeline, {})
 
     def check(number: int) -> None:
         got = crowd.answer(number)
@@ -182,24 +188,25 @@ def check_random_batches(path: Path, description: ModelDescription, model: Any) 
         if len(running) > 5:
             ended = running.pop(chance.randrange(len(running)))
             check(ended)
-            crowd.pipeline.release([ended])
+            crowd.leave(ended)
         for _ in range(4):
             crowd.decode(*chance.sample(running, chance.randint(1, len(running))))
     for number in running:
         check(number)
+    crowd.leave(*running)
 
 
 # Whose caches keep all positions, and so can forget the last ones.
 TRIMS = {"qwen3", "llama", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gemma2"}
 
 
-def check_guesses(path: Path, description: ModelDescription, model: Any, *, trims: bool) -> None:
+def check_guesses(pipelines: Sequence[Pipeline], model: Any, *, trims: bool) -> None:
     """Several positions in one pass, of which those behind a wrong guess are taken back."""
-    for cuts in choose_cuts(description):
-        pipeline = Pipeline.load(path, description.layers, cuts)
-        assert pipeline.trims == trims, f"cuts {cuts}: {pipeline.trims}"
-        for number, prompt in enumerate(PROMPTS if trims else ()):
-            text = prompt + expected(model, prompt, 24)
+    texts = [prompt + expected(model, prompt, 24) for prompt in PROMPTS] if trims else []
+    for pipeline in pipelines:
+        stages = len(pipeline.engines)
+        assert pipeline.trims == trims, f"{stages} stages: {pipeline.trims}"
+        for number, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=False)):
             pipeline.prefill(number, prompt)
             place = len(prompt) - 1
             for count, right in ((5, 5), (9, 2), (3, 1), (1, 1), (16, 7), (4, 4)):
@@ -207,7 +214,7 @@ def check_guesses(path: Path, description: ModelDescription, model: Any, *, trim
                 tokens = [*text[place : place + right], *wrong][:count]
                 drawn = pipeline.step([(number, place, tokens, count)])
                 wanted = text[place + 1 : place + 1 + right]
-                assert list(drawn[:right]) == wanted, f"cuts {cuts}: {drawn}, not {wanted}"
+                assert list(drawn[:right]) == wanted, f"{stages} stages: {drawn}, not {wanted}"
                 place += right
 
 
@@ -220,14 +227,15 @@ def try_out(architecture: str, directory: Path) -> Row:
     except ExecutorError as error:
         return Row(name=architecture, reason=str(error)[:REASON_CHARACTERS])
     model, _ = load_model(path)
-    check_alone(path, description, model)
     check_numbers(path, description, model)
-    check_batches(path, description, model)
-    check_random_batches(path, description, model)
+    pipelines = load_pipelines(path, description)
+    check_alone(pipelines, model)
+    check_batches(pipelines[-1], model)
+    check_random_batches(pipelines[-1], model)
     whole = load_stage(path, describe_checkpoint(path), 0, description.layers, lambda _: None)
     caches = whole.stage.make_caches()
     guesses = can_take_back(caches) and supports_guesses(whole.stage, whole.dtype)
-    check_guesses(path, description, model, trims=guesses)
+    check_guesses(pipelines, model, trims=guesses)
     return Row(
         name=architecture,
         layers=description.layers,
@@ -247,11 +255,9 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--quantize", default="", choices=QUANTIZATIONS)
     parser.add_argument("--splits", default="1,2,3,4,5", help="cuts that must be allowed")
-    parser.add_argument("--row", action="store_true", help="print what the table says of it")
     arguments = parser.parse_args()
-    if arguments.row:
-        print(msgspec.json.encode(try_out(arguments.architecture, arguments.directory)).decode())
-        return
+    # Every load collects garbage; what has been imported never is any.
+    gc.freeze()
     path = make_in_process(
         arguments.architecture,
         arguments.directory,
@@ -263,14 +269,15 @@ def main() -> None:
     assert ",".join(map(str, description.splits)) == arguments.splits, description
     assert bool(description.unsupported) == (not description.splits), description
     model, _ = load_model(path)
-    check_alone(path, description, model)
     check_fetched(path, description, model)
     check_numbers(path, description, model)
+    pipelines = load_pipelines(path, description)
+    check_alone(pipelines, model)
     # In less precision a batch may break near-ties otherwise than a single row.
     if arguments.dtype == "float32" and not arguments.quantize:
-        check_batches(path, description, model)
-        check_random_batches(path, description, model)
-        check_guesses(path, description, model, trims=arguments.architecture in TRIMS)
+        check_batches(pipelines[-1], model)
+        check_random_batches(pipelines[-1], model)
+        check_guesses(pipelines, model, trims=arguments.architecture in TRIMS)
 
 
 if __name__ == "__main__":
