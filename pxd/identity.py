@@ -130,7 +130,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """Counters that must never run backwards, and what people decided while the node ran.
 
     `choice` (stamp, by, name) is how releases with one model wrote what is in `models` now. `added`
-    are models that are to be had on this node.
+    are models that are to be had on this node, `quantized` those of them that are made here: of
+    which model, and with how many bits.
     """
 
     incarnation: Count = 0
@@ -139,6 +140,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     models: Models | None = None
     drained: bool = False
     added: tuple[str, ...] = ()
+    quantized: dict[str, tuple[str, int]] = {}
 
 
 def write_private(path: Path, data: bytes) -> None:

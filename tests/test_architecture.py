@@ -19,6 +19,7 @@ FLOORS = {
     "settings": 0,
     "identity": 0,
     "hardware": 0,
+    "lean": 0,
     "notify": 0,
     "signals": 0,
     "cluster": 1,

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pxd.lean import without_torch
 from tests.tiny_configs import CONFIGS, VOCABULARY
 
 __all__ = ["VOCABULARY", "make_in_process", "make_tiny_model", "save_tokenizer"]
@@ -161,4 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    without_torch()
     main()

@@ -11,6 +11,7 @@ from pxd.api.control import require_control
 from pxd.api.daemon import Daemon
 from pxd.api.door import parse_body
 from pxd.api.errors import INVALID, SERVER, ApiError, json_response
+from pxd.models.quantized import Bits
 from pxd.serving.choice import ChoiceError
 from pxd.serving.drain import DrainError
 from pxd.wire import Identifier
@@ -41,6 +42,13 @@ class UseBody(msgspec.Struct, forbid_unknown_fields=True):
 
     model: ModelName
     only: bool = False
+
+
+class AddBody(msgspec.Struct, forbid_unknown_fields=True):
+    """With `quantize`, a copy with so many bits for each weight."""
+
+    model: ModelName
+    quantize: Bits | None = None
 
 
 class ModelBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -81,9 +89,9 @@ class OperationRoutes:
             raise _refusal(error) from error
 
     async def add(self, request: Request) -> Response:
-        body = await self._body(request, ModelBody)
+        body = await self._body(request, AddBody)
         try:
-            return _answer(await self._daemon.added.add(body.model))
+            return _answer(await self._daemon.added.add(body.model, body.quantize))
         except ChoiceError as error:
             raise _refusal(error) from error
 

@@ -70,7 +70,7 @@ class Client:
         path: str,
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
-        timeout: float = TIMEOUT_S,
+        timeout: float | None = TIMEOUT_S,
     ) -> Iterator[http.client.HTTPResponse]:
         parts = urlsplit(self.url)
         kind = (
@@ -137,11 +137,18 @@ class Client:
     def stop(self, *, now: bool = False) -> Leaving:
         return self.control("POST", "/cluster/stop", Leaving, {"now": now})
 
-    def control(self, method: str, path: str, kind: type[AnswerT], body: object = None) -> AnswerT:
+    def control(
+        self,
+        method: str,
+        path: str,
+        kind: type[AnswerT],
+        body: object = None,
+        timeout: float | None = CONTROL_TIMEOUT_S,
+    ) -> AnswerT:
         """What a control route answers, as `kind`. Waits while members are told."""
         data = None if body is None else msgspec.json.encode(body)
         headers = self._control | {"Content-Type": "application/json"}
-        with self._response(method, path, data, headers, CONTROL_TIMEOUT_S) as response:
+        with self._response(method, path, data, headers, timeout) as response:
             return self._parse(response.read(MAX_RESPONSE), kind)
 
     def chat(self, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:

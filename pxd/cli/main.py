@@ -9,6 +9,7 @@ import typer
 import pxd
 from pxd.cli import chat, doctor, drain, key, kick, models, plan, start, status, stop, ticket
 from pxd.cli.options import with_examples
+from pxd.lean import without_torch
 
 app = typer.Typer(
     name="pxd",
@@ -70,4 +71,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a character gets a question mark, not a traceback.
             stream.reconfigure(errors="replace")
+    # Also the daemon uses tokenizers alone: models run in processes of their own.
+    without_torch()
     app()

@@ -2,24 +2,25 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from pxd.cli import key, progress
-from pxd.cli.ask import ask
+from pxd.cli.ask import ask, ask_patiently
 from pxd.cli.options import DataDir, Node, fail, with_examples
 from pxd.cli.words import clean
 
 if TYPE_CHECKING:
     from pxd.serving.choice import Chosen
-    from pxd.serving.status import ClusterStatus
+    from pxd.serving.status import AddedView, ClusterStatus
 
 USE_HELP = with_examples(
     "Have the cluster serve a model, beside those that it serves already and where memory allows. "
     "All nodes remember it.",
     ("pxd models use Qwen/Qwen3-8B", "beside the others; waits until it is served"),
     ("pxd models use --only demo", "the others end once it is served"),
+    ("pxd models use Qwen/Qwen3-8B --quantize 4", "makes Qwen/Qwen3-8B-4bit and serves that"),
 )
 STOP_HELP = with_examples(
     "Have the cluster serve a model no more. It takes no new requests, and those that run have a "
@@ -31,6 +32,7 @@ ADD_HELP = with_examples(
     "then fetch what they need from here. Nothing is served because of it.",
     ("pxd models add Qwen/Qwen3-8B", "waits until it is here"),
     ("pxd models add ~/models/tiny", "a directory on this machine; it stays where it is"),
+    ("pxd models add Qwen/Qwen3-8B --quantize 4", "makes Qwen/Qwen3-8B-4bit of it"),
 )
 REMOVE_HELP = with_examples(
     "Undo `pxd models add`, and delete what this node has fetched of a model from other nodes. A "
@@ -45,8 +47,19 @@ LIST_HELP = with_examples(
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
+AnswerT = TypeVar("AnswerT")
+
 Model = Annotated[
     str, typer.Argument(metavar="NAME", help="`demo`, a directory, or a Hugging Face id.")
+]
+Quantize = Annotated[
+    int | None,
+    typer.Option(
+        "--quantize",
+        metavar="BITS",
+        help="A copy with 2, 3, 4, 5, 6 or 8 bits for each weight, made on this node by MLX; "
+        "it is called NAME-BITSbit.",
+    ),
 ]
 Only = Annotated[bool, typer.Option("--only", help="Instead of the others.")]
 
@@ -76,12 +89,21 @@ def list_models(node: Node = None, data_dir: DataDir = None, as_json: key.Json =
 def use(
     name: Model,
     only: Only = False,
+    quantize: Quantize = None,
     no_wait: progress.NoWait = False,
     node: Node = None,
     data_dir: DataDir = None,
     as_json: key.Json = False,
 ) -> None:
-    result = _ask("use", {"model": _resolved(name), "only": only}, node, data_dir)
+    from pxd.serving.choice import Chosen
+
+    model = _resolved(name)
+    if quantize is not None:
+        if no_wait:
+            fail("--no-wait does not go with --quantize: the copy can be served once it is made", 2)
+        model = _add(model, quantize, node, data_dir, no_wait=False, quiet=as_json).name
+    body = {"model": model, "only": only}
+    result = _ask_patiently("use", body, Chosen, node, data_dir, quiet=as_json)
     if as_json:
         sys.stdout.write(key.as_json_text(result))
     else:
@@ -100,7 +122,9 @@ def stop(
     data_dir: DataDir = None,
     as_json: key.Json = False,
 ) -> None:
-    result = _ask("stop", {"model": name}, node, data_dir)
+    from pxd.serving.choice import Chosen
+
+    result = ask("/cluster/models/stop", {"model": name}, Chosen, node, data_dir)
     if as_json:
         sys.stdout.write(key.as_json_text(result))
     else:
@@ -115,22 +139,16 @@ def stop(
 @app.command("add", help=ADD_HELP, short_help="Have a model's files on this node.")
 def add(
     name: Model,
+    quantize: Quantize = None,
     no_wait: progress.NoWait = False,
     node: Node = None,
     data_dir: DataDir = None,
     as_json: key.Json = False,
 ) -> None:
-    from pxd.serving.status import AddedView
-
-    body = {"model": _resolved(name)}
-    result = ask("/cluster/models/add", body, AddedView, node, data_dir)
+    result = _add(_resolved(name), quantize, node, data_dir, no_wait=no_wait, quiet=as_json)
     if as_json:
         sys.stdout.write(key.as_json_text(result))
-    if not no_wait:
-        progress.wait(
-            node, data_dir, lambda status: _until_here(status, result.name), quiet=as_json
-        )
-    if not as_json:
+    else:
         state = "on its way to this node" if no_wait and result.state != "here" else "on this node"
         print(f"{clean(result.name)} is {state}; `pxd models use {clean(result.name)}` serves it.")
 
@@ -163,6 +181,50 @@ def _resolved(name: str) -> str:
         fail(str(error).removeprefix("--model: "), 2)
 
 
+def _add(
+    model: str,
+    bits: int | None,
+    node: str | None,
+    data_dir: Path | None,
+    *,
+    no_wait: bool,
+    quiet: bool,
+) -> "AddedView":
+    from pxd.models.quantized import BITS
+    from pxd.serving.status import AddedView
+
+    body: dict[str, object] = {"model": model}
+    if bits is not None:
+        if bits not in BITS:
+            fail(f"--quantize: MLX has {', '.join(map(str, BITS))} bits, not {bits}", 2)
+        body["quantize"] = bits
+    result = _ask_patiently("add", body, AddedView, node, data_dir, quiet=quiet)
+    if not no_wait:
+        progress.wait(node, data_dir, lambda status: _until_here(status, result.name), quiet=quiet)
+    return result
+
+
+def _ask_patiently(
+    verb: str,
+    body: object,
+    answer: type[AnswerT],
+    node: str | None,
+    data_dir: Path | None,
+    *,
+    quiet: bool,
+) -> AnswerT:
+    """For what makes the daemon find out about a model, which takes minutes for a large one."""
+    return ask_patiently(
+        f"/cluster/models/{verb}",
+        body,
+        answer,
+        node,
+        data_dir,
+        lambda status: clean(status.looking) or "waiting for the daemon",
+        quiet=quiet,
+    )
+
+
 def _until_here(status: "ClusterStatus", name: str) -> str:
     view = next((each for each in status.added if each.name == name), None)
     if view is None:
@@ -173,12 +235,6 @@ def _until_here(status: "ClusterStatus", name: str) -> str:
         return ""
     where = f", {clean(view.reason)}" if view.reason else ""
     return f"{clean(name)} {view.progress:.0%} here{where}"
-
-
-def _ask(verb: str, body: object, node: str | None, data_dir: Path | None) -> "Chosen":
-    from pxd.serving.choice import Chosen
-
-    return ask(f"/cluster/models/{verb}", body, Chosen, node, data_dir)
 
 
 def _chosen(result: "Chosen") -> str:

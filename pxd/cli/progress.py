@@ -2,10 +2,12 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from pxd.serving.status import ClusterStatus
 
 EVERY_S = 0.5
+QUIET_S = 1.0
+"""What takes no longer is over before anyone could read about it."""
+
 STUCK_S = 5.0
 """The plan needs a moment to follow what was told, so it is not stuck before that."""
 
@@ -24,6 +29,7 @@ NoWait = Annotated[
 ]
 
 Show = Callable[[str], None]
+ResultT = TypeVar("ResultT")
 
 
 class Stuck(Exception):
@@ -91,6 +97,42 @@ def _watch(
     except KeyboardInterrupt:
         print("pxd: it goes on without being watched", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def meanwhile(
+    node: str | None,
+    data_dir: Path | None,
+    call: Callable[[], ResultT],
+    words: Callable[["ClusterStatus"], str],
+    *,
+    quiet: bool,
+) -> ResultT:
+    """What `call` returns or raises, however long it takes: the daemon is asked for its status all
+    the time, and what `words` say of it is shown, unless `quiet`.
+
+    Ends the command if the daemon goes away, and at Ctrl-C.
+    """
+    answer: Future[ResultT] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised where the answer is asked for
+            answer.set_exception(error)
+
+    began = time.monotonic()
+
+    def left(status: "ClusterStatus") -> str:
+        # Where each change is a line, time is no change.
+        passed = f" ({time.monotonic() - began:.0f} s)" if sys.stderr.isatty() else ""
+        return "" if answer.done() else words(status) + passed
+
+    # A daemon thread: it does not keep the command from ending.
+    threading.Thread(target=run, daemon=True).start()
+    with contextlib.suppress(TimeoutError):
+        return answer.result(QUIET_S)
+    wait(node, data_dir, left, quiet=quiet)
+    return answer.result()
 
 
 def loading(status: "ClusterStatus") -> str:

@@ -36,8 +36,12 @@ def _model_flaw(model: ModelPlan) -> str:
         if not spare.start < spare.end <= model.layers:
             return f"a spare holds layers [{spare.start}, {spare.end}) of {model.layers}"
     basis = model.basis
-    if basis is not None and model.all_pipelines and basis.inputs.model.layers != model.layers:
-        return f"it has {model.layers} layers and costs {basis.inputs.model.layers}"
+    if basis is not None and model.all_pipelines:
+        cost = basis.inputs.model
+        if cost.layers != model.layers:
+            return f"it has {model.layers} layers and costs {cost.layers}"
+        if not cost.is_consistent:
+            return "not every layer has its cost"
     return ""
 
 

@@ -1,6 +1,5 @@
 """Which executor works on this machine, and why others do not."""
 
-import importlib.util
 import shutil
 
 from pxd.cluster.records import Device
@@ -8,14 +7,12 @@ from pxd.doctor import findings
 from pxd.doctor.findings import Finding
 from pxd.executors import choose_executor
 from pxd.executors.backends import KINDS
+from pxd.executors.choice import installed_kinds
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.executors.sglang.pinned import check_version
 from pxd.settings import ExecutorChoice
 
 CHECK = "executor"
-KNOWN = {"mlx": "mlx", "torch": "torch", "sglang": "sglang"}
-"""Executors of the design, and the package that each needs."""
-
 GPU_ONLY = frozenset({"sglang"})
 
 
@@ -25,10 +22,6 @@ async def measured(wanted: ExecutorChoice, timeout: float) -> tuple[Device | Non
         return await choose_executor(wanted, timeout=timeout), ""
     except (ExecutorError, ExecutorDied) as error:
         return None, str(error)
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _wrong_sglang() -> str:
@@ -41,9 +34,7 @@ def _wrong_sglang() -> str:
 
 
 def _why_not(kind: str) -> str:
-    if kind not in KINDS:
-        return "not part of this release"
-    if not _installed(KNOWN[kind]):
+    if kind not in installed_kinds():
         return "not installed"
     if kind == "sglang" and (wrong := _wrong_sglang()):
         return wrong
@@ -57,7 +48,7 @@ def executors(device: Device | None, failure: str = "") -> list[Finding]:
         text = f"no executor works on this machine: {failure or 'it has not been measured'}"
         remedy = "install pxd with its dependencies anew; `python -c 'import mlx.core'` tells more"
         return [findings.problem(CHECK, text, remedy)]
-    others = [kind for kind in KNOWN if kind not in device.executors]
+    others = [kind for kind in KINDS if kind not in device.executors]
     details = tuple(f"{kind}: {_why_not(kind)}" for kind in others)
     where = f"{device.kind}: {device.name}" if device.name else device.kind
     speed = f"{device.tflops:.3g} TFLOP/s, {device.bandwidth:.3g} GB/s"

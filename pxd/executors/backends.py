@@ -1,7 +1,8 @@
 """The kinds of executor. Their tensor libraries are imported in worker processes only."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pxd.cluster.records import Device
 from pxd.executors.protocol import Engine, ExecutorError, ModelDescription
@@ -21,6 +22,16 @@ class Backend(Protocol):
 
     def measure(self) -> Device:
         """Measure the device for about a second."""
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """What a backend offers beyond that if it can also quantise models."""
+
+    def quantize(
+        self, source: Path, target: Path, bits: int, progress: Callable[[float], None]
+    ) -> None:
+        """Write a quantised copy of the model in `source` into the new directory `target`."""
 
 
 def load_backend(kind: str) -> Backend:

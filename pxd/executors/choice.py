@@ -7,10 +7,10 @@ thirds in float32. Of the smallest models, such as the bundled one, MLX decodes 
 has never been seen on a GPU and so is only taken by who asks for it.
 """
 
-import importlib.util
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from importlib import metadata
 
 import msgspec
 
@@ -27,7 +27,8 @@ Measure = Callable[[str], Awaitable[Device]]
 
 def installed_kinds() -> tuple[str, ...]:
     """Those whose package is here; whether they work is another question."""
-    return tuple(kind for kind in KINDS if importlib.util.find_spec(kind) is not None)
+    # Not by a look for modules, which `without_torch` leads astray.
+    return tuple(kind for kind in KINDS if any(metadata.Distribution.discover(name=kind)))
 
 
 async def choose_executor(

@@ -1,4 +1,4 @@
-"""Short-lived workers that look at a model or at the device and go."""
+"""Short-lived workers that look at a model or at the device, or make a model, and go."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import trio
 
 from pxd.cluster.records import Device
 from pxd.executors.process import open_executor
-from pxd.executors.protocol import ExecutorError, ModelDescription
+from pxd.executors.protocol import ExecutorError, ModelDescription, Progress
 
 DESCRIBE_TIMEOUT_S = 180.0
 MEASURE_TIMEOUT_S = 120.0
@@ -39,3 +39,11 @@ async def measure_device(*, kind: str = "mlx", timeout: float = MEASURE_TIMEOUT_
         async with open_executor(kind) as executor:
             return await executor.measure()
     raise ExecutorError(f"the device could not be measured within {timeout:g} s")
+
+
+async def quantize_model(source: Path, target: Path, bits: int, progress: Progress) -> None:
+    """Write a quantised copy of the model in `source` into the new directory `target`; if that
+    fails, what is there may stay. Raises `ExecutorError` and `ExecutorDied`.
+    """
+    async with open_executor("mlx") as executor:
+        await executor.quantize(source, target, bits, progress)

@@ -1,8 +1,8 @@
 """Frames between the daemon and a worker process, in the framing of `pxd.wire`.
 
 The daemon sends commands. The worker runs them strictly in order and answers each with exactly one
-reply, except `SendAs`, which has none; `LoadProgress` frames may come before the reply to `Load`,
-and `Copied` at any time.
+reply, except `SendAs`, which has none; `LoadProgress` frames may come before the reply to `Load`
+and `Quantize`, and `Copied` at any time.
 """
 
 from typing import Annotated
@@ -36,6 +36,14 @@ class Measure(msgspec.Struct, frozen=True, tag="measure"):
     pass
 
 
+class Quantize(msgspec.Struct, frozen=True, tag="quantize"):
+    """Write a quantised copy of the model in `source` into the new directory `target`."""
+
+    source: str
+    target: str
+    bits: int
+
+
 class LoadProgress(msgspec.Struct, frozen=True, tag="progress"):
     done: Annotated[float, msgspec.Meta(ge=0, le=1)]
 
@@ -56,15 +64,29 @@ class Measured(msgspec.Struct, frozen=True, tag="measured"):
     device: Device
 
 
+class Quantized(msgspec.Struct, frozen=True, tag="quantized"):
+    pass
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """A command other than a step could not be carried out; the worker goes on."""
 
     reason: Reason
 
 
-Command = Load | Step | SendAs | ReadMemory | Describe | Measure
+Command = Load | Step | SendAs | ReadMemory | Describe | Measure | Quantize
 Reply = (
-    LoadProgress | Loaded | Step | Sampled | Copied | Nack | Memory | Described | Measured | Failed
+    LoadProgress
+    | Loaded
+    | Step
+    | Sampled
+    | Copied
+    | Nack
+    | Memory
+    | Described
+    | Measured
+    | Quantized
+    | Failed
 )
 
 command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

@@ -39,6 +39,8 @@ from pxd.executors.messages import (
     Measure,
     Measured,
     Memory,
+    Quantize,
+    Quantized,
     ReadMemory,
     Reply,
     SendAs,
@@ -254,6 +256,9 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
 
     async def measure(self) -> Device:
         return (await self._ask(Measure(), Measured)).device
+
+    async def quantize(self, source: Path, target: Path, bits: int, progress: Progress) -> None:
+        await self._ask(Quantize(str(source), str(target), bits), Quantized, progress)
 
     async def memory(self) -> MemoryReport:
         return (await self._ask(ReadMemory(), Memory)).report

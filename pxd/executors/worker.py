@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from pxd.executors.backends import Backend, load_backend
+from pxd.executors.backends import Backend, Quantizer, load_backend
 from pxd.executors.frames import FrameSocket, exit_with_parent
 from pxd.executors.messages import (
     Command,
@@ -28,6 +28,8 @@ from pxd.executors.messages import (
     Measure,
     Measured,
     Memory,
+    Quantize,
+    Quantized,
     ReadMemory,
     Reply,
     SendAs,
@@ -35,6 +37,7 @@ from pxd.executors.messages import (
 )
 from pxd.executors.protocol import Drawn, Engine, ExecutorError, Scored, StepRejected
 from pxd.executors.rows import draws_of
+from pxd.lean import without_torch
 from pxd.wire import (
     Buffer,
     Logprobs,
@@ -116,7 +119,7 @@ class Worker:
             return nack, b""
         return run_step(self._engine, step, body)
 
-    def _answer(self, command: Load | ReadMemory | Describe | Measure) -> Reply:
+    def _answer(self, command: Load | ReadMemory | Describe | Measure | Quantize) -> Reply:
         try:
             return self._carry_out(command)
         except ExecutorError as error:
@@ -126,7 +129,7 @@ class Worker:
             log.exception("%s failed", type(command).__name__)
             return Failed(f"{type(error).__name__}: {error}"[:REASON_CHARACTERS])
 
-    def _carry_out(self, command: Load | ReadMemory | Describe | Measure) -> Reply:
+    def _carry_out(self, command: Load | ReadMemory | Describe | Measure | Quantize) -> Reply:
         if self._backend is None:
             self._backend = self._open_backend()
         match command:
@@ -138,6 +141,11 @@ class Worker:
                 return Described(self._backend.describe(Path(path)))
             case Measure():
                 return Measured(self._backend.measure())
+            case Quantize(source, target, bits):
+                if not isinstance(self._backend, Quantizer):
+                    raise ExecutorError("this executor does not quantise")
+                self._backend.quantize(Path(source), Path(target), bits, self._progress)
+                return Quantized()
 
     def _engine_of(self, backend: Backend) -> Engine:
         if self._engine is None:
@@ -167,6 +175,8 @@ def serve(descriptor: int, open_backend: Callable[[], Backend]) -> int:
 
 def main(arguments: list[str]) -> int:
     kind, descriptor = arguments
+    if kind == "mlx":
+        without_torch()
     return serve(int(descriptor), lambda: load_backend(kind))
 
 

@@ -113,10 +113,16 @@ class ModelConfig:
         return self._get("tie_word_embeddings") is not False
 
     @property
+    def quantization(self) -> Config | None:
+        """How the weights are quantised; None if they are not."""
+        found = self._get("quantization") or self._get("quantization_config")
+        return found if isinstance(found, dict) else None
+
+    @property
     def element_bytes(self) -> float:
         """Bytes of one weight, on average, as far as the configuration tells."""
-        quantization = self._get("quantization") or self._get("quantization_config")
-        if isinstance(quantization, dict) and isinstance(quantization.get("bits"), int):
+        quantization = self.quantization
+        if quantization is not None and isinstance(quantization.get("bits"), int):
             group = quantization.get("group_size")
             # Each group of weights also has a 16-bit scale and a 16-bit bias.
             overhead = 4 / group if isinstance(group, int) and group > 0 else 0.0

@@ -16,8 +16,10 @@ from pathlib import Path
 import msgspec
 
 from pxd.models.chunks import Chunk, Grid, digest_of
+from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError, NoRoom
 from pxd.models.files import read_chunk
+from pxd.models.fingerprint import fingerprint
 from pxd.models.journal import SIDE_DIRECTORY, UNKNOWN, Journal, journal_path
 from pxd.models.manifest import Fingerprint, Manifest, WeightsFile
 from pxd.models.safetensors import read_header
@@ -139,11 +141,31 @@ class Store:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def place(self, name: str, manifest: Manifest) -> Path:
+    def place(self, name: str, model: "Manifest | Label") -> Path:
         """The directory for this very model, whether it exists or not."""
-        content = msgspec.json.encode((name, *manifest.identity))
+        content = msgspec.json.encode((name, model.fingerprint, model.mark))
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-.")
         return self._root / f"{slug[:60] or 'model'}-{hashlib.sha256(content).hexdigest()[:16]}"
+
+    def workplace(self, name: str) -> Path:
+        """An empty place for a new model, which `adopt` then takes; what was left there is gone."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        place = self._root / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.part"
+        shutil.rmtree(place, ignore_errors=True)
+        return place
+
+    def adopt(self, directory: Path, name: str) -> None:
+        """Have the whole model that was made in `directory`, a `workplace`, among the others."""
+        checkpoint = describe_checkpoint(directory)
+        label = Label(name, checkpoint.fingerprint, fingerprint(directory))
+        for path in sorted(directory.glob(_WEIGHTS)):
+            _write_journal(directory, path)
+            _sync(path)
+        _label_path(directory).parent.mkdir(exist_ok=True)
+        _replace(_label_path(directory), msgspec.json.encode(label))
+        place = self.place(name, label)
+        shutil.rmtree(place, ignore_errors=True)
+        directory.rename(place)
 
     def find(self, name: str, fingerprint: str = "") -> Path | None:
         """The directory of a model, the latest if there are several; perhaps not all of it is
@@ -186,6 +208,14 @@ class Store:
                 yield path.parents[1], msgspec.json.decode(path.read_bytes(), type=Label)
             except (*DECODE_ERRORS, FileNotFoundError):
                 continue  # not written by this release, or just being deleted
+
+
+def _write_journal(directory: Path, path: Path) -> None:
+    """For a file that is whole and right."""
+    grid = Grid(path.name, read_header(path), path.stat().st_size)
+    with path.open("rb") as opened:
+        digests = {chunk: digest_of(read_chunk(opened, grid[chunk])) for chunk in range(grid.count)}
+    Journal(journal_path(directory, path.name), grid.count).put(digests)
 
 
 def _label_path(directory: Path) -> Path:

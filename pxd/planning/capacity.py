@@ -1,6 +1,7 @@
 """From bytes to layers: what a node's memory holds of a model."""
 
 import math
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 
 import msgspec
@@ -23,6 +24,16 @@ def budget(offer: NodeOffer, model: ModelCost, settings: PlanSettings) -> Budget
         weights=math.floor(memory * settings.weight_share),
         kv=math.floor(memory * settings.kv_share),
         layers=limit,
+    )
+
+
+def most_copies(offers: Iterable[NodeOffer], model: ModelCost, settings: PlanSettings) -> int:
+    """More often than that these offers together do not hold the model."""
+    rooms = [budget(offer, model, settings) for offer in offers]
+    size = max(1, sum(model.layer_bytes) + model.ends_bytes)
+    layers = max(1, model.layers)
+    return min(
+        sum(room.weights for room in rooms) // size, sum(room.layers for room in rooms) // layers
     )
 
 
@@ -50,8 +61,8 @@ class StageSizes:
 
     def __init__(self, model: ModelCost, min_kv_tokens: int) -> None:
         """Raises ValueError when the model's vectors do not belong together."""
-        if not model.layers or len(model.kv_bytes_per_token) != model.layers:
-            raise ValueError("a model needs one or more layers and one KV size for each of them")
+        if not model.is_consistent:
+            raise ValueError("a model needs one or more layers and each figure for each of them")
         self.model = model
         self.min_kv_tokens = min_kv_tokens
         inner = {cut for cut in model.splits if 0 < cut < model.layers}

@@ -79,7 +79,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     state_bytes: PerLayer = ()
     experts: Annotated[tuple[Experts | None, ...], msgspec.Meta(max_length=4096)] = ()
     head_flops: Size = 0
-    compute_scale: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
+    compute_scale: Annotated[float, msgspec.Meta(ge=0.001, le=1000)] = 1.0
     hidden_size: Size = 0
     activation_bytes: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
     context: Size = 0
@@ -87,6 +87,22 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def layers(self) -> int:
         return len(self.layer_bytes)
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether there are layers, and one entry for each of them wherever there are any."""
+        optional = (
+            self.layer_flops,
+            self.attention_flops,
+            self.windows,
+            self.state_bytes,
+            self.experts,
+        )
+        return (
+            self.layers > 0
+            and len(self.kv_bytes_per_token) == self.layers
+            and all(len(figures) in (0, self.layers) for figures in optional)
+        )
 
     @property
     def ends_bytes(self) -> int:

@@ -66,23 +66,36 @@ def divide(problem: Problem, nodes: Sequence[int], *, redundant: bool = True) ->
 
     Without `redundant` a second pipeline is worth no more than the tokens/s that it adds.
     """
+    candidates = _candidates(problem, nodes)
+    best = preferred(candidates) if redundant else max(candidates, key=value_of)
+    return _best_first(best or _only_chain(problem, nodes))
+
+
+def divide_in_several(problem: Problem, nodes: Sequence[int]) -> list[Cut]:
+    """The best two or more pipelines over some nodes that `divide` comes upon, whatever they cost;
+    none if it comes upon none."""
+    several = filter(is_redundant, _candidates(problem, nodes))
+    return _best_first(max(several, key=value_of, default=[]))
+
+
+def _candidates(problem: Problem, nodes: Sequence[int]) -> list[list[Cut]]:
     classic = [allocate(problem, nodes, "greedy"), allocate(problem, nodes, "dp")]
     if effort_of(problem, nodes) <= EXACT_EFFORT:
-        candidates = [*best_partitions(problem, nodes), *classic]
-    else:
-        improver = Improver(problem, nodes)
-        seeds = [*classic, *(_by_region(problem, groups) for groups in regions(problem, nodes))]
-        begun = sorted(seeds, key=lambda cuts: (is_redundant(cuts), value_of(cuts)), reverse=True)
-        begun = begun[:SEARCHES]
-        effort = (SEARCH_EFFORT + EFFORT_PER_NODE * len(nodes)) // len(begun)
-        improved = (
-            improver.improve([_recut(improver, cut) for cut in seed], effort) for seed in begun
-        )
-        candidates = [*improved, *seeds]
-        if effort_of(problem, nodes, thrifty=True) <= EXACT_EFFORT:
-            candidates += best_partitions(problem, nodes, thrifty=True)
-    best = preferred(candidates) if redundant else max(candidates, key=value_of)
-    return sorted(best or _only_chain(problem, nodes), key=lambda cut: (-cut.value, cut.order))
+        return [*best_partitions(problem, nodes), *classic]
+    improver = Improver(problem, nodes)
+    seeds = [*classic, *(_by_region(problem, groups) for groups in regions(problem, nodes))]
+    begun = sorted(seeds, key=lambda cuts: (is_redundant(cuts), value_of(cuts)), reverse=True)
+    begun = begun[:SEARCHES]
+    effort = (SEARCH_EFFORT + EFFORT_PER_NODE * len(nodes)) // len(begun)
+    improved = (improver.improve([_recut(improver, cut) for cut in seed], effort) for seed in begun)
+    candidates = [*improved, *seeds]
+    if effort_of(problem, nodes, thrifty=True) <= EXACT_EFFORT:
+        candidates += best_partitions(problem, nodes, thrifty=True)
+    return candidates
+
+
+def _best_first(cuts: Sequence[Cut]) -> list[Cut]:
+    return sorted(cuts, key=lambda cut: (-cut.value, cut.order))
 
 
 def allocate(problem: Problem, nodes: Sequence[int], strategy: Strategy) -> list[Cut]:

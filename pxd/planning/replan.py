@@ -14,7 +14,13 @@ from pxd.planning.auto.orders import few_orders
 from pxd.planning.auto.problem import Problem
 from pxd.planning.auto.redundancy import is_near, is_redundant, preferred, value_of
 from pxd.planning.model import Chain
-from pxd.planning.planner import allocate, as_cut, describe_plan, divide
+from pxd.planning.planner import (
+    allocate,
+    as_cut,
+    describe_plan,
+    divide,
+    divide_in_several,
+)
 from pxd.planning.result import Basis, ClusterPlan, PlanInputs, Spare, Strategy
 from pxd.planning.spares import Held
 
@@ -95,7 +101,24 @@ def _pays(fresh: Sequence[Cut], cuts: Sequence[Cut]) -> bool:
 def decide(basis: Basis) -> Move:
     """The plan that follows from `basis`, on every node that computes it."""
     result = replan(basis.previous, basis.inputs, spares=basis.spares, grow=basis.rebalance)
-    return result.rebalance if basis.rebalance and result.rebalance else result.move
+    if basis.rebalance and result.rebalance:
+        return result.rebalance
+    return (basis.second and _doubled(basis, result.move)) or result.move
+
+
+def _doubled(basis: Basis, lone: Move) -> Move | None:
+    """A plan from scratch with a second pipeline, where that costs little beside the one of `lone`.
+
+    That another plan with one pipeline is much faster yet does not count: it is not to be had.
+    """
+    problem = Problem(basis.inputs)
+    cuts = [as_cut(problem, pipeline.chain) for pipeline in lone.plan.pipelines]
+    if len(cuts) != 1:
+        return None
+    several = divide_in_several(problem, range(len(problem.nodes)))
+    if not several or not is_near(several, cuts):
+        return None
+    return _move(problem, _held(basis.previous, basis.spares), cuts, several)
 
 
 def objective_of(inputs: PlanInputs, chains: Chains) -> float:

@@ -100,10 +100,12 @@ class Basis(msgspec.Struct, frozen=True, kw_only=True):
     """All that a plan follows from: its inputs, what was there before, and what may change.
 
     `previous` are the pipelines before and `spares` the ranges that other nodes hold ready; with
-    `rebalance` a plan from scratch is taken if it gains enough.
+    `rebalance` a plan from scratch is taken if it gains enough, and with `second` one that has a
+    second pipeline if that costs little.
     """
 
     inputs: PlanInputs
     previous: Annotated[tuple[Chain, ...], msgspec.Meta(max_length=1024)] = ()
     spares: Annotated[tuple[Spare, ...], msgspec.Meta(max_length=1024)] = ()
     rebalance: bool = False
+    second: bool = False

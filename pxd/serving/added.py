@@ -1,8 +1,8 @@
 """Models that people want to have on this node, whatever the cluster serves."""
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
@@ -13,21 +13,22 @@ from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.models.errors import ModelError
 from pxd.models.library import Library
 from pxd.serving.choice import ChoiceError, called
+from pxd.serving.quantizing import Quantize, Quantizing, Recipe, Source
+from pxd.serving.signal import Signal
 from pxd.serving.status import AddedView
-from pxd.serving.weights.run import Progress
 
 log = logging.getLogger("pxd.serving.added")
 
 RETRY_S = 60.0
+QUANTIZE_AGAIN_S = 600.0
+"""After a failure of what takes all that the machine can do."""
+
 MAX_ADDED = MAX_MODELS - 8
 """The record has to have room for those that are served, too."""
 
 
-class Source(Protocol):
+class Models(Source, Protocol):
     async def describe(self, name: str) -> object: ...
-    async def directory(
-        self, name: str, fingerprint: str, start: int, end: int | None, progress: Progress
-    ) -> Path: ...
 
 
 class Removed(msgspec.Struct, frozen=True):
@@ -39,25 +40,32 @@ class Removed(msgspec.Struct, frozen=True):
 
 
 class Added:
-    """`names` are those of the last life. `save` writes fields of `identity.State`; `in_use()` are
-    the models of which this node serves layers. `changed` is told when files have come or gone."""
+    """`names` are those of the last life, `recipes` those of them that are made here. `save` writes
+    fields of `identity.State`; `in_use()` are the models of which this node serves layers.
+    `changed` is told when files have come or gone."""
 
     def __init__(
         self,
         names: Iterable[str],
-        models: Source,
+        models: Models,
         library: Library,
         save: Callable[..., Awaitable[None]],
         in_use: Callable[[], Iterable[str]],
         changed: Callable[[], None],
+        *,
+        quantize: Quantize | None,
+        recipes: Mapping[str, tuple[str, int]] = MappingProxyType({}),
     ) -> None:
         self._models = models
         self._library = library
         self._save = save
         self._in_use = in_use
         self._changed = changed
+        self._quantizing = Quantizing(models, library, quantize)
+        self._recipes = {name: Recipe(*recipe) for name, recipe in recipes.items()}
         self._views = {name: AddedView(name=name, state="fetching") for name in names}
         self._fetching: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
+        self._asked = Signal()
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -75,22 +83,33 @@ class Added:
             task_status.started()
             await trio.sleep_forever()
 
-    async def add(self, name: str) -> AddedView:
-        """Begin to have all of a model here. Raises `ChoiceError`, also if there is no such."""
+    async def add(self, name: str, bits: int | None = None) -> AddedView:
+        """Begin to have all of a model here, or a copy of it that is quantised to so many `bits`.
+        Raises `ChoiceError`, also if there is no such."""
         name = called(name, self.names) or name
+        recipe = Recipe(name, bits) if bits is not None else None
         try:
             await self._models.describe(name)
+            if recipe is not None:
+                await self._quantizing.check(recipe)
         except (ModelError, ExecutorError, ExecutorDied, OSError) as error:
             raise ChoiceError("bad_model", f"{name} cannot be had: {error}") from error
+        return await self._begin(recipe.name if recipe else name, recipe)
+
+    async def _begin(self, name: str, recipe: Recipe | None) -> AddedView:
         if name not in self._views:
             if len(self._views) >= MAX_ADDED:
                 message = (
                     f"a node keeps {MAX_ADDED} models at most; `pxd models remove` one of them"
                 )
                 raise ChoiceError("full", message)
-            await self._remember({*self.names, name})
+            recipes = self._recipes | ({name: recipe} if recipe else {})
+            await self._remember({*self.names, name}, recipes)
             self._views[name] = AddedView(name=name, state="fetching")
             self._changed()
+        elif self._views[name].state == "failed":
+            self._show(name, state="fetching", reason="")
+            self._asked.notify()
         if self._views[name].state != "here" and name not in self._fetching and self._nursery:
             self._nursery.start_soon(self._have, name)
         return self._views[name]
@@ -106,7 +125,8 @@ class Added:
         if full in self._in_use():
             message = f"this node serves layers of {full}; `pxd models stop {full}` first"
             raise ChoiceError("in_use", message)
-        await self._remember({*self.names} - {full})
+        recipes = {name: recipe for name, recipe in self._recipes.items() if name != full}
+        await self._remember({*self.names} - {full}, recipes)
         self._views.pop(full, None)
         if full in self._fetching:
             scope, ended = self._fetching[full]
@@ -120,33 +140,45 @@ class Added:
         self._changed()
         return Removed(full, count > 0, str(left or ""))
 
-    async def _remember(self, names: set[str]) -> None:
+    async def _remember(self, names: set[str], recipes: dict[str, Recipe]) -> None:
         try:
-            await self._save(added=tuple(sorted(names)))
+            await self._save(added=tuple(sorted(names)), quantized=recipes)
         except OSError as error:
             raise ChoiceError("storage", f"this node cannot write that down: {error}") from error
+        self._recipes = recipes
 
     async def _have(self, name: str) -> None:
         with trio.CancelScope() as scope:
             self._fetching[name] = scope, trio.Event()
-            while not await self._fetched(name):
-                await trio.sleep(RETRY_S)
+            while pause := await self._fetch(name):
+                event = self._asked.event
+                with trio.move_on_after(pause):
+                    await event.wait()
         _, ended = self._fetching.pop(name)
         ended.set()
 
-    async def _fetched(self, name: str) -> bool:
+    async def _fetch(self, name: str) -> float:
+        """Returns after how many seconds to try again; 0 if all is here."""
+
         def progress(done: float, words: str = "") -> None:
             self._show(name, state="fetching", progress=done, reason=words)
 
         try:
-            await self._models.directory(name, "", 0, None, progress)
+            if recipe := self._recipes.get(name):
+                await self._quantizing.have(recipe, progress)
+            else:
+                await self._models.directory(name, "", 0, None, progress)
         except (ModelError, OSError) as error:
             log.error("%s cannot be fetched: %s", name, error)
             self._show(name, state="failed", reason=str(error))
-            return False
+            return RETRY_S
+        except (ExecutorError, ExecutorDied) as error:
+            log.error("%s cannot be made: %s", name, error)
+            self._show(name, state="failed", reason=str(error))
+            return QUANTIZE_AGAIN_S
         self._show(name, state="here", progress=1.0, reason="")
         self._changed()
-        return True
+        return 0.0
 
     def _show(self, name: str, **changes: object) -> None:
         if name in self._views:

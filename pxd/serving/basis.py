@@ -35,7 +35,9 @@ def inputs_of(name: str, cost: ModelCost, members: Members) -> PlanInputs:
     )
 
 
-def basis_of(inputs: PlanInputs, current: ModelPlan | None, *, rebalance: bool) -> Basis:
+def basis_of(
+    inputs: PlanInputs, current: ModelPlan | None, *, rebalance: bool, second: bool = False
+) -> Basis:
     """`current` is the plan in force of the same model, if there is one."""
     if current is None:
         return Basis(inputs=inputs, rebalance=rebalance)
@@ -43,7 +45,7 @@ def basis_of(inputs: PlanInputs, current: ModelPlan | None, *, rebalance: bool) 
     pipelines = current.pipelines or _apart(current.retiring)
     chains = tuple(pipeline.chain for pipeline in pipelines)
     spares = tuple(Spare(stage.node, stage.start, stage.end) for stage in current.spares)
-    return Basis(inputs=inputs, previous=chains, spares=spares, rebalance=rebalance)
+    return Basis(inputs=inputs, previous=chains, spares=spares, rebalance=rebalance, second=second)
 
 
 def _apart(pipelines: tuple[PipelinePlan, ...]) -> tuple[PipelinePlan, ...]:

@@ -70,18 +70,33 @@ class ModelSource:
         self._costs: dict[str, ModelCost] = {}
         self._tokenizers: dict[tuple[str, Pin], ChatTokenizer] = {}
         self._describing, self._tokenizing = trio.Lock(), trio.Lock()
+        self._look: _Look | None = None
+
+    @property
+    def looking(self) -> str:
+        """Which model is being looked at, and how far that is; empty if none is."""
+        return f"{self._look.name}: {self._look.words}" if self._look else ""
 
     async def describe(self, name: str) -> ModelDescription:
         """Also makes sure that there is a tokenizer: without one, nothing can be served."""
         async with self._describing:
             if name not in self._descriptions:
-                path = await self._metadata(name)
-                await _in_thread(check_tokenizer, path)
-                description = await self._describe(path)
-                self._revisions[name] = await _in_thread(self._library.revision, name, path)
-                self._costs[name] = merged_cost(description, await _in_thread(_read_cost, path))
-                self._descriptions[name] = description
+                self._look = look = _Look(name)
+                try:
+                    self._descriptions[name] = await self._examine(name, look)
+                finally:
+                    self._look = None
             return self._descriptions[name]
+
+    async def _examine(self, name: str, look: "_Look") -> ModelDescription:
+        path = await self._metadata(name, look)
+        look("looking at its tokenizer")
+        await _in_thread(check_tokenizer, path)
+        look("trying out how it can be divided")
+        description = await self._describe(path)
+        self._revisions[name] = await _in_thread(self._library.revision, name, path)
+        self._costs[name] = merged_cost(description, await _in_thread(_read_cost, path))
+        return description
 
     async def cost(self, name: str) -> ModelCost:
         """What planning needs: sizes as the executor sees them, arithmetic as the files tell it."""
@@ -100,11 +115,11 @@ class ModelSource:
         async with self._tokenizing:
             key = name, self._pin(name)
             if key not in self._tokenizers:
-                path = await self._metadata(name)
+                path = await self._metadata(name, _Look(name))
                 self._tokenizers[key] = await _in_thread(ChatTokenizer.load, path)
             return self._tokenizers[key]
 
-    async def _metadata(self, name: str) -> Path:
+    async def _metadata(self, name: str, look: "_Look") -> Path:
         """A directory with all but the weights."""
         pin = self._pin(name)
         found = await _in_thread(self._library.find, name, pin.fingerprint, pin.revision)
@@ -112,12 +127,14 @@ class ModelSource:
             return found
         lent = NOBODY
         if self._lending.holders(name):
+            look("fetching configuration and tokenizer from other nodes")
             try:
                 return await self._lending.metadata(name, pin.fingerprint)
             except ModelError as error:
                 lent = await self._instead_of(name, error)
+        look("fetching configuration and tokenizer")
         try:
-            return await _in_thread(catalog.fetch_metadata, name, _silent, pin.revision)
+            return await _in_thread(catalog.fetch_metadata, name, look.came, pin.revision)
         except ModelError as error:
             raise ModelError(f"{error}; {lent}") from error
 
@@ -165,8 +182,19 @@ class ModelSource:
         )
 
 
-def _silent(_: float) -> None:
-    """For what is over soon."""
+class _Look:
+    """Called with what is being done just now."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.words = "looking for it"
+
+    def __call__(self, words: str) -> None:
+        self.words = words
+
+    def came(self, done: float) -> None:
+        """From any thread: so much of weights that are one file without an index."""
+        self.words = f"fetching its weights, which have no index; {done:.0%} are here"
 
 
 def merged_cost(description: ModelDescription, read: ModelCost | None) -> ModelCost:

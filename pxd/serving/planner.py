@@ -12,6 +12,9 @@ from pxd.cluster.plans import Epoch, ModelPlan, Plan
 from pxd.cluster.records import ModelChoice
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 from pxd.models.errors import ModelError
+from pxd.planning.capacity import most_copies
+from pxd.planning.model import ModelCost
+from pxd.planning.result import PlanInputs
 from pxd.serving.basis import (
     PLAN_SETTINGS,
     Key,
@@ -25,7 +28,7 @@ from pxd.serving.beside import Order, plan_beside
 from pxd.serving.handover import Handover, end_unwanted
 from pxd.serving.models import ModelSource
 from pxd.serving.plansync import PlanSync
-from pxd.serving.readiness import Members, is_coming, is_stranded, readiness
+from pxd.serving.readiness import Members, is_coming, is_stranded
 from pxd.serving.settling import Settling
 from pxd.serving.signal import Signal
 
@@ -34,6 +37,10 @@ log = logging.getLogger("pxd.serving.planner")
 LOOK_S = 0.1
 """Between looks at whether a burst of changes is over."""
 RETRY_S = 30.0
+SECOND_S = 30.0
+LATEST_SECOND_S = 1800.0
+"""Until the next look for a second pipeline where there is one alone: what was measured a moment
+after a change may be far from what is usual. It doubles as long as nothing comes of it."""
 
 
 class Office(msgspec.Struct, frozen=True):
@@ -44,11 +51,16 @@ class Office(msgspec.Struct, frozen=True):
 
 
 class _Look(msgspec.Struct, frozen=True):
-    """When a model was last planned from scratch: the nodes there were, and the other models."""
+    """When a model was last planned from scratch: the nodes there were, and the other models.
+
+    The next one for a second pipeline is `due` on trio's clock, `wait` seconds after the last.
+    """
 
     term: int
     key: Key
     others: frozenset[str]
+    due: float
+    wait: float = SECOND_S
 
 
 class _Failure(msgspec.Struct, frozen=True):
@@ -57,6 +69,15 @@ class _Failure(msgspec.Struct, frozen=True):
     at: float
     holders: list[str]
     plan: ModelPlan
+
+
+class _Known(msgspec.Struct, frozen=True):
+    """What a model is: a plan of it without pipelines, what planning needs, and a hint for people
+    where there is a shortage."""
+
+    model: ModelPlan
+    cost: ModelCost
+    hint: str = ""
 
 
 class Planner:
@@ -82,7 +103,7 @@ class Planner:
         self._chosen = chosen
         self._handover = Handover(PLAN_SETTINGS)
         self._failures: dict[str, _Failure] = {}
-        self._balanced: dict[str, _Look] = {}
+        self._looks: dict[str, _Look] = {}
 
     async def run(self, changed: Signal) -> None:
         while True:
@@ -125,6 +146,7 @@ class Planner:
         now = trio.current_time()
         models, rest = self._handover.arrange(made, before, self._members(), now)
         rest = min(rest, RETRY_S) if fixed else rest
+        rest = min([rest, *(look.due - now for look in self._looks.values() if look.due > now)])
         if before is not None and _is_same(models, before.models):
             return rest
         version = 1
@@ -142,28 +164,18 @@ class Planner:
         orders, fixed = [], []
         names = _in_order(before, choice)
         self._failures = {name: self._failures[name] for name in names if name in self._failures}
+        self._looks = {name: self._looks[name] for name in names if name in self._looks}
         for name in names:
             current = _planned(before, name)
-            order = await self._order(name, current)
-            if isinstance(order, Order):
-                orders.append(order)
-            elif current is not None and self._still_serves(current):
-                reason = order.reason
-                log.warning(
-                    "the plan in force stays, for %s cannot be planned here: %s", name, reason
-                )
-                fixed.append(current)
+            known = (_as_told(current) if current else None) or await self._look_at(name)
+            if isinstance(known, _Known):
+                orders.append(self._order(known, current))
             else:
-                fixed.append(order)
+                fixed.append(known)
         return orders, fixed
 
-    def _still_serves(self, current: ModelPlan) -> bool:
-        """Whether the plan in force serves the model, by nodes that are all there."""
-        members = self._members()
-        return any(not readiness(pipeline, members).lost for pipeline in current.all_pipelines)
-
-    async def _order(self, name: str, current: ModelPlan | None) -> Order | ModelPlan:
-        """What there is to plan; a plan that says why, if the model cannot be looked at."""
+    async def _look_at(self, name: str) -> _Known | ModelPlan:
+        """What the model is; a plan that says why, if it cannot be looked at."""
         failure, holders = self._failures.get(name), self._models.holders(name)
         if failure and trio.current_time() < failure.at + RETRY_S and failure.holders == holders:
             return failure.plan
@@ -174,10 +186,6 @@ class Planner:
             plan = ModelPlan(name=name, state="failed", reason=str(error)[:2000])
             self._failures[name] = _Failure(trio.current_time(), holders, plan)
             return plan
-        inputs = inputs_of(name, cost, self._members())
-        if current is not None and current.fingerprint != description.fingerprint:
-            current = None
-        rebalance = self._may_rebalance(name, offers_key(inputs), current)
         model = ModelPlan(
             name=name,
             fingerprint=description.fingerprint,
@@ -185,9 +193,17 @@ class Planner:
             layers=description.layers,
             context=description.context,
         )
-        basis = basis_of(inputs, current, rebalance=rebalance)
-        hints = (description.unsupported, left_out(name, self._members()))
-        return Order(model, basis, before=current, hint="; ".join(filter(None, hints)))
+        return _Known(model, cost, description.unsupported)
+
+    def _order(self, known: _Known, current: ModelPlan | None) -> Order:
+        name = known.model.name
+        inputs = inputs_of(name, known.cost, self._members())
+        if current is not None and current.fingerprint != known.model.fingerprint:
+            current = None
+        rebalance, second = self._looks_due(name, inputs, current)
+        basis = basis_of(inputs, current, rebalance=rebalance, second=second)
+        hints = (known.hint, left_out(name, self._members()))
+        return Order(known.model, basis, before=current, hint="; ".join(filter(None, hints)))
 
     async def _side_by_side(
         self,
@@ -205,36 +221,48 @@ class Planner:
         if unwanted and any(model.state == "waiting" for model in made):
             alone = await trio.to_thread.run_sync(plan, all_claims(fixed))
         for order in orders:
-            if order.basis.rebalance:
-                name, key = order.model.name, offers_key(order.basis.inputs)
-                self._balanced[name] = _Look(self._office().term, key, self._others(name))
+            self._looked(order)
         models = [*end_unwanted(unwanted, choice, made, alone, self._members()), *fixed]
         place = {name: number for number, name in enumerate(_in_order(before, choice))}
         return sorted(models, key=lambda model: place.get(model.name, -1))
 
-    def _may_rebalance(self, name: str, key: Key, current: ModelPlan | None) -> bool:
-        """A look from scratch once for every set of nodes, of which those that are slow are other
+    def _looks_due(
+        self, name: str, inputs: PlanInputs, current: ModelPlan | None
+    ) -> tuple[bool, bool]:
+        """Whether to look from scratch, and whether at least for a second pipeline.
+
+        A look from scratch once for every set of nodes, of which those that are slow are other
         nodes, and when another model has left them, while all that serves goes on anyway. What is
         being loaded comes first: it would be given up for what nobody has loaded either.
 
         A new leader takes over what its predecessor has looked at.
         """
-        term, others = self._office().term, self._others(name)
-        look = self._balanced.get(name)
+        now, term, others = trio.current_time(), self._office().term, self._others(name)
+        key, look = offers_key(inputs), self._looks.get(name)
         if look is None or look.term != term:
             basis = current.basis if current is not None else None
             seen = offers_key(basis.inputs) if basis is not None else frozenset()
-            look = _Look(term, seen, others)
+            look = _Look(term, seen, others, due=now + SECOND_S)
         look = msgspec.structs.replace(look, others=look.others | others)
-        self._balanced[name] = look
+        self._looks[name] = look
         there = {node for node, *_ in key}
         pipelines = current.pipelines if current else ()
-        news = key != look.key or look.others != others
-        return (
-            news
-            and all(stage.node in there for pipeline in pipelines for stage in pipeline.stages)
-            and not any(is_coming(pipeline, self._members()) for pipeline in pipelines)
-        )
+        if any(stage.node not in there for pipeline in pipelines for stage in pipeline.stages):
+            return False, False
+        if any(is_coming(pipeline, self._members()) for pipeline in pipelines):
+            return False, False
+        if key != look.key or look.others != others:
+            return True, False
+        alone = len(pipelines) == 1 and now >= look.due
+        return False, alone and most_copies(inputs.offers, inputs.model, inputs.settings) > 1
+
+    def _looked(self, order: Order) -> None:
+        name, basis, now = order.model.name, order.basis, trio.current_time()
+        if basis.rebalance or basis.second:
+            before = self._looks[name].wait
+            wait = SECOND_S if basis.rebalance else min(2 * before, LATEST_SECOND_S)
+            key, others = offers_key(basis.inputs), self._others(name)
+            self._looks[name] = _Look(self._office().term, key, others, now + wait, wait)
 
     def _others(self, name: str) -> frozenset[str]:
         """The other models that have stages somewhere."""
@@ -250,6 +278,21 @@ def _in_order(before: Plan | None, choice: ModelChoice) -> list[str]:
 
 def _planned(plan: Plan | None, name: str) -> ModelPlan | None:
     return next((model for model in plan.models if model.name == name), None) if plan else None
+
+
+def _as_told(current: ModelPlan) -> _Known | None:
+    """What a plan in force says of a model that it serves: that is what everybody means by the
+    name. To look at the model itself takes time, and when a leader died, clients may be waiting."""
+    if not current.all_pipelines or current.basis is None:
+        return None
+    model = ModelPlan(
+        name=current.name,
+        fingerprint=current.fingerprint,
+        revision=current.revision,
+        layers=current.layers,
+        context=current.context,
+    )
+    return _Known(model, current.basis.inputs.model)
 
 
 def _is_same(models: list[ModelPlan], others: tuple[ModelPlan, ...]) -> bool:

@@ -1,6 +1,6 @@
 """A node's models: where their files are, what it tells and lends others of them, what it lacks."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
 import trio
@@ -11,14 +11,16 @@ from pxd.p2p.network import Network
 from pxd.serving.added import Added
 from pxd.serving.held import Held
 from pxd.serving.models import Describe, ModelSource, Pin
+from pxd.serving.quantizing import Quantize
 from pxd.serving.signal import Signal
 from pxd.serving.weights.sharing import Sharing
 
 
 class Shelf:
-    """`added` are the models that are to be had here since the last life, `chosen()` those that the
-    cluster serves, `plan()` is the plan in force; `save` writes fields of `identity.State`. While
-    `busy()`, requests go first. `changed` is notified when files have come or gone."""
+    """`added` are the models that are to be had here since the last life; `quantized` are those of
+    them that `quantize` makes here, with source and bits. `chosen()` are those that the cluster
+    serves, `plan()` is the plan in force; `save` writes fields of `identity.State`. While `busy()`,
+    requests go first. `changed` is notified when files have come or gone."""
 
     def __init__(
         self,
@@ -27,7 +29,9 @@ class Shelf:
         cache: Path,
         describe: Describe,
         *,
+        quantize: Quantize | None,
         added: Iterable[str],
+        quantized: Mapping[str, tuple[str, int]],
         chosen: Callable[[], Iterable[str]],
         plan: Callable[[], Plan | None],
         save: Callable[..., Awaitable[None]],
@@ -47,7 +51,16 @@ class Shelf:
         )
         library = self.sharing.library
         self.models = ModelSource(describe, library, self.sharing.fetch, self._pin)
-        self.added = Added(added, self.models, library, save, self._in_use, self._files_changed)
+        self.added = Added(
+            added,
+            self.models,
+            library,
+            save,
+            self._in_use,
+            self._files_changed,
+            quantize=quantize,
+            recipes=quantized,
+        )
         self._held = Held(
             lambda: (*chosen(), *self.added.names),
             library.find,

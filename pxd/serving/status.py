@@ -151,6 +151,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster as `self` (peer id) sees it. `leader` is None until one is known.
 
     `hints` are sentences on why it sees no other node, `added` the models to be had on this one.
+    `looking` says which model it is just finding out about, and how far it is with that.
     `waits_for` is what it waits for before it leaves.
     """
 
@@ -165,6 +166,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     uptime: float = 0.0
     hints: list[str] = []
     added: list[AddedView] = []
+    looking: str = ""
     waits_for: str = ""
 
 

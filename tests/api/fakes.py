@@ -262,10 +262,11 @@ class FakeAdded:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    async def add(self, name: str) -> AddedView:
+    async def add(self, name: str, bits: int | None = None) -> AddedView:
         await trio.lowlevel.checkpoint()
         if name == "nonsense":
             raise ChoiceError("bad_model", "nonsense cannot be had: no such model")
+        name += f"-{bits}bit" if bits else ""
         self.names.append(name)
         return AddedView(name=name, state="fetching")
 

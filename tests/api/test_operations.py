@@ -41,7 +41,8 @@ def test_models(server: LiveServer) -> None:
 def test_files(server: LiveServer) -> None:
     added = post(server, "models/add", {"model": "other"}).json()
     assert added == {"name": "other", "state": "fetching", "progress": 0.0, "reason": ""}
-    assert server.daemon.added.names == ["other"]
+    post(server, "models/add", {"model": "other", "quantize": 8})
+    assert server.daemon.added.names == ["other", "other-8bit"]
     removed = post(server, "models/remove", {"model": "other"}).json()
     assert removed == {"model": "other", "deleted": True, "left": "/hub/cache"}
 
@@ -57,6 +58,7 @@ def test_files(server: LiveServer) -> None:
         ("models/use", {"model": ""}, 400, "bad_request"),
         ("models/use", {"model": "x" * 513}, 400, "bad_request"),
         ("models/use", {}, 400, "bad_request"),
+        ("models/add", {"model": "other", "quantize": 7}, 400, "bad_request"),
         ("models/stop", {"model": "unheard-of"}, 404, "unknown_model"),
         ("models/add", {"model": "nonsense"}, 400, "bad_model"),
         ("models/add", {"model": "x" * 513}, 400, "bad_request"),

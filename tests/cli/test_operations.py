@@ -1,13 +1,15 @@
 """`pxd drain`, `pxd resume` and `pxd models`, against a served fake daemon."""
 
 import json
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from pxd.cli import progress
-from pxd.serving.status import AddedView, ModelView
+from pxd.cli.client import Refused
+from pxd.serving.status import AddedView, ClusterStatus, ModelView
 from tests.api.fakes import PEERS, LiveServer, node, pipeline, serving_status, stage
 
 from .tools import pxd, write_daemon_file
@@ -137,6 +139,51 @@ def test_add_says_why_it_does_not_come(server: LiveServer) -> None:
     assert "cannot be fetched: no space left for acme/other" in done.stderr
     assert "no such model" in pxd("models", "add", "nonsense").stderr
     assert pxd("models", "add", "./nowhere").exit_code == 2
+
+
+def test_a_quantised_copy_is_made_before_it_is_served(server: LiveServer) -> None:
+    served = model("acme/other-4bit", "serving", pipelines=[pipeline(("anna", 0, 8))])
+    show(server, models=[served])
+    here = [AddedView(name="acme/other-4bit", state="here")]
+    server.daemon.cluster = msgspec.structs.replace(server.daemon.cluster, added=here)
+    done = pxd("models", "use", "acme/other", "--quantize", "4")
+    assert done.exit_code == 0, done.stderr
+    assert server.daemon.added.names == ["acme/other-4bit"]
+    assert server.daemon.choices.choice.names == ("demo", "acme/other-4bit")
+    done = pxd("models", "add", "acme/other", "--quantize", "4")
+    assert "acme/other-4bit is on this node" in done.stdout
+    refused = pxd("models", "add", "acme/other", "--quantize", "7")
+    assert (refused.exit_code, "MLX has 2, 3, 4, 5, 6, 8 bits" in refused.stderr) == (2, True)
+    assert pxd("models", "use", "acme/other", "--quantize", "4", "--no-wait").exit_code == 2
+
+
+def test_what_takes_long_is_waited_for_and_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    polls, answered = 0, threading.Event()
+
+    def fetch(*_: object) -> tuple[bytes, ClusterStatus]:
+        nonlocal polls
+        polls += 1
+        if polls == 3:
+            answered.set()
+        return b"", msgspec.structs.replace(serving_status(), looking="other: taking its time")
+
+    monkeypatch.setattr("pxd.cli.status.fetch", fetch)
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+
+    def call() -> bool:
+        return answered.wait(60)
+
+    assert progress.meanwhile(None, None, call, lambda status: status.looking, quiet=False)
+    assert capsys.readouterr().err == "  other: taking its time\n"
+
+    def refuse() -> None:
+        raise Refused("no such model", None, None)
+
+    with pytest.raises(Refused, match="no such model"):
+        progress.meanwhile(None, None, refuse, lambda status: status.looking, quiet=True)
 
 
 def test_remove_says_what_is_left(server: LiveServer) -> None:

@@ -16,7 +16,7 @@ from tests.cluster.scenarios import (
 from tests.cluster.simulate import table
 
 LARGE = 1000
-MEDIUM = 300
+MEDIUM = 200
 LOSS = 0.01
 
 pytestmark = pytest.mark.slow

@@ -3,6 +3,8 @@ import pytest
 
 from pxd.cluster.plans import Epoch, ModelPlan, PipelinePlan, Plan, StagePlan, pipeline_id
 from pxd.cluster.soundness import flaw
+from pxd.planning.result import Basis
+from tests.planning.clusters import inputs_of, model_of
 
 
 def line(*stages: tuple[str, int, int], model: str = "m") -> PipelinePlan:
@@ -49,6 +51,18 @@ def test_sound_plans() -> None:
 )
 def test_flaws_are_named(changes: dict[str, object], words: str) -> None:
     assert words in flaw(plan(msgspec.structs.replace(GOOD, **changes)))
+
+
+def test_every_layer_has_its_cost() -> None:
+    def costing(**changes: object) -> ModelPlan:
+        cost = model_of(8, **changes)
+        return msgspec.structs.replace(GOOD, basis=Basis(inputs=inputs_of(cost, ())))
+
+    assert flaw(plan(costing())) == ""
+    assert "its cost" in flaw(plan(costing(layer_flops=(1,) * 7)))
+    assert "its cost" in flaw(plan(costing(kv_bytes_per_token=())))
+    short = msgspec.structs.replace(costing(), layers=9, pipelines=(line(("a", 0, 9)),))
+    assert "costs 8" in flaw(plan(short))
 
 
 def test_a_model_appears_once() -> None:

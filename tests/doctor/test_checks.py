@@ -314,7 +314,7 @@ def test_this_machine(tmp_path: Path) -> None:
 
 
 def test_executors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_installed", lambda package: False)
+    monkeypatch.setattr(engines, "installed_kinds", lambda: ("mlx",))
     works = Device(kind="cpu", name="EPYC", tflops=0.5, bandwidth=20, executors=("mlx",))
     found = only(engines.executors(works))
     assert (found.level, found.text) == (
@@ -337,7 +337,7 @@ def test_why_an_executor_does_not_work(
     monkeypatch: pytest.MonkeyPatch, installed: str, gpu: bool, words: str
 ) -> None:
     monkeypatch.setattr(engines, "KINDS", ("mlx", "sglang"))
-    monkeypatch.setattr(engines, "_installed", lambda package: bool(installed))
+    monkeypatch.setattr(engines, "installed_kinds", lambda: ("mlx", "sglang") if installed else ())
     monkeypatch.setattr(metadata, "version", lambda package: installed)
     monkeypatch.setattr(engines.shutil, "which", lambda program: "/bin/x" if gpu else None)
     details = engines.executors(Device(executors=("mlx",))).pop().details

@@ -7,7 +7,11 @@ streaming text shows ids beyond the tokenizer's vocabulary as exclamation marks.
 import json
 import sys
 
-import mlx_lm
+from pxd.lean import without_torch
+
+without_torch()
+
+import mlx_lm  # noqa: E402
 
 
 def main(model_dir: str, max_tokens: str, *questions: str) -> None:

@@ -94,6 +94,15 @@ def test_the_same_answer_at_every_node(three: list[Daemon]) -> None:
         check_plan(daemon)
 
 
+@pytest.mark.skipif(not psutil.LINUX, reason="what a process has mapped shows on Linux only")
+def test_no_process_carries_pytorch_along(three: list[Daemon]) -> None:
+    for daemon in three:
+        for process in (psutil.Process(daemon.process.pid), *daemon.executors()):
+            mapped = {Path(mapped.path).name for mapped in process.memory_maps()}
+            assert any(name.startswith("libc.") for name in mapped)
+            assert not any("torch" in name for name in mapped)
+
+
 def test_eight_concurrent_streams_at_different_nodes(three: list[Daemon]) -> None:
     def stream(item: tuple[int, str]) -> str:
         number, question = item
@@ -109,6 +118,13 @@ def test_seeded_sampling_is_the_same_everywhere(three: list[Daemon]) -> None:
     assert len(answers) == 1
     others = {three[0].answer("Say the alphabet.", **{**options, "seed": s}) for s in range(5)}
     assert len(others) > 1
+
+
+def test_a_second_daemon_on_the_same_data_directory_is_refused(three: list[Daemon]) -> None:
+    second = three[0].pxd("start", "--no-mdns")
+    assert second.returncode == 1
+    assert "already runs" in second.stderr
+    assert "Traceback" not in second.stderr
 
 
 def all_given_back(status: dict[str, Any]) -> bool:
@@ -234,8 +250,14 @@ def holder(daemons: list[Daemon], stage: dict[str, Any]) -> Daemon:
     return next(daemon for daemon in daemons if daemon.id == stage["node"])
 
 
-def test_a_killed_node_costs_a_pause_and_its_executor_ends(tmp_path: Path) -> None:
-    with cluster(tmp_path, (*NAMES, "dora"), *OVER_THREE, ready=all_hold(4)) as daemons:
+def test_a_killed_node_costs_a_pause_and_its_executor_ends(
+    three: list[Daemon], tmp_path: Path
+) -> None:
+    dora = Daemon(tmp_path, "dora", *OVER_THREE, join=three[0].ticket())
+    daemons = [*three, dora]
+    try:
+        for daemon in daemons:
+            daemon.wait_status(all_hold(4), "a fourth node holds something, too")
         [line] = pipelines(daemons[0].status())
         assert len(line) >= 3
         victim = holder(daemons, line[1])
@@ -244,6 +266,8 @@ def test_a_killed_node_costs_a_pause_and_its_executor_ends(tmp_path: Path) -> No
         for daemon in others:
             daemon.wait_status(all_hold(3), "the three others serve")
             assert daemon.answer("What is 17 + 25?") == "42"
+    finally:
+        dora.end()
 
 
 def test_a_spare_stands_in_without_loading_anything(tmp_path: Path) -> None:
@@ -314,14 +338,6 @@ def test_too_little_capacity_says_what_is_missing(tmp_path: Path) -> None:
             assert int(response.headers["retry-after"]) > 0
             assert model["reason"] in response.json()["error"]["message"]
             assert httpx.get(f"{daemon.url}/readyz").status_code == 503
-
-
-def test_a_second_daemon_on_the_same_data_directory_is_refused(tmp_path: Path) -> None:
-    with cluster(tmp_path, NAMES[:1]) as (anna,):
-        second = anna.pxd("start", "--no-mdns")
-        assert second.returncode == 1
-        assert "already runs" in second.stderr
-        assert "Traceback" not in second.stderr
 
 
 def test_requests_wait_for_nothing_while_no_plan_is_ready(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from .daemons import Daemon, Status, cluster, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.clusters]
 
+# Too little for any model: what is tested needs none.
+IDLE = ("--memory", "0.0005")
+
 
 def control(daemon: Daemon, *arguments: str) -> Any:
     done = daemon.pxd(*arguments, "--json")
@@ -40,7 +43,7 @@ def wait_key(daemon: Daemon, key: bytes) -> None:
 
 
 def test_a_cluster_gets_a_new_key_and_kicks_a_node(tmp_path: Path) -> None:
-    with cluster(tmp_path, ("anna", "ben", "carl"), serving=False) as daemons:
+    with cluster(tmp_path, ("anna", "ben", "carl"), *IDLE, serving=False) as daemons:
         anna, ben, carl = daemons
         for daemon in daemons:
             daemon.wait_status(alive("anna", "ben", "carl"), "all are there")
@@ -62,7 +65,7 @@ def test_a_cluster_gets_a_new_key_and_kicks_a_node(tmp_path: Path) -> None:
         stale = anna.ticket()
         rotated = control(ben, "key", "rotate", "--grace", "0")
         assert names(rotated["told"]["confirmed"]) == ["anna", "carl"]
-        late = Daemon(tmp_path, "late", join=stale)
+        late = Daemon(tmp_path, "late", *IDLE, join=stale)
         try:
             wait_for(lambda: "the cluster's key was replaced" in late.log, "late is told why")
             assert "pxd ticket" in late.log

@@ -13,6 +13,7 @@ import pytest
 
 from pxd.models.describe import describe_checkpoint
 from pxd.models.safetensors import read_header
+from tests.models.files import flip
 from tests.tiny_models import make_tiny_model
 
 from .daemons import Daemon, pipelines, serving_on
@@ -94,6 +95,33 @@ def test_the_list_shows_who_has_files(three: list[Daemon]) -> None:
     refused = three[2].pxd("models", "remove", MODEL)
     assert refused.returncode == 1
     assert "`pxd models stop acme/tiny` first" in refused.stderr
+
+
+def test_flipped_bytes_are_noticed_and_another_source_is_used(
+    three: list[Daemon], model: Path
+) -> None:
+    """As a disk flips them: in files that were described and hashed before, with no new time."""
+    anna, ben, carl = three
+    done = anna.pxd("models", "add", MODEL)
+    assert done.returncode == 0, done.stderr
+    rotten = ben.data_dir.parent / "home-ben" / "hub" / "models--acme--tiny" / "snapshots" / COMMIT
+    flip_all(rotten)
+    done = carl.pxd("models", "add", MODEL)
+    flip_all(rotten)
+    assert done.returncode == 0, done.stderr
+    assert "ben sent damaged bytes of" in carl.log
+    [kept] = (carl.data_dir / "cache" / "models").iterdir()
+    for shard in model.glob("*.safetensors"):
+        assert (kept / shard.name).read_bytes() == shard.read_bytes()
+
+
+def flip_all(directory: Path) -> None:
+    """One byte of each tensor."""
+    for path in directory.glob("*.safetensors"):
+        header = read_header(path)
+        head = path.stat().st_size - sum(info.nbytes for info in header.values())
+        for info in header.values():
+            flip(path, head + info.data_offsets[1] - 1, secretly=True)
 
 
 def test_a_node_that_comes_back_has_what_it_had(three: list[Daemon]) -> None:

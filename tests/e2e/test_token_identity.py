@@ -1,7 +1,6 @@
 """A cluster of any size answers greedily exactly as `mlx_lm.generate` on the same directory."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 
 import pytest
 
-import pxd.models
+from pxd.models.catalog import DEMO_DIRECTORY
 from tests.tiny_models import make_tiny_model
 
-from .daemons import cluster
+from .daemons import Status, cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.clusters]
 
-DEMO = Path(pxd.models.__file__).parent / "demo"
 QUESTIONS = ("Count from 1 to 20.", "Say the alphabet.", "tell me something " * 12)
 MAX_TOKENS = 40
 NAMES = ("anna", "ben", "carl")
@@ -32,34 +30,41 @@ def reference(model: Path) -> list[dict[str, Any]]:
     return answers
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    made = {"demo": DEMO}
-    for name in DTYPES:
-        made[name] = make_tiny_model(name, root / name, dtype=DTYPES[name])
-    return made
-
-
+# How models are cut at each layer is tested without daemons.
 @pytest.mark.parametrize(
-    ("architecture", "speculate"),
-    [("demo", "on"), ("qwen3_moe", "on"), ("gemma3", "auto"), ("gpt_oss", "off")],
+    ("architectures", "count", "most_layers", "speculate"),
+    [
+        (["demo"], 1, "8", "on"),
+        (["demo", "qwen3_moe"], 3, "3", "on"),
+        (["gemma3", "gpt_oss"], 3, "2", "auto"),
+    ],
+    ids=str,
 )
 def test_greedy_answers_are_those_of_mlx_lm(
-    architecture: str, speculate: str, directories: dict[str, Path], tmp_path: Path
+    architectures: list[str], count: int, most_layers: str, speculate: str, tmp_path: Path
 ) -> None:
-    directory = directories[architecture]
-    name = "demo" if architecture == "demo" else str(directory)
-    config = json.loads((directory / "config.json").read_text())
-    layers = config.get("text_config", config)["num_hidden_layers"]
-    expected = reference(directory)
-    # How the others are cut at each layer is tested without daemons.
-    for count in (1, 2, 3) if architecture == "demo" else (3,):
-        # No fewer nodes than these can hold the model.
-        most = str(math.ceil(layers / count))
-        options = ("--model", name, "--max-layers", most, "--speculate", speculate)
-        with cluster(tmp_path / str(count), NAMES[:count], *options) as daemons:
-            for question, answer in zip(QUESTIONS, expected, strict=True):
+    models = {"demo": DEMO_DIRECTORY} if "demo" in architectures else {}
+    for architecture in architectures:
+        if architecture in DTYPES:
+            path = make_tiny_model(
+                architecture, tmp_path / architecture, dtype=DTYPES[architecture]
+            )
+            models[str(path)] = path
+    first, *others = models
+
+    def served(status: Status) -> bool:
+        return [m["name"] for m in status["models"] if m["state"] == "serving"] == list(models)
+
+    options = ("--model", first, "--max-layers", most_layers, "--speculate", speculate)
+    with cluster(tmp_path, NAMES[:count], *options) as daemons:
+        for name in others:
+            used = daemons[0].pxd("models", "use", "--no-wait", name)
+            assert used.returncode == 0, used.stderr
+        status = daemons[-1].wait_status(served, "all models are served")
+        lines = [line for model in status["models"] for line in model["pipelines"]]
+        assert all((len(line) > 1) == (count > 1) for line in lines)
+        for name, path in models.items():
+            for question, answer in zip(QUESTIONS, reference(path), strict=True):
                 response = daemons[-1].chat(question, max_tokens=MAX_TOKENS, model=name).json()
                 assert response["usage"]["completion_tokens"] == len(answer["tokens"])
                 assert response["choices"][0]["message"]["content"] == answer["text"]

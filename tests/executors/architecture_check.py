@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
@@ -41,13 +42,6 @@ CHUNK = 16
 """Of the prompts of batches. There is a model whose answers depend on it."""
 
 
-def expected(model: Any, prompt: Sequence[int], count: int, chunk: int = 2048) -> list[int]:
-    generated = generate_step(
-        mx.array(list(prompt)), model, max_tokens=count, prefill_step_size=chunk
-    )
-    return [token for token, _ in generated]
-
-
 def choose_cuts(description: ModelDescription) -> list[list[int]]:
     """No cut, one and two; with two the outer stages are as small as they can be."""
     splits = list(description.splits)
@@ -56,23 +50,42 @@ def choose_cuts(description: ModelDescription) -> list[list[int]]:
     return [[], [splits[len(splits) // 2]], [splits[0], splits[-1]]]
 
 
-def load_pipelines(path: Path, description: ModelDescription) -> list[Pipeline]:
-    return [Pipeline.load(path, description.layers, cuts) for cuts in choose_cuts(description)]
+class Subject:
+    """A model: in one piece as mlx-lm runs it, and as pipelines, which all checks share."""
+
+    def __init__(self, path: Path, description: ModelDescription) -> None:
+        self.path, self.description = path, description
+        self.model: Any = load_model(path)[0]
+        self.pipelines = [
+            (cuts, Pipeline.load(path, description.layers, cuts))
+            for cuts in choose_cuts(description)
+        ]
+        self._answers: dict[tuple[tuple[int, ...], int, int], list[int]] = {}
+
+    def expected(self, prompt: Sequence[int], count: int, chunk: int = 2048) -> list[int]:
+        key = tuple(prompt), count, chunk
+        if key not in self._answers:
+            generated = generate_step(
+                mx.array(key[0]), self.model, max_tokens=count, prefill_step_size=chunk
+            )
+            self._answers[key] = [token for token, _ in generated]
+        return self._answers[key]
 
 
-def check_alone(pipelines: Sequence[Pipeline], model: Any) -> None:
-    for prompt, chunk in itertools.product(PROMPTS, (2048, 7)):
-        wanted = expected(model, prompt, COUNT, chunk)
-        for pipeline in pipelines:
-            got = pipeline.generate(prompt, COUNT, chunk=chunk)
-            stages = len(pipeline.engines)
-            assert got == wanted, f"{stages} stages, chunk {chunk}: {got}, not {wanted}"
+def check_alone(subject: Subject) -> None:
+    for cuts, pipeline in subject.pipelines:
+        for prompt in PROMPTS:
+            for chunk in (2048, 7):
+                wanted = subject.expected(prompt, COUNT, chunk)
+                got = pipeline.generate(prompt, COUNT, chunk=chunk)
+                assert got == wanted, f"cuts {cuts}, chunk {chunk}: {got}, not {wanted}"
 
 
-def check_fetched(path: Path, description: ModelDescription, model: Any) -> None:
+def check_fetched(subject: Subject) -> None:
     """Stages in directories that hold nothing but what a stage fetches from other nodes."""
+    path, layers = subject.path, subject.description.layers
     checkpoint = describe_checkpoint(path)
-    bounds = [0, *choose_cuts(description)[-1], description.layers]
+    bounds = [0, *choose_cuts(subject.description)[-1], layers]
     engines = []
     with TemporaryDirectory() as root:
         for start, end in itertools.pairwise(bounds):
@@ -85,11 +98,12 @@ def check_fetched(path: Path, description: ModelDescription, model: Any) -> None
             engine.load(spec, lambda _: None)
             engines.append(engine)
         got = Pipeline(engines).generate(PROMPTS[0], COUNT)
-    assert got == expected(model, PROMPTS[0], COUNT)
+    assert got == subject.expected(PROMPTS[0], COUNT)
 
 
-def check_numbers(path: Path, description: ModelDescription, model: Any) -> None:
+def check_numbers(subject: Subject) -> None:
     """Logits at every position of a chunked prompt, bit by bit: tokens alone may hide much."""
+    path, description, model = subject.path, subject.description, subject.model
     checkpoint = describe_checkpoint(path)
     widths = {description.hidden_size} if not description.splits else set()
     for cuts in [[cut] for cut in description.splits] + choose_cuts(description)[2:]:
@@ -137,14 +151,11 @@ class Crowd:
     def answer(self, number: int) -> list[int]:
         return self.sequences[number][len(self.prompts[number]) :]
 
-    def leave(self, *numbers: int) -> None:
-        self.pipeline.release(numbers)
 
-
-def check_batches(pipeline: Pipeline, model: Any) -> None:
+def check_batches(subject: Subject) -> None:
     """Requests of different lengths join, change places, pause, are cancelled and rejoin."""
     prompts = {1: list(range(5, 30)), 2: list(range(40, 52)), 3: [7, 9, 11], 4: [8] * 40, 5: [3]}
-    crowd = Crowd(pipeline, prompts)
+    crowd = Crowd(subject.pipelines[-1][1], prompts)
     crowd.join(1, 2, 3)
     crowd.decode(1, 2)
     crowd.decode(1, 2, 3)
@@ -153,7 +164,7 @@ def check_batches(pipeline: Pipeline, model: Any) -> None:
     crowd.decode(4, 3, 2, 1, 5)
     crowd.decode(1)
     crowd.decode(5, 1)
-    crowd.leave(2)
+    crowd.pipeline.release([2])
     for _ in range(4):
         crowd.decode(3, 4, 5)
         crowd.decode(1)
@@ -163,19 +174,19 @@ def check_batches(pipeline: Pipeline, model: Any) -> None:
         crowd.decode(1, 5, 4, 3)
     for number, prompt in prompts.items():
         got = crowd.answer(number)
-        wanted = expected(model, prompt, len(got), CHUNK)
+        wanted = subject.expected(prompt, len(got), CHUNK)
         assert got == wanted, f"request {number}: {got}, not {wanted}"
-    crowd.leave(1, 3, 4, 5)
+    crowd.pipeline.release(list(prompts))
 
 
-def check_random_batches(pipeline: Pipeline, model: Any) -> None:
+def check_random_batches(subject: Subject) -> None:
     """Any subset may decode next, in any order; requests end and new ones take their place."""
     chance = random.Random(17)
-    crowd = Crowd(pipeline, {})
+    crowd = Crowd(subject.pipelines[-1][1], {})
 
     def check(number: int) -> None:
         got = crowd.answer(number)
-        wanted = expected(model, crowd.prompts[number], len(got), CHUNK)
+        wanted = subject.expected(crowd.prompts[number], len(got), CHUNK)
         assert got == wanted, f"request {number} at random: {got}, not {wanted}"
 
     running: list[int] = []
@@ -188,25 +199,24 @@ def check_random_batches(pipeline: Pipeline, model: Any) -> None:
         if len(running) > 5:
             ended = running.pop(chance.randrange(len(running)))
             check(ended)
-            crowd.leave(ended)
+            crowd.pipeline.release([ended])
         for _ in range(4):
             crowd.decode(*chance.sample(running, chance.randint(1, len(running))))
     for number in running:
         check(number)
-    crowd.leave(*running)
+    crowd.pipeline.release(running)
 
 
 # Whose caches keep all positions, and so can forget the last ones.
 TRIMS = {"qwen3", "llama", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gemma2"}
 
 
-def check_guesses(pipelines: Sequence[Pipeline], model: Any, *, trims: bool) -> None:
+def check_guesses(subject: Subject, *, trims: bool) -> None:
     """Several positions in one pass, of which those behind a wrong guess are taken back."""
-    texts = [prompt + expected(model, prompt, 24) for prompt in PROMPTS] if trims else []
-    for pipeline in pipelines:
-        stages = len(pipeline.engines)
-        assert pipeline.trims == trims, f"{stages} stages: {pipeline.trims}"
-        for number, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=False)):
+    for cuts, pipeline in subject.pipelines:
+        assert pipeline.trims == trims, f"cuts {cuts}: {pipeline.trims}"
+        for number, prompt in enumerate(PROMPTS if trims else ()):
+            text = prompt + subject.expected(prompt, 24)
             pipeline.prefill(number, prompt)
             place = len(prompt) - 1
             for count, right in ((5, 5), (9, 2), (3, 1), (1, 1), (16, 7), (4, 4)):
@@ -214,8 +224,9 @@ def check_guesses(pipelines: Sequence[Pipeline], model: Any, *, trims: bool) -> 
                 tokens = [*text[place : place + right], *wrong][:count]
                 drawn = pipeline.step([(number, place, tokens, count)])
                 wanted = text[place + 1 : place + 1 + right]
-                assert list(drawn[:right]) == wanted, f"{stages} stages: {drawn}, not {wanted}"
+                assert list(drawn[:right]) == wanted, f"cuts {cuts}: {drawn}, not {wanted}"
                 place += right
+            pipeline.release([number])
 
 
 def try_out(architecture: str, directory: Path) -> Row:
@@ -226,16 +237,15 @@ def try_out(architecture: str, directory: Path) -> Row:
         description = describe(path)
     except ExecutorError as error:
         return Row(name=architecture, reason=str(error)[:REASON_CHARACTERS])
-    model, _ = load_model(path)
-    check_numbers(path, description, model)
-    pipelines = load_pipelines(path, description)
-    check_alone(pipelines, model)
-    check_batches(pipelines[-1], model)
-    check_random_batches(pipelines[-1], model)
+    subject = Subject(path, description)
+    check_alone(subject)
+    check_numbers(subject)
+    check_batches(subject)
+    check_random_batches(subject)
     whole = load_stage(path, describe_checkpoint(path), 0, description.layers, lambda _: None)
     caches = whole.stage.make_caches()
     guesses = can_take_back(caches) and supports_guesses(whole.stage, whole.dtype)
-    check_guesses(pipelines, model, trims=guesses)
+    check_guesses(subject, trims=guesses)
     return Row(
         name=architecture,
         layers=description.layers,
@@ -255,9 +265,11 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--quantize", default="", choices=QUANTIZATIONS)
     parser.add_argument("--splits", default="1,2,3,4,5", help="cuts that must be allowed")
+    parser.add_argument("--row", action="store_true", help="print what the table says of it")
     arguments = parser.parse_args()
-    # Every load collects garbage; what has been imported never is any.
-    gc.freeze()
+    if arguments.row:
+        print(msgspec.json.encode(try_out(arguments.architecture, arguments.directory)).decode())
+        return
     path = make_in_process(
         arguments.architecture,
         arguments.directory,
@@ -268,17 +280,18 @@ def main() -> None:
     description = describe(path)
     assert ",".join(map(str, description.splits)) == arguments.splits, description
     assert bool(description.unsupported) == (not description.splits), description
-    model, _ = load_model(path)
-    check_fetched(path, description, model)
-    check_numbers(path, description, model)
-    pipelines = load_pipelines(path, description)
-    check_alone(pipelines, model)
+    subject = Subject(path, description)
+    check_alone(subject)
+    check_fetched(subject)
+    check_numbers(subject)
     # In less precision a batch may break near-ties otherwise than a single row.
     if arguments.dtype == "float32" and not arguments.quantize:
-        check_batches(pipelines[-1], model)
-        check_random_batches(pipelines[-1], model)
-        check_guesses(pipelines, model, trims=arguments.architecture in TRIMS)
+        check_batches(subject)
+        check_random_batches(subject)
+        check_guesses(subject, trims=arguments.architecture in TRIMS)
 
 
 if __name__ == "__main__":
+    # Loading collects garbage each time, and what was imported is none.
+    gc.freeze()
     main()

@@ -1,21 +1,20 @@
 """Makes the table of what mlx-lm's architectures can do in pxd, by trying each of them.
 
-`scripts/architectures [ARCHITECTURE …]` runs it; with names only their rows are made anew. Every
-architecture is tried in a process of its own, for the reason given in `tests.tiny_models`; these
-are forked from one that has imported everything.
+    python -m tests.executors.architecture_table [ARCHITECTURE …]
+
+With names only their rows are made anew. Every architecture is tried in a process of its own, for
+the reason given in `tests.tiny_models`.
 """
 
 import ast
-import gc
-import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
@@ -26,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "pxd" / "executors" / "mlx" / "ARCHITECTURES.md"
 TIMEOUT_S = 900
 REASON_CHARACTERS = 200
-PROCESSES = multiprocessing.get_context("forkserver")
 
 HEADER = """\
 # The architectures of mlx-lm {version} in pxd
@@ -129,40 +127,31 @@ def render(lines: Mapping[str, str]) -> str:
 
 
 def try_out(name: str) -> Row:
-    """Raises `AssertionError` where a model computes something else in stages, which the process
-    says on stderr, or ends without an answer."""
-    ours, theirs = PROCESSES.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as directory, ours:
-        process = PROCESSES.Process(target=_try_here, args=(name, directory, theirs), name=name)
-        process.start()
-        theirs.close()
-        process.join(TIMEOUT_S)
-        process.kill()
-        process.join()
-        assert process.exitcode == 0, f"the process ended with {process.exitcode}"
-        return msgspec.json.decode(ours.recv_bytes(), type=Row)
-
-
-def _try_here(name: str, directory: str, answer: Connection) -> None:
-    from tests.executors import architecture_check
-
-    # Every load collects garbage; what has been imported never is any.
-    gc.freeze()
-    answer.send_bytes(msgspec.json.encode(architecture_check.try_out(name, Path(directory))))
+    """Raises `AssertionError` where a model computes something else in stages."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "tests.without_torch"]
+        result = subprocess.run(
+            [*command, "tests.executors.architecture_check", name, directory, "--row"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    assert result.returncode == 0, f"{name}: {result.returncode}\n{result.stderr[-3000:]}"
+    return msgspec.json.decode(result.stdout.splitlines()[-1], type=Row)
 
 
 def main(names: Sequence[str]) -> int:
     wanted = list(names) or sorted(set(CONFIGS) & set(architectures()), key=str.lower)
     lines = lines_of(TABLE.read_text()) if names and TABLE.exists() else {}
     failures = []
-    if sys.platform == "linux":  # Metal does not survive a fork
-        PROCESSES.set_forkserver_preload(["tests.executors.architecture_check"])
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for name, future in [(name, pool.submit(try_out, name)) for name in wanted]:
             try:
                 lines[name] = future.result().line
                 print(lines[name], flush=True)
-            except AssertionError as error:
+            except (AssertionError, subprocess.TimeoutExpired) as error:
                 failures.append(name)
                 print(f"| {name} | FAILED | {error}", flush=True)
     if failures:
@@ -170,3 +159,7 @@ def main(names: Sequence[str]) -> int:
         return 1
     TABLE.write_text(render(lines))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

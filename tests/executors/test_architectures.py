@@ -3,11 +3,8 @@
 One architecture of each kind; `scripts/architectures` goes through all of them.
 """
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,12 +26,10 @@ CHECKS = [
     "gemma3_text --dtype bfloat16",
 ]
 
-Checks = dict[str, "Future[subprocess.CompletedProcess[str]]"]
-
 
 def run(check: str, directory: Path) -> "subprocess.CompletedProcess[str]":
     architecture, *options = check.split()
-    command = [sys.executable, "-m", "tests.executors.architecture_check"]
+    command = [sys.executable, "-m", "tests.without_torch", "tests.executors.architecture_check"]
     return subprocess.run(
         [*command, architecture, str(directory), *options],
         cwd=ROOT,
@@ -45,23 +40,8 @@ def run(check: str, directory: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.fixture(scope="module")
-def checks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Checks]:
-    """All selected checks, as many at a time as there are cores."""
-    wanted = [
-        item.callspec.params["check"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.function is test_tokens_equal_those_of_mlx_lm
-    ]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
-        yield {check: pool.submit(run, check, tmp_path_factory.mktemp("model")) for check in wanted}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
-def test_tokens_equal_those_of_mlx_lm(check: str, checks: Checks) -> None:
-    result = checks[check].result()
+def test_tokens_equal_those_of_mlx_lm(check: str, tmp_path: Path) -> None:
+    result = run(check, tmp_path)
     assert result.returncode == 0, result.stderr[-4000:]

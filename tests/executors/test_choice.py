@@ -1,10 +1,12 @@
 """Which kind of executor a node runs, by what is installed and how fast it is."""
 
+import sys
+
 import pytest
 
 from pxd.cluster.records import Device
 from pxd.executors import choice
-from pxd.executors.choice import best_device, choose_executor
+from pxd.executors.choice import best_device, choose_executor, installed_kinds
 from pxd.executors.protocol import ExecutorDied, ExecutorError
 
 
@@ -68,3 +70,12 @@ async def test_one_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(choice, "installed_kinds", lambda: ("mlx",))
     with pytest.raises(ExecutorError, match=r"pip install 'pxd\[torch\]'"):
         await choose_executor("torch")
+
+
+def test_one_that_this_process_keeps_out_is_installed_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = installed_kinds()
+    for kind in before:
+        monkeypatch.setitem(sys.modules, kind, None)
+    assert before == installed_kinds() != ()

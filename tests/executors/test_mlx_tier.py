@@ -25,6 +25,8 @@ REQUESTS = 24
 GREEDY = Sampling(temperature=0)
 PATIENCE_S = 60.0
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -187,6 +187,11 @@ async def test_a_block_goes_to_the_second_tier_and_comes_back(tmp_path: Path) ->
     assert [t.token for t in got.tokens] == [t.token for t in wanted.tokens]
 
 
+def mapped_files(pid: int) -> str:
+    maps = Path(f"/proc/{pid}/maps")
+    return maps.read_text() if maps.exists() else ""
+
+
 async def test_a_load_that_is_refused_or_killed(tmp_path: Path) -> None:
     path = make_tiny_model("gemma4_text", tmp_path / "gemma4_text")
     with trio.fail_after(DEADLINE_S):
@@ -196,6 +201,8 @@ async def test_a_load_that_is_refused_or_killed(tmp_path: Path) -> None:
             assert (
                 await executor.load(LoadSpec(path=str(path), start=0, end=6), lambda _: None)
             ).layers == 6
+            # Where it is installed, importing it would take longer than all the rest.
+            assert "libtorch" not in mapped_files(executor.pid)
             async with trio.open_nursery() as nursery:
 
                 async def load() -> None:

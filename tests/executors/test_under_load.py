@@ -25,7 +25,7 @@ from tests.executors.steps import sampled_tokens, wire_step
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
 LAYERS = 6
-REQUESTS = 64
+REQUESTS = 32
 
 
 @pytest.fixture(scope="module")

@@ -69,12 +69,10 @@ def _best_of(problem: Problem, order: Kinds, cuts: np.ndarray) -> float:
     room = np.floor(problem.kv_rooms[list(order)] / np.maximum(requests, 1e-9)).min(axis=1)
     room = np.clip(room, 1, problem.workload.max_requests)
 
+    @cache
     def seconds(batch: int) -> np.ndarray:
-        sums, beside = problem.decode(batch)
-        return np.array(
-            [sums[order[i], cuts[:, i + 1]] - sums[order[i], cuts[:, i]] + beside[order[i]]
-             for i in rows]
-        )  # fmt: skip
+        (sums, beside), nodes = problem.decode(batch), np.array(order)[:, None]
+        return sums[nodes, cuts[:, 1:].T] - sums[nodes, cuts[:, :-1].T] + beside[nodes]
 
     token = seconds(1).sum(axis=0) + hops
     best = np.zeros(len(cuts))

@@ -32,6 +32,8 @@ from tests.planning.clusters import (
 ROUNDING = 1 + 1e-6
 NEAR = 1 - REDUNDANCY_SHARE
 
+pytestmark = pytest.mark.slow
+
 
 def near_best(inputs: PlanInputs) -> None:
     """Two pipelines are best where they are near the best of all plans, and else that is."""
@@ -44,7 +46,7 @@ def near_best(inputs: PlanInputs) -> None:
         assert several * 0.98 <= best * NEAR * ROUNDING
 
 
-@pytest.mark.parametrize("layers", range(1, 13))
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 7, 9, 12])
 def test_within_two_percent_of_the_best_for_every_small_cluster(layers: int) -> None:
     for nodes in range(1, 6):
         for machines in combinations_with_replacement(MACHINES, nodes):
@@ -86,13 +88,13 @@ def check_against_classic(inputs: PlanInputs) -> None:
         assert plan.objective * ROUNDING >= classic.objective * share
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(random_inputs(most=5, most_layers=6))
 def test_plans_are_possible_and_never_worse_than_the_classic_ones(inputs: PlanInputs) -> None:
     check_against_classic(inputs)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(random_inputs(least=11, most=40, most_layers=24))
 def test_nor_are_they_for_clusters_too_large_to_try_everything(inputs: PlanInputs) -> None:
     check_against_classic(inputs)
@@ -109,7 +111,7 @@ def test_the_objective_is_tokens_per_second_less_what_the_latency_bound_takes(
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(random_inputs(), st.randoms(use_true_random=False))
 def test_the_order_of_offers_and_links_does_not_matter(
     inputs: PlanInputs, shuffler: random.Random
@@ -121,7 +123,7 @@ def test_the_order_of_offers_and_links_does_not_matter(
     assert plan_cluster(shuffled) == plan_cluster(inputs)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(random_inputs(most=5))
 def test_one_more_node_lowers_the_objective_only_for_a_second_pipeline(
     inputs: PlanInputs,

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from pxd.planning.capacity import budget, left_over
+from pxd.planning.capacity import budget, left_over, most_copies
 from pxd.planning.model import NodeOffer
 
 from .clusters import GIB, SETTINGS, model_of
@@ -27,3 +27,13 @@ def test_without_others_all_is_left() -> None:
     offer = NodeOffer("n", 24 * GIB + 7)
     assert left_over(offer, SETTINGS) == offer.memory
     assert left_over(replace(offer, taken=1 << 50), SETTINGS) == 0
+
+
+def test_how_often_the_layers_have_room_at_most() -> None:
+    whole = NodeOffer("n", 19 * GIB)
+    assert budget(whole, MODEL, SETTINGS).weights > 4 * 2.99 * GIB + 2 * GIB
+    assert most_copies((), MODEL, SETTINGS) == 0
+    assert most_copies((whole,), MODEL, SETTINGS) == 1
+    assert most_copies((whole, replace(whole, max_layers=3)), MODEL, SETTINGS) == 1
+    assert most_copies((replace(whole, memory=18 * GIB),), MODEL, SETTINGS) == 0
+    assert most_copies((whole,) * 3, MODEL, SETTINGS) == 3

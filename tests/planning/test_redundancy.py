@@ -156,6 +156,29 @@ def test_what_serves_at_once_is_mended_first_and_divided_then() -> None:
     assert chains_of(replan([broken], TWINS, grow=False).move.plan) == APART
 
 
+def second(inputs: PlanInputs, *previous: Chain) -> ClusterPlan:
+    return decide(Basis(inputs=inputs, previous=previous, second=True)).plan
+
+
+def test_a_look_for_a_second_pipeline_compares_it_with_what_is_served() -> None:
+    served = (("large", 0, 4), ("small", 4, 12))
+    best, several = objective_of(UNEQUAL, best_chain(UNEQUAL)), objective_of(UNEQUAL, APART)
+    assert several < best * NEAR
+    assert several > objective_of(UNEQUAL, [served]) * NEAR
+    assert len(grown(UNEQUAL, (served,)).pipelines) == 1
+    assert chains_of(second(UNEQUAL, served)) == APART
+    assert chains_of(second(UNEQUAL, *best_chain(UNEQUAL))) == best_chain(UNEQUAL)
+
+
+def test_and_changes_nothing_else() -> None:
+    served = (("large", 0, 8), ("small", 8, 12))
+    alone = machines_of(UNEQUAL, UNEQUAL.offers[0], machine("small", 24, 200, max_layers=6))
+    assert len(plan_cluster(alone).pipelines) == 1
+    assert plan_cluster(alone).objective > objective_of(alone, [served]) * (1 + REBALANCE_GAIN)
+    assert chains_of(second(alone, served)) == (served,)
+    assert chains_of(second(HASTY, *best_plans(HASTY)[1])) == best_plans(HASTY)[1]
+
+
 @settings(max_examples=40, deadline=None)
 @given(random_inputs(most=4, most_layers=6), st.sampled_from(("greedy", "dp")))
 def test_looking_again_and_again_comes_to_an_end(inputs: PlanInputs, strategy: Strategy) -> None:

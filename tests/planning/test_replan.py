@@ -49,6 +49,8 @@ TRIO = inputs_of(EIGHT, offers_of(["rtx4090"] * 3))
 # Room for few requests at once: with fewer layers on each card there would be room for more.
 CROWDED = inputs_of(model_of(10, kv_bytes_per_token=(128 * 1024,) * 10), PAIR.offers)
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_first_plan_is_that_of_plan_cluster_and_moves_all_of_it() -> None:
     result = replan((), PAIR)
@@ -65,7 +67,7 @@ def test_nothing_changes_where_nothing_changed() -> None:
     assert (result.move.gain, result.move.moved_bytes, result.rebalance) == (0, 0, None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(random_inputs(), st.data())
 def test_a_death_leaves_pipelines_without_that_node_as_they_are(
     inputs: PlanInputs, data: st.DataObject
@@ -79,7 +81,7 @@ def test_a_death_leaves_pipelines_without_that_node_as_they_are(
     assert healthy <= set(after.pipelines)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(random_inputs())
 def test_join_and_then_leave_restores_the_plan_unless_the_join_changed_it(
     inputs: PlanInputs,
@@ -97,7 +99,7 @@ def test_join_and_then_leave_restores_the_plan_unless_the_join_changed_it(
         assert after.objective * (1 + REBALANCE_GAIN) >= before.objective
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(random_inputs(), st.sampled_from(("greedy", "dp")))
 def test_a_plan_from_scratch_is_offered_only_where_it_gains_a_lot_or_divides_a_lone_chain(
     inputs: PlanInputs, strategy: Strategy
@@ -115,7 +117,7 @@ def test_a_plan_from_scratch_is_offered_only_where_it_gains_a_lot_or_divides_a_l
         assert result.rebalance.gain == pytest.approx(best.objective / kept.objective - 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(random_inputs())
 def test_the_objective_of_pipelines_is_that_of_their_plan(inputs: PlanInputs) -> None:
     plan = plan_cluster(inputs)
@@ -262,7 +264,7 @@ def basis_of(inputs: PlanInputs, *, rebalance: bool) -> Basis:
     return Basis(inputs=left, previous=previous, spares=spares, rebalance=rebalance)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(random_inputs(), st.booleans(), st.randoms(use_true_random=False))
 def test_everybody_decides_the_same(
     inputs: PlanInputs, rebalance: bool, shuffler: random.Random
@@ -284,7 +286,7 @@ def test_everybody_decides_the_same(
     assert decide(shuffled) == decided
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(random_inputs(), st.data())
 def test_other_bandwidths_and_distances_alone_move_nothing(
     inputs: PlanInputs, data: st.DataObject

@@ -137,21 +137,56 @@ async def test_a_shortage_is_a_plan_that_says_what_is_missing(clock: MockClock) 
     assert "GiB" in model.reason
 
 
-async def test_a_leader_that_cannot_see_the_model_leaves_a_serving_plan_alone(
+async def test_a_new_leader_plans_what_is_served_without_a_look_at_the_model(
     clock: MockClock,
 ) -> None:
     def nowhere() -> ModelDescription:
         raise ModelError("no such directory here")
 
-    leader = Leader(Models(nowhere), a=8, b=8)
-    leader.sync.offer(leader.cluster.make_plan("a", "b"))
+    before = Leader(Models(description), a=8, b=8, c=8)
+    before.choose("acme/sums")
+    await before.run_for(60)
+    leader = Leader(Models(nowhere), a=8, b=8, c=8)
+    leader.choose("acme/sums")
+    leader.sync.offer(msgspec.structs.replace(before.plan, epoch=Epoch(2, "b", 1)))
+    leader.obey()
     await leader.run_for(120)
     assert len(leader.plans) == 1
     leader.cluster.members["b"].state = "dead"
     leader.changed.notify()
     await leader.run_for(120)
-    assert leader.plans[-1].models[0].state == "failed"
-    assert "no such directory" in leader.plans[-1].models[0].reason
+    assert chains(leader.plan) == [{"a", "c"}]
+    assert mismatch(leader.plan.models[0], NodeOffer("c", 8 * GIB)) == ""
+    old, new = before.plan.models[0], leader.plan.models[0]
+    for part in ("fingerprint", "revision", "layers", "context"):
+        assert getattr(new, part) == getattr(old, part), part
+
+
+async def test_what_is_served_is_the_model_and_not_what_the_leader_has_by_that_name(
+    clock: MockClock,
+) -> None:
+    before = Leader(Models(description), a=8, b=8)
+    await before.run_for(60)
+    other = msgspec.structs.replace(description(), fingerprint="another")
+    leader = Leader(Models(lambda: other), a=8, b=8)
+    leader.sync.offer(msgspec.structs.replace(before.plan, epoch=Epoch(2, "b", 1)))
+    leader.obey()
+    await leader.run_for(120)
+    assert len(leader.plans) == 1
+
+
+async def test_a_leader_looks_at_a_model_that_nobody_serves(clock: MockClock) -> None:
+    def nowhere() -> ModelDescription:
+        raise ModelError("no such directory here")
+
+    before = Leader(Models(description), a=1)
+    await before.run_for(60)
+    assert before.states() == {"sums": "waiting"}
+    leader = Leader(Models(nowhere), a=1)
+    leader.sync.offer(msgspec.structs.replace(before.plan, epoch=Epoch(2, "b", 1)))
+    await leader.run_for(60)
+    assert leader.states() == {"sums": "failed"}
+    assert "no such directory" in leader.model().reason
 
 
 async def test_a_failure_is_published_once_and_tried_again_in_its_time(clock: MockClock) -> None:

@@ -1,5 +1,6 @@
 """What the MLX executor offers to the worker."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pxd.cluster.records import Device
@@ -28,3 +29,10 @@ class MlxBackend:
         from pxd.executors.mlx.measure import measure
 
         return measure()
+
+    def quantize(
+        self, source: Path, target: Path, bits: int, progress: Callable[[float], None]
+    ) -> None:
+        from pxd.executors.mlx.quantize import quantize
+
+        quantize(source, target, bits, progress)

@@ -122,6 +122,8 @@ def plan_split(model: nn.Module) -> SplitPlan:
 
     What the model itself raises in the dry run comes through: it would do so in use.
     """
+    # The keys of random start values depend on each other through all models made so far.
+    mx.eval(mx.random.state)
     found = find_layers(model)
     caches = make_prompt_cache(model)
     tokens = mx.zeros((1, DRY_RUN_TOKENS), mx.int32)

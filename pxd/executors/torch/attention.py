@@ -87,7 +87,7 @@ def _attend(
     query: torch.Tensor,
     _key: torch.Tensor,
     _value: torch.Tensor,
-    _mask: torch.Tensor | None,
+    _mask: torch.Tensor | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,

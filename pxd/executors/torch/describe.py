@@ -9,6 +9,7 @@ from pxd.executors.protocol import ExecutorError, ModelDescription
 from pxd.executors.torch.kv import token_numbers
 from pxd.executors.torch.skeleton import make_skeleton, read_config
 from pxd.executors.torch.split import CannotSplit, SplitPlan, plan_split
+from pxd.executors.torch.weights.formats import quantization_of
 from pxd.models.config import CONTEXT_NAMES
 from pxd.models.describe import Checkpoint, describe_checkpoint
 from pxd.models.errors import ModelError
@@ -26,6 +27,7 @@ def describe(path: Path) -> ModelDescription:
     except ModelError as error:
         raise ExecutorError(str(error)) from error
     config = read_config(path)
+    quantization_of(config)  # refuses what could not be loaded
     plan = _plan(config, checkpoint)
     item_bytes = getattr(torch, checkpoint.dtype).itemsize
     return ModelDescription(

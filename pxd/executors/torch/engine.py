@@ -9,7 +9,7 @@ import torch
 
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.executors.checkpoints import read_checkpoint
-from pxd.executors.memory import ADVICE, check_fits, compare, kv_room, stage_bytes
+from pxd.executors.memory import ADVICE, kv_room
 from pxd.executors.paged import PagedEngine
 from pxd.executors.protocol import ExecutorError, LoadSpec, Progress
 from pxd.executors.slots import Report
@@ -73,17 +73,22 @@ def load_paged(spec: LoadSpec, progress: Progress) -> TorchLayers:
     """Raises `ExecutorError`."""
     checkpoint = read_checkpoint(spec)
     device = choose_device()
-    computed = stage_bytes(checkpoint, spec.start, spec.end)
-    check_fits(computed, free_memory(device), ADVICE)
     try:
         stage = load_stage(Path(spec.path), checkpoint, spec.start, spec.end, device, progress)
-        compare(computed, stage.weight_bytes)
         position = token_numbers(stage.shapes) * stage.dtype.itemsize
         planned = spec.kv_bytes or DEFAULT_KV_TOKENS * position
         room = kv_room(planned, free_memory(device), position * BLOCK_TOKENS, ADVICE)
         blocks = room // (position * BLOCK_TOKENS)
         pool = KvPool(stage.shapes, blocks, stage.dtype, stage.device)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        OSError,
+        ImportError,
+    ) as error:
         raise ExecutorError(
             f"cannot load layers [{spec.start}, {spec.end}) of {spec.path}: "
             f"{type(error).__name__}: {error}"

@@ -6,20 +6,21 @@ It is given tensors of the files that are there, unread; it reads those that the
 
 import contextlib
 import copy
-import threading
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from pxd.executors.memory import ADVICE, check_fits, compare, stage_bytes
 from pxd.executors.protocol import ExecutorError, Progress
 from pxd.executors.torch.attention import NAME
+from pxd.executors.torch.device import free_memory
 from pxd.executors.torch.kv import KvPool, Rows
 from pxd.executors.torch.skeleton import make_skeleton, model_class, read_config
 from pxd.executors.torch.split import CannotSplit, SplitPlan, plan_split
 from pxd.executors.torch.stage import Stage, stage_class
+from pxd.executors.torch.weights.files import StageTensors
+from pxd.executors.torch.weights.formats import is_needed, quantization_of
 from pxd.models.describe import Checkpoint
 
 LISTED_NAMES = 5
@@ -27,7 +28,6 @@ TRIAL_TOKENS, TRIAL_CHUNK = 12, 7
 # Shares of an output's norm that rounding explains. Positions counted wrongly, or something that a
 # model's own attention does and ours does not, show as several per cent at least.
 TOLERANCE_FLOAT32, TOLERANCE = 0.001, 0.05
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_stage(
@@ -44,6 +44,7 @@ def load_stage(
             f"there are no layers [{start}, {end}) in a model of {checkpoint.layers}"
         )
     config = read_config(directory)
+    quantization = quantization_of(config)
     plan = _planned(config, checkpoint, start, end)
     if end < checkpoint.layers:
         # The weights of the projection are not here to be shared.
@@ -51,7 +52,12 @@ def load_stage(
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     made = stage_class(model_class(config), plan, start, end)
     with contextlib.ExitStack() as files:
-        tensors = _Tensors(directory, checkpoint, start, end, files, progress)
+        tensors = StageTensors(directory, checkpoint, start, end, quantization, files, progress)
+        if quantization is None:
+            computed = stage_bytes(checkpoint, start, end)
+        else:
+            computed = _held(made, config, tensors.dtype)
+        check_fits(computed, free_memory(device), ADVICE)
         model, found = made.from_pretrained(
             None,
             config=config,
@@ -61,15 +67,35 @@ def load_stage(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    _check_found(found, checkpoint, quantised=quantization is not None)
+    stage = Stage(model.requires_grad_(False).eval().to(device), plan, start, end)
+    compare(computed, stage.weight_bytes)
+    _try_attention(stage)
+    progress(1.0)
+    return stage
+
+
+def _held(made: Any, config: Any, dtype: torch.dtype) -> int:
+    """Bytes that the weights take as plain numbers."""
+    with torch.device("meta"):
+        model = made._from_config(config, attn_implementation=NAME, dtype=dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _check_found(found: Any, checkpoint: Checkpoint, *, quantised: bool) -> None:
     if found["mismatched_keys"]:
         names = [name for name, *_ in found["mismatched_keys"]]
         raise ExecutorError(f"tensors of the wrong shape: {_listed(names)}")
     if found["missing_keys"]:
         raise ExecutorError(f"the checkpoint lacks {_listed(found['missing_keys'])}")
-    stage = Stage(model.requires_grad_(False).eval().to(device), plan, start, end)
-    _try_attention(stage)
-    progress(1.0)
-    return stage
+    unread = [
+        name
+        for name in found["unexpected_keys"]
+        if checkpoint.layer_of(name) is not None and is_needed(name)
+    ]
+    if quantised and unread:
+        # Weights without something that belongs to them would be wrong without a word.
+        raise ExecutorError(f"quantised weights come with what is not known: {_listed(unread)}")
 
 
 def _planned(config: Any, checkpoint: Checkpoint, start: int, end: int) -> SplitPlan:
@@ -86,59 +112,6 @@ def _planned(config: Any, checkpoint: Checkpoint, start: int, end: int) -> Split
                 f"{checkpoint.architecture} cannot be cut before layer {cut}; allowed: {allowed}"
             )
     return plan
-
-
-class _Tensors:
-    """Tensors by name, those of other layers left out, and the type of most of the own layers'.
-
-    Reports up to 0.99: the trial is still to come.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        checkpoint: Checkpoint,
-        start: int,
-        end: int,
-        files: contextlib.ExitStack,
-        progress: Progress,
-    ) -> None:
-        self._progress, self._lock = progress, threading.Lock()
-        self._done, self._total = 0, 1
-        self.named: dict[str, _Unread] = {}
-        kinds: Counter[str] = Counter()
-        there = sorted({*checkpoint.shards.values()} - {*checkpoint.missing})
-        for name in there:
-            file = files.enter_context(safe_open(directory / name, framework="pt"))
-            for tensor in file.keys():  # noqa: SIM118 - it is no mapping
-                layer = checkpoint.layer_of(tensor)
-                if layer is None or start <= layer < end:
-                    self.named[tensor] = unread = _Unread(file.get_slice(tensor), self._read)
-                    kinds[unread.get_dtype()] += layer is not None
-        self._total = sum(checkpoint.layer_bytes[start:end]) or 1
-        common = next((kind for kind, _ in kinds.most_common() if kind in _DTYPES), None)
-        self.dtype = _DTYPES[common] if common else getattr(torch, checkpoint.dtype)
-
-    def _read(self, nbytes: int) -> None:
-        # transformers reads from several threads.
-        with self._lock:
-            self._done += nbytes
-            self._progress(min(0.99, self._done / self._total))
-
-
-class _Unread:
-    """A tensor in a file, which is read when it is indexed."""
-
-    def __init__(self, there: Any, read: Any) -> None:
-        self._there, self._read = there, read
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor: torch.Tensor = self._there[index]
-        self._read(tensor.nbytes)
-        return tensor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._there, name)
 
 
 def _listed(names: Any) -> str:

@@ -26,8 +26,6 @@ def read_config(path: Path) -> Any:
         raw = read_json(path / "config.json")
     except ModelError as error:
         raise ExecutorError(str(error)) from error
-    if isinstance(raw.get("quantization"), dict):
-        raise ExecutorError("it is quantised in MLX's own way, which only the mlx executor reads")
     try:
         # No code of the model's own is ever run.
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)

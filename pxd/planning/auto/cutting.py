@@ -85,7 +85,8 @@ def best_cuts(
             late = held is None or held.score.token_s > problem.workload.token_limit_s
             if place >= _RUNNERS_UP and not late:
                 break
-            for ends in _refined(problem, order, seen[order][1], patience):
+            # Halving comes to the same cuts again and again.
+            for ends in dict.fromkeys(_refined(problem, order, seen[order][1], patience)):
                 scored = score(problem, order, ends)
                 held = found[owner]
                 if held is None or scored.value > held.value * _SLACK:

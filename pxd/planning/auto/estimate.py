@@ -5,11 +5,13 @@ all of them, or as one of them needs for the whole way round, whichever is longe
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from pxd.planning.auto.problem import Problem
+from pxd.planning.auto.problem import Problem, Tables
 from pxd.planning.auto.work import Floats
 from pxd.planning.result import PipelineEstimate, StageEstimate
 
@@ -27,7 +29,12 @@ class Score(msgspec.Struct, frozen=True):
     batch: int
 
 
-def loads(stages: int, most: int) -> list[tuple[int, int, int]]:
+Places = tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.intp]]
+"""Of each stage of a chain: the node's row in tables, and the cuts where it begins and ends."""
+
+
+@cache
+def loads(stages: int, most: int) -> tuple[tuple[int, int, int], ...]:
     """(requests, micro-batches, requests in each) that a pipeline is tried with, most first.
 
     Batches are powers of two; `most` bounds the requests.
@@ -40,7 +47,7 @@ def loads(stages: int, most: int) -> list[tuple[int, int, int]]:
     while fewer >= 1:
         found.append((fewer, fewer, 1))
         fewer //= 2
-    return sorted(found, reverse=True)
+    return tuple(sorted(found, reverse=True))
 
 
 def penalised(problem: Problem, tokens_per_s: float, token_s: float) -> float:
@@ -50,12 +57,12 @@ def penalised(problem: Problem, tokens_per_s: float, token_s: float) -> float:
 
 def score(problem: Problem, order: Sequence[int], ends: Sequence[int]) -> Score:
     """Of the stages that end at the cuts `ends`, on the nodes `order`."""
-    hops = sum(problem.hops(order))
-    token_s = float(stage_seconds(problem, order, ends, 1).sum()) + hops
+    hops, places = sum(problem.hops(order)), _places(problem, order, ends)
+    token_s = float(_seconds(problem.decode(1), places).sum()) + hops
     most = max_requests(problem, order, ends)
     best = Score(0.0, 0.0, token_s, 0, 1)
     for requests, waves, batch in loads(len(order), most):
-        seconds = stage_seconds(problem, order, ends, batch)
+        seconds = _seconds(problem.decode(batch), places)
         speed = requests / max(waves * float(seconds.max()), float(seconds.sum()) + hops)
         if speed > best.tokens_per_s:
             value = penalised(problem, speed, token_s)
@@ -77,13 +84,13 @@ def stage_seconds(
     problem: Problem, order: Sequence[int], ends: Sequence[int], batch: int
 ) -> Floats:
     """Seconds of a decode step of `batch` requests on each stage."""
-    return _seconds(problem, *problem.decode(batch), order, ends)
+    return _seconds(problem.decode(batch), _places(problem, order, ends))
 
 
 def estimate(problem: Problem, order: Sequence[int], ends: Sequence[int]) -> PipelineEstimate:
     scored = score(problem, order, ends)
     decode = stage_seconds(problem, order, ends, 1)
-    chunk = _seconds(problem, *problem.prefill, order, ends)
+    chunk = _seconds(problem.prefill, _places(problem, order, ends))
     hops = problem.hops(order)
     carried = problem.hops(order, problem.chunk)
     # Chunks follow each other through the pipeline; the last prompt token is a decode step.
@@ -101,12 +108,13 @@ def estimate(problem: Problem, order: Sequence[int], ends: Sequence[int]) -> Pip
     )
 
 
-def _seconds(
-    problem: Problem, sums: Floats, beside: Floats, order: Sequence[int], ends: Sequence[int]
-) -> Floats:
+def _places(problem: Problem, order: Sequence[int], ends: Sequence[int]) -> Places:
     rows = np.array([problem.kinds[node] for node in order])
-    stops = np.array(ends)
-    starts = np.concatenate([[0], stops[:-1]])
+    return rows, np.array([0, *ends[:-1]]), np.array(ends)
+
+
+def _seconds(tables: Tables, places: Places) -> Floats:
+    (sums, beside), (rows, starts, stops) = tables, places
     seconds: Floats = sums[rows, stops] - sums[rows, starts] + beside[rows]
     return seconds
 

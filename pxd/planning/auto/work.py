@@ -60,7 +60,7 @@ class Work:
         weights = self._weights
         for layer, experts in enumerate(self._experts):
             if experts is not None and experts.total > 0:
-                idle = experts.total * (1 - experts.active / experts.total) ** tokens
+                idle = experts.total * (1 - min(1.0, experts.active / experts.total)) ** tokens
                 if weights is self._weights:
                     weights = weights.copy()
                 weights[layer] -= idle * experts.bytes_each

@@ -17,6 +17,8 @@ from tests.tiny_models import make_tiny_model
 LAYERS = 6
 PROMPT = list(range(30, 50))
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

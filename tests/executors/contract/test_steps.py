@@ -24,6 +24,8 @@ LAYERS = 6
 PROMPT = list(range(30, 50))
 Editor = Callable[[dict[str, mx.array]], dict[str, mx.array]]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -305,14 +307,13 @@ def test_logits_that_are_not_finite_end_the_step_but_not_the_engine(
         return weights
 
     # Tied weights would put the NaN into everybody's logits.
-    source = make_tiny_model("qwen3", tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     path = edited_copy(
-        source,
+        model,
         tmp_path / "poisoned",
         lambda w: poison({**w, "lm_head.weight": mx.array(w["model.embed_tokens.weight"])}),
     )
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     pipeline = Pipeline.load(path, LAYERS, kinds=[kind])
     wanted = pipeline.generate(PROMPT, 3)
     pipeline.prefill(1, PROMPT)
