@@ -24,8 +24,9 @@ def name_directory(root: Path | None) -> Path:
 
 
 def own_directory() -> Path:
-    """This executor's directory, made at first use. Raises `OSError`."""
-    directory = Path(os.environ[VARIABLE])
+    """This executor's directory, made at first use; where it was given none, that of all temporary
+    files. Raises `OSError`."""
+    directory = Path(os.environ.get(VARIABLE) or tempfile.gettempdir())
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return directory
 
