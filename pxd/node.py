@@ -20,7 +20,7 @@ from pxd.cluster.plans import Plan
 from pxd.cluster.records import Device, NodeRecord, StageReport
 from pxd.doctor.doctor import Doctor
 from pxd.doctor.findings import Report
-from pxd.executors import describe_model, open_executor, quantize_model
+from pxd.executors import describe_model, open_executor, quantize_model, scratch
 from pxd.notify import notify
 from pxd.p2p.addresses import for_tickets
 from pxd.p2p.bandwidth import Meter
@@ -112,7 +112,7 @@ class Node:
             self.network,
             self.gossip,
             settings.files.cache,
-            partial(describe_model, kind=kind),
+            partial(describe_model, kind=kind, scratch_root=settings.files.scratch),
             quantize=quantize_model if kind != "sglang" else None,
             added=who.state.added,
             quantized=who.state.quantized,
@@ -131,9 +131,8 @@ class Node:
             self.network, self._members, settings.files, who.ring, who.bans, self._on_door
         )
         self.plans = PlanSync(self.network, self._members, self._on_plan, lambda: self.gossip.leads)
-        self.stages = StageHost(
-            self.network, partial(open_executor, kind), self.models.directory, self._on_stages
-        )
+        open_here = partial(open_executor, kind, scratch_root=settings.files.scratch)
+        self.stages = StageHost(self.network, open_here, self.models.directory, self._on_stages)
         self.stages.allow_tier(settings.kv_tier_bytes, settings.files.cache)
         self.stages.send_as(settings.wire_dtype)
         self.stages.spread_over(settings.tensor_parallel)
@@ -476,6 +475,8 @@ async def run(settings: Settings, *, started: Callable[[Started], None]) -> None
 
 async def _run(settings: Settings, started: Callable[[Started], None]) -> None:
     with identity.lock_data_dir(settings.files.lock):
+        # Of executors whose daemon was killed, and could not tidy up after them.
+        scratch.remove(settings.files.scratch)
         who = identify(settings)
         starting = trio.CancelScope()
         node: Node | None = None

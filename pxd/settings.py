@@ -85,6 +85,7 @@ class DataFiles:
         self.lock = root / "daemon.lock"
         self.daemon = root / "daemon.json"
         self.cache = root / "cache"
+        self.scratch = root / "scratch"
 
 
 def parse_endpoint(value: str) -> tuple[str, int]:

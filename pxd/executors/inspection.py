@@ -13,7 +13,11 @@ MEASURE_TIMEOUT_S = 120.0
 
 
 async def describe_model(
-    path: Path, *, kind: str = "mlx", timeout: float = DESCRIBE_TIMEOUT_S
+    path: Path,
+    *,
+    kind: str = "mlx",
+    scratch_root: Path | None = None,
+    timeout: float = DESCRIBE_TIMEOUT_S,
 ) -> ModelDescription:
     """Describe the model in the directory `path`; its weights need not be complete.
 
@@ -21,7 +25,7 @@ async def describe_model(
     and `ExecutorDied`.
     """
     with trio.move_on_after(timeout):
-        async with open_executor(kind) as executor:
+        async with open_executor(kind, scratch_root=scratch_root) as executor:
             return await executor.describe(path)
     raise ExecutorError(f"{path} could not be described within {timeout:g} s")
 

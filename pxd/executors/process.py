@@ -26,6 +26,7 @@ import trio
 
 import pxd
 from pxd.cluster.records import Device
+from pxd.executors import scratch
 from pxd.executors.backends import KINDS
 from pxd.executors.messages import (
     Command,
@@ -163,17 +164,20 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         *,
         label: str = "executor",
         environment: Mapping[str, str] | None = None,
+        directory: Path | None = None,
         reply_timeout: float = REPLY_TIMEOUT_S,
         patience: Patience | None = None,
     ) -> None:
         """`command` is run with the number of its end of the socket as a last argument.
 
         A worker that owes a reply and gives no sign of life for `reply_timeout` seconds is killed;
-        over a step, for as long as `patience` says.
+        over a step, for as long as `patience` says. `directory` is removed when
+        the process has ended.
         """
         self._command = list(command)
         self._label = label
         self._environment = environment
+        self._directory = directory
         self._reply_timeout = reply_timeout
         self._pending: deque[_Call | _StepCall] = deque()
         self._patience = patience or Patience()
@@ -417,6 +421,8 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
                     await self._read_output()
                 await self._process.stdout.aclose()
         await self._stream.aclose()
+        if self._directory is not None:
+            await trio.to_thread.run_sync(scratch.remove, self._directory)
         self._death = self._explain(reason)
         if self._closing:
             log.debug("%s %d: %s", self._label, self.pid, self._death)
@@ -460,19 +466,24 @@ def worker_environment() -> dict[str, str]:
     }
 
 
-def open_executor(kind: str, *, patience: Patience | None = None) -> WorkerExecutor:
+def open_executor(
+    kind: str, *, scratch_root: Path | None = None, patience: Patience | None = None
+) -> WorkerExecutor:
     """An executor of `kind` in a fresh process, to be entered with ``async with``.
 
-    Raises `ExecutorError` for an unknown kind at once. One that is not installed shows with the
-    first command.
+    What it puts on disk while it lives is in `scratch_root`, or else where the system has temporary
+    files. Raises `ExecutorError` for an unknown kind at once. One that is not installed shows with
+    the first command.
     """
     if kind not in KINDS:
         raise ExecutorError(f"no executor kind {kind!r}; there is {', '.join(KINDS)}")
     # -P keeps the daemon's working directory out of the module search path.
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", "pxd.executors.worker", kind]
+    directory = scratch.name_directory(scratch_root)
     return WorkerExecutor(
         command,
         label=f"{kind} executor",
-        environment=worker_environment(),
+        environment={**worker_environment(), scratch.VARIABLE: str(directory)},
+        directory=directory,
         patience=patience,
     )

@@ -10,6 +10,7 @@ from pxd.models.config import ModelConfig
 from pxd.models.detokenizer import Detokenizer
 from pxd.models.errors import ModelError
 from pxd.models.pieces import Pieces
+from pxd.models.templates import Render, python_template
 from pxd.models.thinking import Thoughts, markers_of
 
 TOKENIZERS = ("tokenizer.*", "vocab.*", "tekken.json", "*.model", "*.tiktoken", "*.bpe")
@@ -43,8 +44,8 @@ class OptionRefused(ModelError):
 
 
 class ChatTokenizer:
-    """A model's tokenizer. `eos` are the ids that end an answer; the rest is what the model wants
-    where a request does not say."""
+    """A model's tokenizer. `eos` are the ids that end an answer; `render` takes the place of the
+    tokenizer's own template; the rest is what the model wants where a request does not say."""
 
     def __init__(
         self,
@@ -54,8 +55,10 @@ class ChatTokenizer:
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
+        render: Render | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._render = render
         self._pieces = Pieces(tokenizer)
         self._markers = markers_of(tokenizer)
         self.eos = eos
@@ -69,7 +72,8 @@ class ChatTokenizer:
         tokenizer = _load_tokenizer(path)
         own = tokenizer.eos_token_id
         eos = dict.fromkeys([*config.eos, *([own] if isinstance(own, int) else [])])
-        return cls(tokenizer, tuple(eos), *config.sampling)
+        render = python_template(tokenizer.init_kwargs.get("chat_template_type"))
+        return cls(tokenizer, tuple(eos), *config.sampling, render=render)
 
     def encode_chat(
         self, messages: Sequence[MessageLike], options: Mapping[str, Any] | None = None
@@ -82,9 +86,9 @@ class ChatTokenizer:
         options = options or {}
         self._check_options(options)
         template = self._tokenizer.chat_template
-        if not template:
+        if not template and self._render is None:
             raise ModelError("this model has no chat template, so it cannot chat")
-        knows_developer = "developer" in str(template)
+        knows_developer = self._render is None and "developer" in str(template)
         chat = [
             {
                 # Most templates silently drop roles they do not know.
@@ -98,19 +102,28 @@ class ChatTokenizer:
         from jinja2 import TemplateError
 
         try:
-            ids = self._tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False, **options
-            )
+            ids = self._apply(chat, options)
         except TemplateError as error:
             raise ModelError(f"the model's chat template refuses this chat: {error}") from error
         except Exception as error:
-            if not options:
+            if options:
+                # A template reckons with values of some type, and clients send any.
+                raise OptionRefused(
+                    f"the model's chat template cannot use these options: {error}"
+                ) from error
+            if self._render is None:
                 raise
-            # A template reckons with values of some type, and clients send any.
-            raise OptionRefused(
-                f"the model's chat template cannot use these options: {error}"
-            ) from error
+            # A template in Python says by any exception what it refuses.
+            raise ModelError(f"the model's chat template refuses this chat: {error}") from error
         return list(ids)
+
+    def _apply(self, chat: list[dict[str, str]], options: Mapping[str, Any]) -> Any:
+        if self._render is not None:
+            text = self._render(chat, add_generation_prompt=True, **options)
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=False, **options
+        )
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         # Among them `chat_template`: whose template runs here is not for a client to say.

@@ -129,6 +129,10 @@ def test_a_node_that_comes_back_has_what_it_had(three: list[Daemon]) -> None:
     before = carl.log.count("fetching")
     carl.signal(signal.SIGKILL)
     carl.process.wait()
+    # What an executor had on disk, whose daemon could not tidy up after it.
+    left = carl.data_dir / "scratch" / "pxd-executor-1" / "view"
+    left.mkdir(parents=True)
     carl.start()
+    assert not left.exists()
     carl.wait_status(serving_on(3), "served by three nodes again")
     assert carl.log.count("fetching") == before

@@ -23,6 +23,7 @@ from pxd.executors.protocol import (
     StepOutput,
     StepRejected,
 )
+from pxd.executors.scratch import own_directory
 from pxd.executors.slots import Report
 from pxd.executors.worker import serve
 from pxd.wire import Buffer, Coding, Copied, Step, Tensor
@@ -38,6 +39,10 @@ class FakeEngine:
             raise ExecutorError("no such model")
         if spec.path == "/crash":
             raise IndexError("something unforeseen")
+        if spec.path == "/litter":
+            (own_directory() / "view").mkdir()
+            progress(0.1)
+            time.sleep(600)
         if spec.path == "/slow":
             progress(0.1)
             time.sleep(600)

@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from pxd.executors import scratch
 from pxd.executors.patience import Patience
 from pxd.executors.process import WorkerExecutor, open_executor, worker_environment
 from pxd.executors.protocol import ExecutorDied, ExecutorError, LoadSpec
@@ -174,6 +175,34 @@ async def test_a_caller_that_is_cancelled_does_not_put_later_replies_out_of_orde
             result = await run_step(executor, make_step("echo", 2), BODY)
     assert isinstance(result, Sampled)
     assert result.step == 2
+
+
+@pytest.mark.parametrize("end", ["crash", "stop"])
+async def test_what_an_executor_had_on_disk_goes_with_it(end: str, tmp_path: Path) -> None:
+    root = tmp_path / "scratch"
+    directory = scratch.name_directory(root)
+    executor = WorkerExecutor(
+        [sys.executable, str(WORKER)],
+        environment={**worker_environment(), scratch.VARIABLE: str(directory)},
+        directory=directory,
+    )
+    found: list[Path] = []
+
+    def interrupt(_: float) -> None:
+        found.extend(directory.iterdir())
+        if end == "crash":
+            os.kill(executor.pid, signal.SIGKILL)
+        else:
+            scope.cancel()
+
+    with trio.fail_after(DEADLINE_S):
+        with trio.CancelScope() as scope:
+            async with executor:
+                with pytest.raises(ExecutorDied, match="SIGKILL"):
+                    await executor.load(LoadSpec(path="/litter", start=0, end=1), interrupt)
+    assert found == [directory / "view"]
+    assert scope.cancelled_caught == (end == "stop")
+    assert not list(root.iterdir())
 
 
 async def test_kill_while_busy_reaches_all_waiters() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pxd.models.chat import ChatTokenizer
+from pxd.models.chat import ChatTokenizer, OptionRefused
 from pxd.models.errors import ModelError
 from pxd.serving.requests import Message
 from tests.models.files import write_model
@@ -22,10 +22,12 @@ def tokenizer(directory: Path) -> ChatTokenizer:
     return ChatTokenizer.load(directory)
 
 
-def with_template(directory: Path, target: Path, template: str | None) -> ChatTokenizer:
+def with_template(
+    directory: Path, target: Path, template: str | None, **more: object
+) -> ChatTokenizer:
     write_model(target)
     save_tokenizer(target)
-    config = json.loads((target / "tokenizer_config.json").read_text())
+    config = json.loads((target / "tokenizer_config.json").read_text()) | more
     if template is None:
         del config["chat_template"]
     else:
@@ -63,6 +65,52 @@ def test_developers_speak_as_system_where_the_template_knows_none(
 def test_without_a_template_the_error_says_so(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no chat template"):
         with_template(directory, tmp_path, None).encode_chat((Message("user", "hi"),))
+
+
+@pytest.mark.parametrize(
+    ("options", "end"), [({}, "<think>"), ({"enable_thinking": False}, "</think>")]
+)
+def test_a_template_may_be_mlx_lms_own_code(
+    directory: Path, tmp_path: Path, options: dict[str, bool], end: str
+) -> None:
+    ours = with_template(directory, tmp_path, None, chat_template_type="deepseek_v32")
+    chat = [
+        Message("system", "Be kind."),
+        Message("user", "Hi"),
+        Message("assistant", "Yes?"),
+        Message("user", "Bye"),
+    ]
+    wanted = (
+        "<|begin_of_sentence|>Be kind.<|User|>Hi<|Assistant|></think>Yes?<|end_of_sentence|>"
+        f"<|User|>Bye<|Assistant|>{end}"
+    )
+    # DeepSeek's markers are made of other characters that look the same.
+    wanted = wanted.replace("|", "\N{FULLWIDTH VERTICAL LINE}")
+    wanted = wanted.replace("_", "\N{LOWER ONE EIGHTH BLOCK}")
+    assert decode(ours, ours.encode_chat(chat, options)) == wanted
+
+
+def test_what_a_template_in_python_cannot_use_is_told(directory: Path, tmp_path: Path) -> None:
+    ours = with_template(directory, tmp_path, None, chat_template_type="deepseek_v32")
+    with pytest.raises(ModelError, match="refuses this chat: ThinkingMode"):
+        ours.encode_chat([Message("user", "Hi"), Message("assistant", "Yes?")])
+    for option in ("thinking_mode", "nobody_knows_this"):
+        with pytest.raises(OptionRefused, match="cannot use these options"):
+            ours.encode_chat([Message("user", "Hi")], {option: "x"})
+
+
+@pytest.mark.parametrize("name", ["no_such", "../tokenizer_utils", "os", 7, ["deepseek_v32"]])
+def test_no_other_code_runs_as_a_template(directory: Path, tmp_path: Path, name: object) -> None:
+    with pytest.raises(ModelError, match="is none of mlx-lm's"):
+        with_template(directory, tmp_path, None, chat_template_type=name)
+
+
+def test_a_format_of_answers_leaves_the_template_to_the_model(
+    directory: Path, tmp_path: Path
+) -> None:
+    ours = with_template(directory, tmp_path, CHAT_TEMPLATE, chat_template_type="muse_spark")
+    ids = ours.encode_chat([Message("user", "Hi")])
+    assert decode(ours, ids) == "<|user|>Hi<|end|><|assistant|>"
 
 
 @pytest.mark.parametrize(

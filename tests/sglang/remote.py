@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from pxd.executors import scratch
 from pxd.executors.frames import FrameSocket
 from pxd.executors.messages import (
     Describe,
@@ -47,12 +48,13 @@ class RemoteEngine:
     def __init__(self, kind: str = "sglang") -> None:
         self._ours, theirs = socket.socketpair()
         self._ours.settimeout(TIMEOUT_S)
+        self._scratch = scratch.name_directory(None)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pxd.executors.worker", kind, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=worker_environment(),
+                env={**worker_environment(), scratch.VARIABLE: str(self._scratch)},
             )
         self._frames: FrameSocket[Reply] = FrameSocket(self._ours, reply_decoder)
 
@@ -60,6 +62,7 @@ class RemoteEngine:
         self._frames.close()
         self.process.kill()
         self.process.wait(TIMEOUT_S)
+        scratch.remove(self._scratch)
 
     def _ask(self, command: Any) -> tuple[Reply, Buffer]:
         self._frames.send(command)

@@ -1,8 +1,7 @@
 """Which arrays an unevaluated MLX array depends on."""
 
-import os
+import io
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -20,18 +19,14 @@ class DependencyGraph:
     def __init__(self, arrays: Mapping[str, mx.array]) -> None:
         self._parents: defaultdict[str, list[str]] = defaultdict(list)
         self._names = set(arrays)
-        handle, path = tempfile.mkstemp(suffix=".dot")
-        os.close(handle)
-        try:
-            mx.export_to_dot(path, **arrays)
-            with open(path, encoding="utf-8") as file:
-                for line in file:
-                    match = _EDGE.match(line)
-                    if match:
-                        source = match["source"] or match["op"]
-                        self._parents[match["result"] or match["user"]].append(source)
-        finally:
-            os.unlink(path)
+        text = io.StringIO()
+        mx.export_to_dot(text, **arrays)
+        text.seek(0)
+        for line in text:
+            match = _EDGE.match(line)
+            if match:
+                source = match["source"] or match["op"]
+                self._parents[match["result"] or match["user"]].append(source)
 
     def sources(self, name: str) -> set[str]:
         """Names of the arrays that `name` is computed from; the search ends at each of them."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pxd.executors.protocol import ExecutorError, ModelDescription
+from pxd.executors.scratch import own_directory
 from pxd.executors.sglang.loader import code_of
 from pxd.executors.sglang.pinned import check_symbols
 from pxd.executors.sglang.runtime import RankSpec, choose_device, server_settings
@@ -53,7 +54,7 @@ def _config(path: Path, architecture: str, checkpoint: Checkpoint) -> Any:
     """SGLang's `ModelConfig`."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    with tempfile.TemporaryDirectory(prefix="pxd-sglang-") as view:
+    with tempfile.TemporaryDirectory(dir=own_directory()) as view:
         raw = view_config(path, architecture)
         (Path(view) / "config.json").write_text(json.dumps(raw))
         spec = RankSpec(
@@ -64,7 +65,6 @@ def _config(path: Path, architecture: str, checkpoint: Checkpoint) -> Any:
             dtype=checkpoint.dtype,
             kv_bytes=0,
             kv_tokens=0,
-            meeting="",
         )
         try:
             config = ModelConfig.from_server_args(server_settings(spec, choose_device(), 1))

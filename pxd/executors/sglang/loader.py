@@ -8,6 +8,7 @@ import torch
 from pxd.executors.checkpoints import read_checkpoint
 from pxd.executors.memory import ADVICE, check_fits, compare, stage_bytes
 from pxd.executors.protocol import ExecutorError, LoadSpec, Progress
+from pxd.executors.scratch import own_directory
 from pxd.executors.sglang.models import architecture_of, find_code, models_directory, only
 from pxd.executors.sglang.pinned import check_symbols
 from pxd.executors.sglang.ranks import NodeStage, load_ranks
@@ -37,7 +38,7 @@ def load(spec: LoadSpec, progress: Progress) -> NodeStage:
     # Ranks have equal shares, on GPUs that are mostly alike.
     check_fits(-(-computed // spec.tensor_parallel), free_memory(device), ADVICE)
     try:
-        with tempfile.TemporaryDirectory(prefix="pxd-sglang-") as view:
+        with tempfile.TemporaryDirectory(dir=own_directory()) as view:
             make_view(source, Path(view), checkpoint, spec.start, spec.end, architecture)
             stage = load_ranks(_rank_spec(spec, checkpoint, view))
     except (
@@ -88,6 +89,5 @@ def _rank_spec(spec: LoadSpec, checkpoint: Checkpoint, view: str) -> RankSpec:
         dtype=checkpoint.dtype,
         kv_bytes=spec.kv_bytes,
         kv_tokens=DEFAULT_KV_TOKENS,
-        meeting="",
         size=spec.tensor_parallel,
     )

@@ -11,9 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -69,7 +67,8 @@ class _Others:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "pxd.executors.sglang.ranks", str(theirs.fileno())]
-            subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            handed = [theirs.fileno(), spec.meeting]
+            subprocess.Popen(command, pass_fds=handed, stdin=subprocess.DEVNULL)
         when_gone(ours, lambda: _die(f"rank {rank} is gone"))
         frames = FrameSocket(ours, begun_decoder)
         frames.send(Begin(msgspec.structs.replace(spec, rank=rank)))
@@ -133,14 +132,8 @@ class NodeStage:
 
 def load_ranks(spec: RankSpec) -> NodeStage:
     """Load a stage; `spec.meeting` is made here. Raises `ExecutorError` as `NodeStage` does."""
-    # Ranks may meet again later, when they first need a connection of another kind.
-    directory = tempfile.TemporaryDirectory(prefix="pxd-sglang-")
-    _meetings.append(directory)
-    return NodeStage(msgspec.structs.replace(spec, meeting=str(Path(directory.name) / "ranks")))
-
-
-_meetings: list[tempfile.TemporaryDirectory[str]] = []
-"""Kept for the life of the process."""
+    # Never closed: ranks may meet again, when they first need a connection of another kind.
+    return NodeStage(msgspec.structs.replace(spec, meeting=os.memfd_create("pxd-ranks")))
 
 
 def serve(descriptor: int) -> int:

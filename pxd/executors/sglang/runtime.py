@@ -31,9 +31,9 @@ MEMORY_SHARE = 0.95
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One of `size` processes that run layers [start, end) of `layers` together, one on each GPU.
 
-    `view` is a directory as `pxd.executors.sglang.view` makes it, `meeting` a path for a file that
-    all of them can reach, `dtype` torch's name of the model's numbers. `kv_bytes` is for all ranks
-    together; with 0 there is room for `kv_tokens` positions.
+    `view` is a directory as `pxd.executors.sglang.view` makes it, `meeting` the descriptor of a
+    file that all of them have open, `dtype` torch's name of the model's numbers. `kv_bytes` is for
+    all ranks together; with 0 there is room for `kv_tokens` positions.
     """
 
     view: str
@@ -43,7 +43,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     kv_bytes: int
     kv_tokens: int
-    meeting: str
+    meeting: int = -1
     rank: int = 0
     size: int = 1
 
@@ -95,9 +95,10 @@ def open_runner(spec: RankSpec) -> Any:
     device = choose_device(spec.size)
     place, parts = parts_of(spec.start, spec.end, spec.layers)
     os.environ["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, parts))
-    # Ranks meet in a file that only this user can reach, not at a port; and orders reach them
-    # otherwise than through SGLang.
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{spec.meeting}"
+    # Ranks meet in a file in memory that nobody else can open, not at a port; and orders reach
+    # them otherwise than through SGLang.
+    meeting = f"file:///proc/self/fd/{spec.meeting}"
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = meeting
     os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "0"
 
     from sglang.srt.configs.model_config import ModelConfig
