@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from pxd.executors import quantize_model
+from pxd.executors.process import worker_environment
 from pxd.executors.protocol import ExecutorError
 from pxd.models.catalog import DEMO_DIRECTORY
 from tests.models.files import write_model
@@ -40,7 +41,8 @@ async def test_a_copy_is_what_mlx_lm_makes(source: Path, tmp_path: Path) -> None
     theirs = tmp_path / "theirs"
     command = [sys.executable, "-m", "mlx_lm", "convert", "-q", "--q-bits", str(BITS)]
     paths = ["--hf-path", str(source), "--mlx-path", str(theirs)]
-    await trio.run_process([*command, *paths], stdout=subprocess.DEVNULL)
+    # A tokenizer's configuration says whether it was read without a network.
+    await trio.run_process([*command, *paths], stdout=subprocess.DEVNULL, env=worker_environment())
     assert content(tmp_path / "ours") == content(theirs)
     assert seen == sorted(seen)
     assert len(seen) > 10
