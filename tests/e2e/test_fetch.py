@@ -133,6 +133,7 @@ def test_a_node_that_comes_back_has_what_it_had(three: list[Daemon]) -> None:
     left = carl.data_dir / "scratch" / "pxd-executor-1" / "view"
     left.mkdir(parents=True)
     carl.start()
+    assert carl.url
     assert not left.exists()
     carl.wait_status(serving_on(3), "served by three nodes again")
     assert carl.log.count("fetching") == before
