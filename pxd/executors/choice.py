@@ -2,8 +2,8 @@
 
 On a Mac it is MLX. Elsewhere those that are installed are measured: a GPU goes before a CPU, and
 otherwise the faster before the slower. On a CPU that is PyTorch: of a model of 100 million weights
-it took a twentieth of MLX's processor time for a prompt, half of it for a token in bfloat16 and two
-thirds in float32. Of the smallest models, such as the bundled one, MLX decodes faster. SGLang
+in bfloat16 it took a twentieth of MLX's processor time for a prompt and about half of it for a token.
+Of the smallest models, such as the bundled one, a token takes about the same with either. SGLang
 has never been seen on a GPU and so is only taken by who asks for it.
 """
 
