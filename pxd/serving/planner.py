@@ -28,7 +28,7 @@ from pxd.serving.beside import Order, plan_beside
 from pxd.serving.handover import Handover, end_unwanted
 from pxd.serving.models import ModelSource
 from pxd.serving.plansync import PlanSync
-from pxd.serving.readiness import Members, is_coming, is_stranded
+from pxd.serving.readiness import Members, is_coming, is_stranded, readiness
 from pxd.serving.settling import Settling
 from pxd.serving.signal import Signal
 
@@ -179,13 +179,35 @@ class Planner:
         failure, holders = self._failures.get(name), self._models.holders(name)
         if failure and trio.current_time() < failure.at + RETRY_S and failure.holders == holders:
             return failure.plan
-        try:
-            description = await self._models.describe(name)
-            cost = await self._models.cost(name)
-        except (ModelError, ExecutorError, ExecutorDied, OSError) as error:
-            plan = ModelPlan(name=name, state="failed", reason=str(error)[:2000])
-            self._failures[name] = _Failure(trio.current_time(), holders, plan)
-            return plan
+        found: _Known | ModelPlan = ModelPlan(
+            name=name,
+            state="waiting",
+            reason="it is looked at once others do without a node that is gone",
+        )
+        # That can take minutes, as where the hub is slow, and there is no other plan meanwhile.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._wait_broken, nursery.cancel_scope)
+            try:
+                found = await self._describe(name)
+            except (ModelError, ExecutorError, ExecutorDied, OSError) as error:
+                found = ModelPlan(name=name, state="failed", reason=str(error)[:2000])
+                self._failures[name] = _Failure(trio.current_time(), holders, found)
+            nursery.cancel_scope.cancel()
+        return found
+
+    async def _wait_broken(self, scope: trio.CancelScope) -> None:
+        """Until a pipeline of the plan in force has lost a node."""
+        while not any(
+            readiness(pipeline, self._members()).lost
+            for model in (self._sync.plan.models if self._sync.plan else ())
+            for pipeline in model.pipelines
+        ):
+            await trio.sleep(LOOK_S)
+        scope.cancel()
+
+    async def _describe(self, name: str) -> _Known:
+        description = await self._models.describe(name)
+        cost = await self._models.cost(name)
         model = ModelPlan(
             name=name,
             fingerprint=description.fingerprint,

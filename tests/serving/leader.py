@@ -48,9 +48,11 @@ class Models:
         self.others = others
         self.calls = 0
         self.lenders: list[str] = []
+        self.takes_s: dict[str, float] = {}
 
     async def describe(self, name: str) -> ModelDescription:
         self.calls += 1
+        await trio.sleep(self.takes_s.get(name, 0))
         return self.others.get(name, self.answer)()
 
     def holders(self, name: str) -> list[str]:

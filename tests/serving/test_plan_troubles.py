@@ -61,6 +61,31 @@ async def test_where_nobody_else_can_it_goes_on_and_the_plan_says_why(clock: Moc
     assert leader.model().retiring == ()
 
 
+async def test_a_long_look_at_a_model_does_not_hold_up_what_a_death_calls_for(
+    clock: MockClock,
+) -> None:
+    models = Models(description)
+    models.takes_s = {"slow": 600}
+    leader = Leader(models, a=8, b=8, c=8)
+    await leader.run_for(60)
+    assert serving(leader) == [["a", "b"]]
+    leader.obey()
+    leader.choose("sums", "slow")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(leader.run_for, 900)
+        await trio.sleep(60)
+        assert leader.states() == {"sums": "planned"}
+        leader.cluster.members["b"].state = "dead"
+        leader.changed.notify()
+        await trio.sleep(5)
+        assert serving(leader) == [["a", "c"]]
+        assert leader.states() == {"sums": "planned", "slow": "waiting"}
+        leader.obey()
+        await trio.sleep(700)
+        assert models.calls > 2
+        assert "it is looked at once" not in leader.model("slow").reason
+
+
 def test_who_is_away_anyway_is_not_named() -> None:
     members = {
         "a": member("a", unfit=(DYING,)),
