@@ -66,6 +66,7 @@ class Added:
         self._views = {name: AddedView(name=name, state="fetching") for name in names}
         self._fetching: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
         self._asked = Signal()
+        self._deciding = trio.Lock()
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -79,7 +80,7 @@ class Added:
         """Fetch what is not here, until cancelled."""
         async with trio.open_nursery() as self._nursery:
             for name in self.names:
-                self._nursery.start_soon(self._have, name)
+                self._start(name)
             task_status.started()
             await trio.sleep_forever()
 
@@ -94,7 +95,8 @@ class Added:
                 await self._quantizing.check(recipe)
         except (ModelError, ExecutorError, ExecutorDied, OSError) as error:
             raise ChoiceError("bad_model", f"{name} cannot be had: {error}") from error
-        return await self._begin(recipe.name if recipe else name, recipe)
+        async with self._deciding:
+            return await self._begin(recipe.name if recipe else name, recipe)
 
     async def _begin(self, name: str, recipe: Recipe | None) -> AddedView:
         if name not in self._views:
@@ -107,15 +109,19 @@ class Added:
             await self._remember({*self.names, name}, recipes)
             self._views[name] = AddedView(name=name, state="fetching")
             self._changed()
-        elif self._views[name].state == "failed":
+        elif self._views[name].state != "fetching":
+            # Also of what was here: people delete files.
             self._show(name, state="fetching", reason="")
             self._asked.notify()
-        if self._views[name].state != "here" and name not in self._fetching and self._nursery:
-            self._nursery.start_soon(self._have, name)
+        self._start(name)
         return self._views[name]
 
     async def remove(self, name: str) -> Removed:
         """Have it here no more. Raises `ChoiceError`."""
+        async with self._deciding:
+            return await self._remove(name)
+
+    async def _remove(self, name: str) -> Removed:
         kept = await trio.to_thread.run_sync(self._library.store.names)
         full = called(name, (*self.names, *kept))
         if full is None:
@@ -147,14 +153,19 @@ class Added:
             raise ChoiceError("storage", f"this node cannot write that down: {error}") from error
         self._recipes = recipes
 
+    def _start(self, name: str) -> None:
+        if name not in self._fetching and self._nursery:
+            self._fetching[name] = trio.CancelScope(), trio.Event()
+            self._nursery.start_soon(self._have, name)
+
     async def _have(self, name: str) -> None:
-        with trio.CancelScope() as scope:
-            self._fetching[name] = scope, trio.Event()
+        scope, ended = self._fetching[name]
+        with scope:
             while pause := await self._fetch(name):
                 event = self._asked.event
                 with trio.move_on_after(pause):
                     await event.wait()
-        _, ended = self._fetching.pop(name)
+        del self._fetching[name]
         ended.set()
 
     async def _fetch(self, name: str) -> float:

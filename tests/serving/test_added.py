@@ -103,9 +103,26 @@ async def test_a_model_is_fetched_and_remembered(
     assert node.saved == [(("acme/before", "acme/other"), {})]
     await trio.sleep(2)
     assert node.states() == {"acme/before": "here", "acme/other": "here"}
-    assert (await node.added.add("other")).state == "here"
     assert sorted(node.models.fetched) == ["acme/before", "acme/other"]
     assert node.changes > 0
+
+
+async def test_what_was_here_is_looked_for_again_when_it_is_added_again(
+    clock: MockClock, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    node = Node(tmp_path, "acme/other")
+    await nursery.start(node.added.run)
+    await trio.sleep(2)
+    node.models.refuses = {"acme/other": "the hub cannot be reached"}
+    async with trio.open_nursery() as both:
+        for name in ("other", "acme/other"):
+            both.start_soon(node.added.add, name)
+    await trio.sleep(2)
+    assert node.states() == {"acme/other": "failed"}
+    node.models.refuses = {}
+    assert (await node.added.add("other")).state == "fetching"
+    await trio.sleep(2)
+    assert node.states() == {"acme/other": "here"}
 
 
 async def test_what_cannot_be_had_is_tried_again(
