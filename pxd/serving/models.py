@@ -13,6 +13,7 @@ from pxd.models import catalog
 from pxd.models.chat import ChatTokenizer, check_tokenizer
 from pxd.models.cost import read_cost
 from pxd.models.errors import ModelError, NoRoom
+from pxd.models.fingerprint import fingerprint
 from pxd.models.library import Library
 from pxd.planning.model import ModelCost
 from pxd.serving.weights.run import Progress as FetchProgress
@@ -66,6 +67,7 @@ class ModelSource:
         self._lending = lending
         self._pin = pin
         self._descriptions: dict[str, ModelDescription] = {}
+        self._described: dict[str, tuple[Path, str]] = {}
         self._revisions: dict[str, str] = {}
         self._costs: dict[str, ModelCost] = {}
         self._tokenizers: dict[tuple[str, Pin], ChatTokenizer] = {}
@@ -80,16 +82,19 @@ class ModelSource:
     async def describe(self, name: str) -> ModelDescription:
         """Also makes sure that there is a tokenizer: without one, nothing can be served."""
         async with self._describing:
-            if name not in self._descriptions:
-                self._look = look = _Look(name)
-                try:
-                    self._descriptions[name] = await self._examine(name, look)
-                finally:
-                    self._look = None
+            self._look = look = _Look(name)
+            try:
+                path = await self._metadata(name, look)
+                # Once it is not served any more, people put other files in the same place.
+                files = path, await _in_thread(fingerprint, path)
+                if self._described.get(name) != files:
+                    self._descriptions[name] = await self._examine(name, path, look)
+                    self._described[name] = files
+            finally:
+                self._look = None
             return self._descriptions[name]
 
-    async def _examine(self, name: str, look: "_Look") -> ModelDescription:
-        path = await self._metadata(name, look)
+    async def _examine(self, name: str, path: Path, look: "_Look") -> ModelDescription:
         look("looking at its tokenizer")
         await _in_thread(check_tokenizer, path)
         look("trying out how it can be divided")
@@ -171,15 +176,19 @@ class ModelSource:
         """From the hub; what is a directory here is taken even if it is another one than is meant,
         so that the executor says what is wrong with it."""
         token = trio.lowlevel.current_trio_token()
+        wanted = True
 
         def report(done: float) -> None:
+            if not wanted:
+                raise ModelError(f"{name} is not wanted any more")
             # Also from threads that trio did not start, as the hub's client has some.
             words = "fetching from the hub" if catalog.is_hub_id(name) else ""
             trio.from_thread.run_sync(progress, done, words, trio_token=token)
 
-        return await trio.to_thread.run_sync(
-            catalog.fetch_layers, name, start, end, report, revision
-        )
+        try:
+            return await _in_thread(catalog.fetch_layers, name, start, end, report, revision)
+        finally:
+            wanted = False
 
 
 class _Look:

@@ -1,9 +1,11 @@
 """Where a model's files are taken from: what is here, other nodes, the hub."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from pxd.executors.protocol import ModelDescription
 from pxd.models import catalog
@@ -172,11 +174,46 @@ async def test_with_a_full_disk_the_hub_is_not_asked(tmp_path: Path, hub: Hub, t
     assert hub.asked == []
 
 
+async def test_what_is_not_wanted_any_more_does_not_go_on_coming(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+    over = threading.Event()
+
+    def fetch_layers(_name: str, _start: int, _end: int, report: Any, _revision: str) -> Path:
+        try:
+            for part in range(1000):
+                report(part / 1000)
+        except ModelError:
+            ended.append(True)
+        finally:
+            over.set()
+        return tmp_path
+
+    monkeypatch.setattr(catalog, "fetch_layers", fetch_layers)
+    with trio.CancelScope() as scope:
+        stop = lambda done, words="": scope.cancel()  # noqa: E731
+        await Source(tmp_path, Lending(None)).models.directory(HUB, "", 0, 1, stop)
+    await trio.to_thread.run_sync(over.wait, 30)
+    assert ended == [True]
+
+
 async def test_a_model_without_a_tokenizer_is_refused_until_it_has_one(tmp_path: Path) -> None:
     source = Source(tmp_path, Lending(None))
     path = write_model(tmp_path / "model")
     with pytest.raises(ModelError, match="has no tokenizer"):
         await source.models.describe(str(path))
     save_tokenizer(path)
-    assert await source.models.describe(str(path)) == description()
+    for _ in range(2):
+        assert await source.models.describe(str(path)) == description()
     assert source.described == [path]
+
+
+async def test_what_was_put_in_the_place_of_a_model_is_described_anew(tmp_path: Path) -> None:
+    source = Source(tmp_path, Lending(None))
+    path = write_model(tmp_path / "model")
+    save_tokenizer(path)
+    await source.models.describe(str(path))
+    write_model(path, model_shapes(layers=5))
+    await source.models.cost(str(path))
+    assert source.described == [path] * 2
