@@ -66,6 +66,11 @@ class KeptFiles:
         names = frozenset(tensors)
         return sum(chunk.size for grid in self._grids.values() for chunk in grid.of(names))
 
+    def all_in(self, weights: Iterable[WeightsFile]) -> bool:
+        """Whether that is as many chunks as there are."""
+        counts = {file.name: sum(count for _, count in file.held) for file in weights}
+        return all(counts.get(file, 0) >= grid.count for file, grid in self._grids.items())
+
     def recover(self) -> int:
         """If filling ended in between, read again what seems to be here and forget what is damaged;
         returns how many chunks that were."""
@@ -150,9 +155,12 @@ class Store:
     def workplace(self, name: str) -> Path:
         """An empty place for a new model, which `adopt` then takes; what was left there is gone."""
         self._root.mkdir(parents=True, exist_ok=True)
-        place = self._root / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.part"
+        place = self._workplace(name)
         shutil.rmtree(place, ignore_errors=True)
         return place
+
+    def _workplace(self, name: str) -> Path:
+        return self._root / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.part"
 
     def adopt(self, directory: Path, name: str) -> None:
         """Have the whole model that was made in `directory`, a `workplace`, among the others."""
@@ -175,7 +183,7 @@ class Store:
             for directory, label in self._labels()
             if label.name == name and fingerprint in ("", label.fingerprint)
         ]
-        return max(found, key=lambda path: _label_path(path).stat().st_mtime_ns, default=None)
+        return max(found, key=_labelled_at, default=None)
 
     def names(self) -> list[str]:
         return sorted({label.name for _, label in self._labels()})
@@ -187,6 +195,8 @@ class Store:
             # Nothing finds what is deleted by half.
             _label_path(directory).unlink()
             shutil.rmtree(directory)
+        # What a kill -9 has left of making it.
+        shutil.rmtree(self._workplace(name), ignore_errors=True)
         return len(found)
 
     def finish(self, directory: Path, name: str, manifest: Manifest) -> None:
@@ -220,6 +230,13 @@ def _write_journal(directory: Path, path: Path) -> None:
 
 def _label_path(directory: Path) -> Path:
     return directory / LABEL
+
+
+def _labelled_at(directory: Path) -> int:
+    try:
+        return _label_path(directory).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0  # just being deleted
 
 
 def put_small(directory: Path, name: str, data: bytes) -> None:

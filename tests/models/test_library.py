@@ -71,3 +71,10 @@ def test_a_directory_that_was_deleted_by_half_is_not_found(tmp_path: Path) -> No
     library = Library(tmp_path)
     assert library.store.find(HUB) is None
     assert library.store.names() == []
+
+
+def test_a_copy_whose_making_was_killed_can_be_removed(tmp_path: Path) -> None:
+    store = Library(tmp_path).store
+    place = write_model(store.workplace("acme/tiny-4bit"))
+    assert store.remove("acme/tiny-4bit") == 0
+    assert not place.exists()

@@ -326,6 +326,19 @@ async def test_nodes_that_fetch_give_on_what_they_have(
             await cluster.nodes["carl"].fetch(0, 1)
 
 
+async def test_the_one_that_has_all_is_found_among_many_that_have_little(
+    clock: MockClock, source: Path, tmp_path: Path
+) -> None:
+    names = [f"node{number}" for number in range(10)]
+    cluster = Lenders(tmp_path, *names, "zoe")
+    cluster.give("zoe", source)
+    async with cluster.running():
+        for name in names:
+            # From then on it says that it has files of the model.
+            await cluster.nodes[name].sharing.fetch.metadata(MODEL)
+        check(await cluster.nodes["node0"].fetch(0, LAYERS), source, 0, LAYERS)
+
+
 async def test_a_full_disk_is_said_and_harms_nothing(
     clock: MockClock, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,9 +26,10 @@ from pxd.serving.weights.run import Progress, Run
 log = logging.getLogger("pxd.serving.weights")
 
 OPEN_TIMEOUT_S = 30.0
-MOST_SOURCES = 8
+ASKED_AT_ONCE = 8
 
 ResultT = TypeVar("ResultT")
+Enough = Callable[[Mapping[str, Manifest]], bool]
 
 
 class NobodyHas(ModelError):
@@ -93,12 +94,16 @@ class WeightsFetch:
     def _turn(self, name: str) -> trio.Lock:
         return self._locks.setdefault(name, trio.Lock())
 
-    async def sources(self, name: str, fingerprint: str) -> dict[str, Manifest]:
+    async def sources(self, name: str, fingerprint: str, enough: Enough) -> dict[str, Manifest]:
         """Whom to fetch one revision of a model from, and what each of them has of it."""
-        return one_revision(await self._found(name), fingerprint)
+        found = await self._found(name, lambda found: enough(one_revision(found, fingerprint)))
+        return one_revision(found, fingerprint)
 
-    async def _found(self, name: str) -> dict[str, Manifest]:
-        """What members have of a model, of whichever revision; the leader first."""
+    async def _found(self, name: str, enough: Enough) -> dict[str, Manifest]:
+        """What members have of a model, of whichever revision; the leader first.
+
+        In a large cluster most have just a part, so that more are asked until it is `enough`.
+        """
         answers: dict[str, Manifest] = {}
 
         async def look(peer: str) -> None:
@@ -113,14 +118,25 @@ class WeightsFetch:
             else:
                 answers[peer] = manifest
 
-        holders = self.holders(name)[:MOST_SOURCES]
-        async with trio.open_nursery() as nursery:
-            for peer in holders:
-                nursery.start_soon(look, peer)
+        holders = self.holders(name)
+        for first in range(0, len(holders), ASKED_AT_ONCE):
+            async with trio.open_nursery() as nursery:
+                for peer in holders[first : first + ASKED_AT_ONCE]:
+                    nursery.start_soon(look, peer)
+            if enough(answers):
+                break
         return {peer: answers[peer] for peer in holders if peer in answers}
 
-    async def _metadata(self, name: str, fingerprint: str) -> Path:
-        found = await self._found(name)
+    async def _metadata(
+        self, name: str, fingerprint: str, lacking: frozenset[str] = frozenset()
+    ) -> Path:
+        """With the headers of the files `lacking`, if anybody has them."""
+
+        def enough(found: Mapping[str, Manifest]) -> bool:
+            sources = one_revision(found, fingerprint)
+            return bool(sources) and lacking <= {file.name for file in layout(sources.values())}
+
+        found = await self._found(name, enough)
         while sources := one_revision(found, fingerprint):
             with _disk_errors(name):
                 directory = await self._fetch_metadata(name, sources)
@@ -212,12 +228,12 @@ class WeightsFetch:
             directory = await self._metadata(name, fingerprint)
         checkpoint = await _in_thread(partial(describe_checkpoint, directory))
         last = checkpoint.layers if end is None else end
-        if _without_header(checkpoint, start, last):
-            # When the headers were fetched, nobody had those of these files.
-            directory = await self._metadata(name, checkpoint.fingerprint)
-            checkpoint = await _in_thread(partial(describe_checkpoint, directory))
         if lacking := _without_header(checkpoint, start, last):
-            raise NobodyHas(f"no node that can be reached has {lacking} of {name}")
+            # When the headers were fetched, nobody had those of these files.
+            directory = await self._metadata(name, checkpoint.fingerprint, lacking)
+            checkpoint = await _in_thread(partial(describe_checkpoint, directory))
+            if lacking := _without_header(checkpoint, start, last):
+                raise NobodyHas(f"no node that can be reached has {min(lacking)} of {name}")
         files = await _in_thread(partial(KeptFiles, directory))
         await self._fill(name, files, checkpoint.tensors_for(start, last), progress)
         return directory
@@ -250,10 +266,10 @@ class WeightsFetch:
         return self._network
 
 
-def _without_header(checkpoint: Checkpoint, start: int, end: int) -> str:
-    """A file of which nothing is here, but some tensor needed."""
+def _without_header(checkpoint: Checkpoint, start: int, end: int) -> frozenset[str]:
+    """Files of which nothing is here, but some tensor needed."""
     files = {checkpoint.shards[tensor] for tensor in checkpoint.tensors_for(start, end)}
-    return next(iter(sorted(files & set(checkpoint.missing))), "")
+    return frozenset(files & set(checkpoint.missing))
 
 
 async def _in_thread(call: Callable[[], ResultT]) -> ResultT:

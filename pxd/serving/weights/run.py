@@ -1,7 +1,7 @@
 """One transfer: the chunks that a stage lacks, from all nodes that have them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby, takewhile
 from typing import Protocol
@@ -53,7 +53,9 @@ class Lenders(Protocol):
     @property
     def busy(self) -> bool: ...
     def name_of(self, peer: str) -> str: ...
-    async def sources(self, name: str, fingerprint: str) -> dict[str, Manifest]: ...
+    async def sources(
+        self, name: str, fingerprint: str, enough: Callable[[Mapping[str, Manifest]], bool]
+    ) -> dict[str, Manifest]: ...
 
 
 class Run:
@@ -100,12 +102,24 @@ class Run:
             raise self._failure
 
     async def _look(self) -> None:
-        found = await self._lenders.sources(self._name, self._label.fingerprint)
+        found = await self._lenders.sources(
+            self._name, self._label.fingerprint, self._have_all_of_it
+        )
         for peer, manifest in found.items():
-            if manifest.mark == self._label.mark and peer not in self._transfer.banned:
+            if self._is_usable(peer, manifest):
                 self._held[peer] = held = Held(manifest.weights)
                 self._transfer.offer(peer, held)
         self._changed.notify()
+
+    def _is_usable(self, peer: str, manifest: Manifest) -> bool:
+        return manifest.mark == self._label.mark and peer not in self._transfer.banned
+
+    def _have_all_of_it(self, found: Mapping[str, Manifest]) -> bool:
+        """Whether one of them has the whole model, as far as there are files for it here."""
+        return any(
+            self._is_usable(peer, manifest) and self._files.all_in(manifest.weights)
+            for peer, manifest in found.items()
+        )
 
     async def _keep_looking(self) -> None:
         while True:
