@@ -124,7 +124,7 @@ def stop(
 ) -> None:
     from pxd.serving.choice import Chosen
 
-    result = ask("/cluster/models/stop", {"model": name}, Chosen, node, data_dir)
+    result = ask("/cluster/models/stop", {"model": _known(name)}, Chosen, node, data_dir)
     if as_json:
         sys.stdout.write(key.as_json_text(result))
     else:
@@ -159,10 +159,7 @@ def remove(
 ) -> None:
     from pxd.serving.added import Removed
 
-    # What is to be removed may be gone already.
-    path = Path(name).expanduser()
-    body = {"model": str(path.resolve()) if path.is_dir() else name}
-    result = ask("/cluster/models/remove", body, Removed, node, data_dir)
+    result = ask("/cluster/models/remove", {"model": _known(name)}, Removed, node, data_dir)
     if as_json:
         sys.stdout.write(key.as_json_text(result))
         return
@@ -179,6 +176,12 @@ def _resolved(name: str) -> str:
         return resolve_model(name) or name
     except BadOption as error:
         fail(str(error).removeprefix("--model: "), 2)
+
+
+def _known(name: str) -> str:
+    """As `_resolved`, for what may be gone by now, or may be named by its last part alone."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if (name.startswith(".") or "/" in name) and path.is_dir() else name
 
 
 def _add(

@@ -85,7 +85,9 @@ def cached_directory(name: str, revision: str = "") -> Path | None:
         return directory
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    # It refuses some names that look like the hub's.
+    with _hub_errors(name):
+        config = try_to_load_from_cache(name, "config.json", revision=revision or None)
     return Path(config).parent if isinstance(config, str) else None
 
 

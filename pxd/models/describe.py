@@ -157,8 +157,11 @@ def _absent(directory: Path, file: str, header: Mapping[str, TensorInfo]) -> Ite
     """Tensors with holes, in a directory that is filled from other nodes."""
     if not (directory / SIDE_DIRECTORY).is_dir():
         return iter(())
-    grid = Grid(file, header, (directory / file).stat().st_size)
-    return grid.lacking(Journal(journal_path(directory, file), grid.count).held())
+    try:
+        grid = Grid(file, header, (directory / file).stat().st_size)
+        return grid.lacking(Journal(journal_path(directory, file), grid.count).held())
+    except OSError as error:
+        raise ModelError(f"{directory} cannot be read: {error}") from error
 
 
 class _Index(msgspec.Struct):

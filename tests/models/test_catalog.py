@@ -20,6 +20,7 @@ import pytest
 from pxd.models import catalog
 from pxd.models.describe import describe_checkpoint
 from pxd.models.errors import ModelError
+from pxd.models.library import Library
 from tests.models.files import model_shapes, write_model, write_sharded
 from tests.tiny_models import save_tokenizer
 
@@ -262,6 +263,14 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_a_name_that_means_nothing_is_refused_without_asking_anyone(name: str) -> None:
     with pytest.raises(ModelError, match="there is no model"):
         catalog.fetch_metadata(name)
+
+
+@pytest.mark.parametrize("name", ["acme/a--b", "acme/a.git", "acme/a-", "acme-/a"])
+def test_what_the_hub_would_not_call_a_model_is_refused_by_all(name: str) -> None:
+    for find in (catalog.fetch_metadata, catalog.cached_directory):
+        with pytest.raises(ModelError, match="is no hub id"):
+            find(name)
+    assert Library(Path("nowhere")).find(name) is None
 
 
 def test_demo_is_the_bundled_model() -> None:
