@@ -1,5 +1,6 @@
 """`pxd models`: which models the cluster serves, and which files this node keeps."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -82,6 +83,8 @@ def list_models(node: Node = None, data_dir: DataDir = None, as_json: key.Json =
     lines = plain.models(overview.overview(status), arrow=arrow)
     if files_of := overview.files(status):
         lines += ["", *plain.columns(("FILES OF", "ON"), files_of)]
+    if coming := [_coming(view) for view in status.added if view.state != "here"]:
+        lines += ["", *plain.columns(("ADDED HERE", "STATE", "HERE", "REASON"), coming)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -133,7 +136,8 @@ def stop(
         progress.wait(node, data_dir, lambda status: _until_gone(status, result), quiet=as_json)
         if not as_json:
             model = clean(result.model)
-            print(f"{model} is stopped; `pxd models use {model}` serves it again.")
+            command = f"pxd models use {_word(result.model)}"
+            print(f"{model} is stopped; `{command}` serves it again.")
 
 
 @app.command("add", help=ADD_HELP, short_help="Have a model's files on this node.")
@@ -150,7 +154,7 @@ def add(
         sys.stdout.write(key.as_json_text(result))
     else:
         state = "on its way to this node" if no_wait and result.state != "here" else "on this node"
-        print(f"{clean(result.name)} is {state}; `pxd models use {clean(result.name)}` serves it.")
+        print(f"{clean(result.name)} is {state}; `pxd models use {_word(result.name)}` serves it.")
 
 
 @app.command("remove", help=REMOVE_HELP, short_help="Delete a model's files that came here.")
@@ -163,7 +167,7 @@ def remove(
     if as_json:
         sys.stdout.write(key.as_json_text(result))
         return
-    done = "What had come from other nodes is deleted." if result.deleted else "Nothing is deleted."
+    done = "What pxd had kept of it is deleted." if result.deleted else "Nothing is deleted."
     left = f" {clean(result.left)} is left alone." if result.left else ""
     print(f"{clean(result.model)} is no longer kept here. {done}{left}")
 
@@ -176,6 +180,15 @@ def _resolved(name: str) -> str:
         return resolve_model(name) or name
     except BadOption as error:
         fail(str(error).removeprefix("--model: "), 2)
+
+
+def _coming(view: "AddedView") -> tuple[str, ...]:
+    return clean(view.name), view.state, f"{view.progress:.0%}", clean(view.reason) or "-"
+
+
+def _word(name: str) -> str:
+    """As a shell takes it."""
+    return shlex.quote(clean(name))
 
 
 def _known(name: str) -> str:

@@ -153,7 +153,8 @@ class Planner:
         if before is not None and before.epoch.term == office.term:
             version = before.epoch.version + 1
         for model in models:
-            log.info("planning %s: %s", model.name, model.reason or _describe_chain(model))
+            level = logging.ERROR if model.state == "failed" else logging.INFO
+            log.log(level, "planning %s: %s", model.name, model.reason or _describe_chain(model))
         await self._sync.publish(Plan(Epoch(office.term, self._me, version), tuple(models)))
         return rest
 

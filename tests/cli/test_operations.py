@@ -188,7 +188,7 @@ def test_what_takes_long_is_waited_for_and_explained(
 
 def test_remove_says_what_is_left(server: LiveServer) -> None:
     done = pxd("models", "remove", "acme/other")
-    assert "from other nodes is deleted. /hub/cache is left alone." in done.stdout
+    assert "What pxd had kept of it is deleted. /hub/cache is left alone." in done.stdout
     assert "serves layers" in pxd("models", "remove", "needed").stderr
     assert json.loads(pxd("models", "remove", "--json", "other").stdout)["deleted"] is True
 
