@@ -23,7 +23,7 @@ OUTBOX_REQUESTS = 2 * MAX_REQUESTS
 """All requests of a pipeline may end at once, while others have just begun."""
 
 OUTPUT_RETRIES_S = (0.1, 0.5, *(1.0,) * 7)
-"""An ingress that is restarted before it is missed gets its first tokens that much later at most."""
+"""An ingress that is restarted before it is missed waits no longer for its first tokens."""
 
 
 class HeadHost:
