@@ -45,6 +45,20 @@ class BlockTables:
         """The request's blocks in the order of its positions."""
         return self._tables[request]
 
+    def owners(self, blocks: Sequence[int]) -> list[tuple[int | None, int]]:
+        """The request in whose table each block is, and its place there."""
+        owners: dict[int, tuple[int | None, int]] = {
+            block: (request, place)
+            for request, table in self._tables.items()
+            for place, block in enumerate(table)
+        }
+        return [owners.get(block, (None, 0)) for block in blocks]
+
+    def is_full(self, block: int) -> bool:
+        """Whether it holds all positions of a block, in a table or not."""
+        _, held = self._held.get(block, (0, 0))
+        return held == BLOCK_TOKENS
+
     def check(
         self, openings: Sequence[Opening], grants: Iterable[Grant], lengths: Mapping[int, int]
     ) -> None:

@@ -1,10 +1,10 @@
 """Which kind of executor a node runs.
 
 On a Mac it is MLX. Elsewhere those that are installed are measured: a GPU goes before a CPU, and
-otherwise the faster before the slower. On a CPU that is PyTorch: of a model of 100 million weights
-in bfloat16 it took a twentieth of MLX's processor time for a prompt and about half of it for a token.
-Of the smallest models, such as the bundled one, a token takes about the same with either. SGLang
-has never been seen on a GPU and so is only taken by who asks for it.
+otherwise the faster before the slower. On a CPU that is PyTorch: of a model of 100 million
+weights in bfloat16 it took a twentieth of the processor time of MLX for a prompt and half of it for
+a token. Of the smallest models, such as the bundled one, a token takes about the same with either.
+SGLang has never been seen on a GPU and so is only taken by who asks for it.
 """
 
 import sys

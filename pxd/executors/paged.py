@@ -2,9 +2,9 @@
 tables of blocks, and the running of steps. How layers are run is for the stage to know."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -31,6 +31,8 @@ from pxd.executors.rows import (
     draws_of,
     requests_of,
 )
+from pxd.executors.slots import Report
+from pxd.executors.tier import Tier, open_tier
 from pxd.executors.torch.decode import draw
 from pxd.executors.torch.tensors import to_wire
 from pxd.executors.trouble import NotFinite, code_of
@@ -66,6 +68,23 @@ class PagedStage(Protocol):
         """Bytes of tensors, weights and those blocks included."""
 
 
+@runtime_checkable
+class ByteStage(Protocol):
+    """What a stage offers beyond that if it can have a second KV tier.
+
+    A block of KV is `block_bytes` bytes, with `own_memory` in memory that is not the host's.
+    """
+
+    block_bytes: int
+    own_memory: bool
+
+    def read(self, blocks: Sequence[int]) -> Sequence[Buffer]:
+        """The bytes of each block, not shared with the stage."""
+
+    def write(self, blocks: Sequence[int], data: Sequence[Buffer]) -> None:
+        """Fill blocks with bytes that `read` has returned earlier."""
+
+
 Load = Callable[[LoadSpec, Progress], PagedStage]
 
 
@@ -74,20 +93,49 @@ class Request:
     """`length` positions of it are in its blocks, of which the last `guessed` may be taken back.
     Only the last stage draws."""
 
+    number: int
     sampler: Sampler | None
     length: int
     guessed: int = 0
 
 
+class _TableBlocks:
+    """See `pxd.executors.tier.KvBlocks`."""
+
+    def __init__(
+        self, stage: ByteStage, tables: BlockTables, requests: Mapping[int, Request]
+    ) -> None:
+        self.block_bytes = stage.block_bytes
+        self._stage, self._tables, self._requests = stage, tables, requests
+
+    def owners(self, blocks: Sequence[int]) -> list[tuple[Request | None, int]]:
+        return [
+            (None if number is None else self._requests[number], place)
+            for number, place in self._tables.owners(blocks)
+        ]
+
+    def read(self, blocks: Sequence[int]) -> list[Buffer | None]:
+        full = [block for block in blocks if self._tables.is_full(block)]
+        data = dict(zip(full, self._stage.read(full), strict=True))
+        return [data.get(block) for block in blocks]
+
+    def write(self, request: Request, place: int, data: Sequence[Buffer]) -> None:
+        end = place + len(data)
+        self._stage.write(self._tables.table(request.number)[place:end], data)
+        self._tables.written(request.number, place * BLOCK_TOKENS, end * BLOCK_TOKENS)
+
+
 class PagedEngine:
     """See `pxd.executors.protocol.Engine`. Everything must be called in one thread."""
 
-    def __init__(self, load: Load, log: logging.Logger) -> None:
-        """`load` raises `ExecutorError`, after which it may be called again."""
-        self._load, self._log = load, log
+    def __init__(self, load: Load, log: logging.Logger, report: Report = lambda _: None) -> None:
+        """`load` raises `ExecutorError`, after which it may be called again. `report` is called
+        from another thread for every copy of the second tier."""
+        self._load, self._log, self._report = load, log, report
         self._requests: dict[int, Request] = {}
         self._stage: PagedStage | None = None
         self._tables = BlockTables(0)
+        self._tier: Tier[Request] | None = None
         self._session = -1
         self._layers = 0, 0
         self._coding: Coding | None = None
@@ -97,10 +145,10 @@ class PagedEngine:
         if self._stage is not None:
             raise ExecutorError("this process holds a stage already; start another one")
         stage = self._load(spec, progress)
-        if spec.tier_bytes:
-            self._log.warning("no KV tier: this executor has none")
         self._layers = spec.start, spec.end
         self._stage, self._tables = stage, BlockTables(stage.blocks)
+        if spec.tier_bytes:
+            self._tier = self._open_tier(stage, spec)
         return StageInfo(
             layers=stage.layers,
             hidden_size=stage.hidden_size,
@@ -108,6 +156,7 @@ class PagedEngine:
             kv_tokens=stage.blocks * BLOCK_TOKENS,
             hidden_bytes=stage.hidden_size * stage.dtype.itemsize,
             prefix_cache=True,
+            tier_slots=self._tier.slots if self._tier is not None else 0,
             trims=True,
         )
 
@@ -116,12 +165,18 @@ class PagedEngine:
         except that its `releases` are freed."""
         self._follow_session(step)
         self.release(step.releases)
+        if self._tier is not None:
+            self._tier.put_in_place()
         stage = self._stage
         if stage is None:
             raise StepRejected("not-ready", "no layers are loaded")
         self._check(stage, step, body)
         try:
+            if self._tier is not None and step.store is not None:
+                self._tier.store(step, step.store)
             self._open(stage, step)
+            if self._tier is not None and step.load is not None:
+                self._tier.load(step, step.load)
             if not step.rows:
                 return () if stage.last else (Tensor("i32", (0,)), b"")
             return self._run(stage, step, body)
@@ -145,7 +200,8 @@ class PagedEngine:
     def memory(self) -> MemoryReport:
         return MemoryReport(
             active=0 if self._stage is None else self._stage.active_bytes(self._tables.used),
-            resident=psutil.Process().memory_info().rss,
+            resident=psutil.Process().memory_info().rss
+            + (self._tier.memory_bytes if self._tier is not None else 0),
             requests=len(self._requests),
             held=sum(blocks_for(request.length) for request in self._requests.values()),
             kept=self._tables.kept,
@@ -156,7 +212,16 @@ class PagedEngine:
         if step.session != self._session:
             self._requests.clear()
             self._tables.clear()
+            if self._tier is not None:
+                self._tier.forget()
             self._session = step.session
+
+    def _open_tier(self, stage: PagedStage, spec: LoadSpec) -> Tier[Request] | None:
+        if not isinstance(stage, ByteStage):
+            self._log.warning("no KV tier: this executor has none")
+            return None
+        blocks = _TableBlocks(stage, self._tables, self._requests)
+        return open_tier(spec, blocks, self._requests, self._report, own_memory=stage.own_memory)
 
     def _check(self, stage: PagedStage, step: Step, body: Buffer) -> None:
         lengths = {number: request.length for number, request in self._requests.items()}
@@ -173,7 +238,7 @@ class PagedEngine:
         except TableError as error:
             openings = tuple(opening.request for opening in step.openings)
             raise StepRejected("bad-step", str(error), openings) from error
-        check_copies(step, has_tier=False)
+        check_copies(step, has_tier=self._tier is not None)
         if not step.rows:
             return
         if not stage.last:
@@ -191,7 +256,8 @@ class PagedEngine:
             sampler = (
                 Sampler(opening.sampling, stage.vocabulary, opening.history) if stage.last else None
             )
-            self._requests[opening.request] = Request(sampler, opening.cached)
+            number = opening.request
+            self._requests[number] = Request(number, sampler, opening.cached)
 
     def _forget(self, step: Step) -> tuple[int, ...]:
         opened = tuple(opening.request for opening in step.openings)

@@ -58,7 +58,8 @@ class StageInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes in use: by tensors (weights and caches), and the process's resident set.
+    """Bytes in use: by tensors (weights and caches), and the process's resident set with what the
+    second KV tier has of the host's memory.
 
     `held` is how many blocks of KV the `requests` hold that have not ended, and `kept` how many
     are kept of those that have.

@@ -21,6 +21,9 @@ log = logging.getLogger("pxd.executors")
 
 Report = Callable[[Copied], None]
 
+STAT_BLOCK = 512
+"""Bytes of what `stat` calls a block, whatever the file system's are."""
+
 
 class SlotFile:
     """Slots of `slot_bytes` bytes. Takes space only for those that have been written to.
@@ -28,8 +31,9 @@ class SlotFile:
     The file has no name: it is gone with the process, however that ends.
     """
 
-    def __init__(self, descriptor: int, slot_bytes: int) -> None:
+    def __init__(self, descriptor: int, slot_bytes: int, *, in_memory: bool = False) -> None:
         self._descriptor = descriptor
+        self._in_memory = in_memory
         self._slot_bytes = slot_bytes
         self._written: set[int] = set()
 
@@ -45,10 +49,15 @@ class SlotFile:
         """In the memory of the host. Raises `OSError` where that cannot be had."""
         if sys.platform != "linux":
             raise OSError("memory as a file is known on Linux only")
-        return cls(os.memfd_create("pxd-kv-tier"), slot_bytes)
+        return cls(os.memfd_create("pxd-kv-tier"), slot_bytes, in_memory=True)
 
     def __del__(self) -> None:
         os.close(self._descriptor)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes of the host's memory, which no process's resident set says."""
+        return os.fstat(self._descriptor).st_blocks * STAT_BLOCK if self._in_memory else 0
 
     def forget(self) -> None:
         """Nothing of what has been written will be asked for again."""
@@ -103,6 +112,10 @@ class Copier:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loaded: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="kv-tier", daemon=True).start()
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._file.memory_bytes
 
     def store(self, done: Copied, blocks: Sequence[tuple[int, Buffer]]) -> None:
         """Write bytes to slots; `done` is reported, with those in it that failed already."""

@@ -44,7 +44,7 @@ log = logging.getLogger("pxd.serving.ingress")
 
 DEFAULT_MAX_TOKENS = 4096
 # Four of the head's heartbeats.
-STALL_S = 60.0
+STALL_S = 20.0
 PATIENCE_S = 120.0
 HOPELESS_S = 30.0
 """How long an answer without a token waits when all that could serve it is lost: a node that was

@@ -18,11 +18,12 @@ from pxd.wire import Cancel, Copied, Nack, Output, Sampled
 
 log = logging.getLogger("pxd.serving.head")
 
-HEARTBEAT_S = 15.0
+HEARTBEAT_S = 5.0
 OUTBOX_REQUESTS = 2 * MAX_REQUESTS
 """All requests of a pipeline may end at once, while others have just begun."""
 
-OUTPUT_RETRIES_S = (0.1, 0.5, 2.0, 5.0)
+OUTPUT_RETRIES_S = (0.1, 0.5, *(1.0,) * 7)
+"""An ingress that is restarted before it is missed waits no longer for its first tokens."""
 
 
 class HeadHost:
@@ -163,14 +164,25 @@ class HeadHost:
 
     async def _send_outputs(self, peer: str, outbox: Outbox) -> None:
         while (output := await outbox.get()) is not None:
-            for pause in OUTPUT_RETRIES_S:
-                try:
-                    await self._network.send(peer, output)
-                    break
-                except NetworkError as error:
-                    # Sending twice is harmless: tokens carry their index.
-                    log.warning("cannot bring tokens to ingress %s: %s", peer, error)
-                    await trio.sleep(pause)
-            else:
+            if await self._bring(peer, output, outbox.closed):
+                continue
+            if not outbox.closed.is_set():
                 self.peer_gone(peer)
-                return
+            return
+
+    async def _bring(self, peer: str, output: Output, gone: trio.Event) -> bool:
+        """False if it cannot be brought, or `peer` is gone meanwhile: whoever is there under this
+        name later knows nothing of it."""
+        for number, pause in enumerate(OUTPUT_RETRIES_S):
+            try:
+                await self._network.send(peer, output)
+            except NetworkError as error:
+                # Sending twice is harmless: tokens carry their index.
+                if number == 0:
+                    log.warning("cannot bring tokens to ingress %s: %s", peer, error)
+                with trio.move_on_after(pause):
+                    await gone.wait()
+                    return False
+            else:
+                return True
+        return False

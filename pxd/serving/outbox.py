@@ -17,7 +17,7 @@ class Outbox:
         self._limit = limit
         self._pending: OrderedDict[str, Output] = OrderedDict()
         self._filled = trio.Event()
-        self._closed = False
+        self.closed = trio.Event()
 
     def put(self, output: Output) -> bool:
         """False if there is no room for it. Of one request's outputs each goes on where the one
@@ -38,13 +38,13 @@ class Outbox:
 
     def close(self) -> None:
         """Nobody is to be told anything any more."""
-        self._closed = True
+        self.closed.set()
         self._pending.clear()
         self._filled.set()
 
     async def get(self) -> Output | None:
         """The output of the request that waits longest; None once closed."""
-        while not self._pending and not self._closed:
+        while not self._pending and not self.closed.is_set():
             self._filled = trio.Event()
             await self._filled.wait()
-        return None if self._closed else self._pending.popitem(last=False)[1]
+        return None if self.closed.is_set() else self._pending.popitem(last=False)[1]

@@ -95,3 +95,15 @@ def test_too_few_blocks_and_blocks_that_there_are_not() -> None:
         tables.check([opening(1)], [Grant(1, (3, 4))], {1: BLOCK_TOKENS})
     begun(tables, 2, [0], 5)
     tables.check([], [Grant(2, (1,))], {2: 2 * BLOCK_TOKENS})
+
+
+def test_whose_a_block_is_and_whether_it_is_full() -> None:
+    tables = BlockTables(8)
+    begun(tables, 1, [4, 6], BLOCK_TOKENS + 1)
+    begun(tables, 2, [3], BLOCK_TOKENS)
+    assert tables.owners([6, 3, 0]) == [(1, 1), (2, 0), (None, 0)]
+    assert [block for block in range(8) if tables.is_full(block)] == [3, 4]
+    tables.release([1])
+    tables.lose(2)
+    assert tables.owners([4, 3]) == [(None, 0), (None, 0)]
+    assert [block for block in range(8) if tables.is_full(block)] == [4]

@@ -5,20 +5,29 @@ of its request; the token that follows is that sum, modulo the vocabulary.
 """
 
 import logging
+import mmap
+import queue
+import sys
+import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from pxd import hardware
 from pxd.engine.blocks import BLOCK_TOKENS
+from pxd.executors.memory import RESERVE
 from pxd.executors.paged import PagedEngine
 from pxd.executors.protocol import ExecutorError, LoadSpec, StepRejected
 from pxd.executors.torch.tensors import from_wire
-from pxd.wire import Buffer, Grant, Opening, Row, Sampling, Step, Tensor
+from pxd.wire import Buffer, Copied, Copy, Grant, Opening, Row, Sampling, Step, Tensor
 
 VOCABULARY, CONTEXT, BLOCKS = 50, 3 * BLOCK_TOKENS, 6
 GREEDY = Sampling(temperature=0)
+PATIENCE_S = 60.0
 
 
 class Adding:
@@ -64,13 +73,39 @@ class Adding:
         return self.weight_bytes + 10 * used_blocks
 
 
-class Driven:
-    """An engine with its stage, and steps for it."""
+class Giving(Adding):
+    """Its blocks can go to a second tier, in the memory of the host."""
 
-    def __init__(self, last: bool = True) -> None:
-        self.stage = Adding(last)
-        self.engine = PagedEngine(lambda *_: self.stage, logging.getLogger("test"))
-        self.info = self.engine.load(LoadSpec(path="", start=0, end=1), lambda _: None)
+    block_bytes, own_memory = 4 * BLOCK_TOKENS, True
+
+    def read(self, blocks: Sequence[int]) -> list[bytes]:
+        return [self.slots[block].numpy().tobytes() for block in blocks]
+
+    def write(self, blocks: Sequence[int], data: Sequence[Buffer]) -> None:
+        for block, body in zip(blocks, data, strict=True):
+            self.slots[block] = torch.frombuffer(body, dtype=torch.float32)
+
+
+class Driven:
+    """An engine with its stage, and steps for it. No copy follows a report before `may_go_on`."""
+
+    def __init__(self, last: bool = True, make: type[Adding] = Adding, tier_bytes: int = 0) -> None:
+        self.stage = make(last)
+        self.copied: queue.SimpleQueue[Copied] = queue.SimpleQueue()
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.engine = PagedEngine(lambda *_: self.stage, logging.getLogger("test"), self.report)
+        spec = LoadSpec(path="", start=0, end=1, tier_bytes=tier_bytes)
+        self.info = self.engine.load(spec, lambda _: None)
+
+    def report(self, word: Copied) -> None:
+        self.copied.put(word)
+        assert self.may_go_on.wait(PATIENCE_S)
+
+    def reported(self) -> tuple[int, tuple[int, ...]]:
+        """The event that is done next, and the slots that failed."""
+        word = self.copied.get(timeout=PATIENCE_S)
+        return word.event, word.failed
 
     def step(self, rows: Sequence[tuple[int, int, Sequence[int], int]], **more: Any) -> Any:
         """Run rows of (request, position, tokens, draws)."""
@@ -177,3 +212,57 @@ def test_nothing_is_loaded_twice() -> None:
     driven = Driven()
     with pytest.raises(ExecutorError, match="holds a stage already"):
         driven.engine.load(LoadSpec(path="", start=0, end=1), lambda _: None)
+
+
+in_memory = pytest.mark.skipif(sys.platform != "linux", reason="memory as a file is Linux's")
+
+
+@in_memory
+def test_a_block_goes_to_the_memory_of_the_host_and_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=1000))
+    driven = Driven(make=Giving, tier_bytes=1 << 20)
+    assert driven.info.tier_slots == (1 << 20) // Giving.block_bytes
+    driven.step([(1, 0, [1] * 70, 0)], **opened(1, 4, 0))
+    assert driven.engine.memory().resident == 1000
+    # The second block is not full.
+    driven.step([], store=Copy(7, (4, 0), (2, 3)))
+    assert driven.reported() == (7, (3,))
+    assert driven.engine.memory().resident == 1000 + mmap.PAGESIZE
+    driven.stage.slots[:] = torch.nan
+    driven.step([], releases=(1,), load=Copy(8, (5,), (2,)), **opened(2, 5, 3))
+    assert driven.reported() == (8, ())
+    assert driven.step([(2, 64, [3], 1)]) == (67 % VOCABULARY,)
+    # Others may begin with it, too.
+    begun = opened(3, 1, 2, cached=BLOCK_TOKENS, hits=(5,))
+    assert driven.step([(3, 64, [4], 1)], **begun) == (68 % VOCABULARY,)
+
+
+@in_memory
+def test_a_load_that_is_sent_twice_is_put_in_place_once() -> None:
+    driven = Driven(make=Giving, tier_bytes=1 << 20)
+    driven.step([(1, 0, [1] * 64, 0)], **opened(1, 4))
+    driven.may_go_on.clear()
+    driven.step([], store=Copy(0, (4,), (0,)))
+    driven.step([], load=Copy(1, (5,), (0,)), **opened(2, 5, 3))
+    driven.step([], load=Copy(2, (5,), (0,)))
+    driven.may_go_on.set()
+    assert [driven.reported() for _ in range(3)] == [(0, ()), (1, ()), (2, ())]
+    assert driven.step([(2, 64, [3], 1)]) == (67 % VOCABULARY,)
+
+
+@in_memory
+def test_a_tier_is_no_larger_than_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = 3 * Giving.block_bytes + 1
+    monkeypatch.setattr(hardware, "memory_available", lambda: RESERVE + room)
+    assert Driven(make=Giving, tier_bytes=1 << 20).info.tier_slots == 3
+    monkeypatch.setattr(hardware, "memory_available", lambda: RESERVE - 1)
+    assert Driven(make=Giving, tier_bytes=1 << 20).info.tier_slots == 0
+
+
+def test_a_stage_that_does_not_give_its_blocks_has_no_tier() -> None:
+    driven = Driven(tier_bytes=1 << 20)
+    assert driven.info.tier_slots == 0
+    error = driven.refused([], store=Copy(0, (0,), (0,)))
+    assert "no second KV tier" in error.reason

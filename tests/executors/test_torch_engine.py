@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from pxd.executors.torch import attention  # noqa: E402
 from pxd.executors.torch.describe import describe  # noqa: E402
 from pxd.executors.torch.engine import TorchEngine  # noqa: E402
+from pxd.executors.torch.kv import KvPool  # noqa: E402
 from pxd.executors.torch.split import plan_split  # noqa: E402
 from tests.torch_models import make_torch_model  # noqa: E402
 
@@ -86,6 +87,19 @@ def test_attention_that_this_executor_does_not_know_is_noticed(
     monkeypatch.setattr(attention, "Manner", ignorant)
     with pytest.raises(ExecutorError, match="attends in a way"):
         load(path)
+
+
+def test_blocks_of_keys_and_values_are_bytes_that_can_be_put_elsewhere() -> None:
+    pool = KvPool({2: (2, 4, 3), 5: (1, 6, 6)}, 4, torch.bfloat16, torch.device("cpu"))
+    tensors = [*pool.keys.values(), *pool.values.values()]
+    for tensor in tensors:
+        tensor.normal_()
+    before = [tensor.clone().unflatten(0, (4, -1)) for tensor in tensors]
+    found = pool.read([3, 0])
+    assert [data.nbytes for data in found] == [pool.block_bytes] * 2
+    pool.write([1, 3], [bytearray(data) for data in found])
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.unflatten(0, (4, -1)), old[[0, 3, 2, 0]])
 
 
 class Toy(torch.nn.Module):

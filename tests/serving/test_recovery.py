@@ -7,7 +7,7 @@ from trio.testing import MockClock
 from pxd.cluster.plans import Epoch, ModelPlan, Plan
 from pxd.engine.continuous import ContinuousConfig
 from pxd.executors.protocol import ExecutorError
-from pxd.serving import head
+from pxd.serving import head, heads
 from pxd.serving.answer import HOPELESS_S, PATIENCE_S
 from pxd.serving.head import SUBMIT, Submission
 from pxd.serving.requests import Generation, GenerationFailed, NotReady, RequestError
@@ -238,3 +238,24 @@ async def test_whatever_comes_back_in_time_is_waited_for(clock: MockClock) -> No
             seconds, text, error = await begun(cluster, tokens)
             assert (text, error) == (expected("far", 30, 1), None)
             assert 19 < seconds < 30
+
+
+async def test_what_a_dead_ingress_left_behind_is_not_taken_out_on_the_next_one(
+    clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is dead and back while its last tokens are still to be tried once more."""
+    monkeypatch.setattr(heads, "OUTPUT_RETRIES_S", (0.1, 10.0))
+    async with ServingCluster("a", "c").running() as cluster:
+        await cluster.ready(cluster.publish("a"))
+        head_node, ingress = cluster.nodes["a"], cluster.nodes["c"]
+        head_node.pace = 1.0
+        generation = Generation(max_tokens=30, temperature=0)
+        async with await ingress.ingress.chat(None, prompt("gone"), generation) as answer:
+            await anext(aiter(answer))
+            cluster.hub.cut("c", "a")
+            await trio.sleep(3)
+            head_node.heads.peer_gone("c")
+        cluster.hub.heal("c", "a")
+        async with await ingress.ingress.chat(None, prompt("back"), generation) as answer:
+            assert "".join([delta.text async for delta in answer]) == expected("back", 30, 1)
+        assert answer.recoveries == 0

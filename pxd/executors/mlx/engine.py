@@ -24,7 +24,7 @@ from pxd.executors.mlx.prefixes import PrefixStore, can_share_prefixes
 from pxd.executors.mlx.split import cache_token_bytes
 from pxd.executors.mlx.stage import Caches, Stage
 from pxd.executors.mlx.tensors import from_wire, mlx_dtype, to_wire
-from pxd.executors.mlx.tier import Tier, open_tier
+from pxd.executors.mlx.tier import open_tier
 from pxd.executors.mlx.trial import dummy_inputs, supports_batches, supports_guesses
 from pxd.executors.protocol import (
     ExecutorError,
@@ -46,6 +46,7 @@ from pxd.executors.rows import (
     requests_of,
 )
 from pxd.executors.slots import Report
+from pxd.executors.tier import Tier
 from pxd.executors.trouble import code_of
 from pxd.wire import Buffer, Coding, Row, Step, Tensor
 
@@ -62,7 +63,7 @@ class MlxEngine:
         self._report = report
         self._requests: dict[int, Request] = {}
         self._prefixes: PrefixStore | None = None
-        self._tier: Tier | None = None
+        self._tier: Tier[Request] | None = None
         self._session = -1
         self._passes: Passes | None = None
         self._trims = False
@@ -190,7 +191,8 @@ class MlxEngine:
     def memory(self) -> MemoryReport:
         return MemoryReport(
             active=mx.get_active_memory(),
-            resident=psutil.Process().memory_info().rss,
+            resident=psutil.Process().memory_info().rss
+            + (self._tier.memory_bytes if self._tier is not None else 0),
             requests=len(self._requests),
             held=sum(blocks_for(request.length) for request in self._requests.values()),
             kept=self._prefixes.blocks_kept if self._prefixes is not None else 0,

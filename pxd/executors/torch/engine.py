@@ -29,12 +29,13 @@ DEFAULT_KV_TOKENS = 16_384
 class TorchEngine(PagedEngine):
     """See `pxd.executors.protocol.Engine`. Everything must be called in one thread."""
 
-    def __init__(self, _report: Report = lambda _: None) -> None:
-        super().__init__(load_paged, log)
+    def __init__(self, report: Report = lambda _: None) -> None:
+        """`report` is called from another thread for every copy of the second tier."""
+        super().__init__(load_paged, log, report)
 
 
 class TorchLayers:
-    """A stage and its pool of blocks; see `PagedStage`."""
+    """A stage and its pool of blocks; see `PagedStage` and `ByteStage`."""
 
     context = sys.maxsize
     """transformers computes positions beyond what a model was made for, too."""
@@ -44,7 +45,8 @@ class TorchLayers:
         self.layers, self.hidden_size = stage.layers, stage.hidden_size
         self.vocabulary, self.dtype = stage.vocabulary, stage.dtype
         self.weight_bytes = stage.weight_bytes
-        self.blocks = blocks
+        self.blocks, self.block_bytes = blocks, pool.block_bytes
+        self.own_memory = stage.device.type == "cuda"
         self._stage = stage
         self._pool = pool
 
@@ -61,6 +63,12 @@ class TorchLayers:
 
     def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
         self._pool.copy(blocks)
+
+    def read(self, blocks: Sequence[int]) -> list[memoryview]:
+        return self._pool.read(blocks)
+
+    def write(self, blocks: Sequence[int], data: Sequence[Buffer]) -> None:
+        self._pool.write(blocks, data)
 
     def active_bytes(self, used_blocks: int) -> int:
         """Of a GPU, what PyTorch has taken; of a CPU, weights and those blocks."""

@@ -9,6 +9,8 @@ import torch
 
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.executors.torch.attention import CacheManners, Manner, attention, causal
+from pxd.executors.torch.device import wait_for
+from pxd.wire import Buffer
 
 Shapes = Mapping[int, tuple[int, int, int]]
 """Of the keys and values of one position by layer: (heads, numbers, numbers)."""
@@ -52,6 +54,39 @@ class KvPool:
             for tensor in part.values():
                 view = tensor.view(-1, BLOCK_TOKENS, *tensor.shape[1:])
                 view[targets] = view[sources]
+
+    def read(self, blocks: Sequence[int]) -> list[memoryview]:
+        """The bytes of each block: keys of all layers, then values."""
+        # What is pinned is copied without going through a buffer of the driver's.
+        pinned, parts = self.device.type == "cuda", self._parts()
+        found = [
+            torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in blocks
+        ]
+        for block, data in zip(blocks, found, strict=True):
+            for part, place in zip(parts, data.split(_widths(parts)), strict=True):
+                place.copy_(part[block], non_blocking=True)
+        wait_for(self.device)
+        return [data.numpy().data for data in found]
+
+    def write(self, blocks: Sequence[int], found: Sequence[Buffer]) -> None:
+        """Fill blocks with what `read` has returned, or a copy of it that can be written to."""
+        parts = self._parts()
+        for block, body in zip(blocks, found, strict=True):
+            data = torch.frombuffer(body, dtype=torch.uint8)
+            for part, place in zip(parts, data.split(_widths(parts)), strict=True):
+                part[block].copy_(place)
+
+    def _parts(self) -> list[torch.Tensor]:
+        """Bytes ``(blocks, bytes)`` of the keys and then the values of every layer."""
+        return [
+            tensor.view(torch.uint8).view(len(tensor) // BLOCK_TOKENS, -1)
+            for part in (self.keys, self.values)
+            for tensor in part.values()
+        ]
+
+
+def _widths(parts: Sequence[torch.Tensor]) -> list[int]:
+    return [part.shape[1] for part in parts]
 
 
 @dataclass(frozen=True)

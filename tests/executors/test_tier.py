@@ -14,6 +14,7 @@ import pytest
 from pxd.engine.blocks import BLOCK_TOKENS
 from pxd.engine.continuous import Continuous, ContinuousConfig
 from pxd.engine.scheduler import NewRequest, Scheduler
+from pxd.executors.choice import installed_kinds
 from pxd.executors.mlx.engine import MlxEngine
 from pxd.executors.protocol import LoadSpec, StepRejected
 from pxd.wire import Copied, Copy, Grant, Opening, Row, SampledToken, Sampling, Step, Tensor
@@ -24,8 +25,10 @@ from .test_under_load import LAYERS, Engines, answer_alone, make_requests
 REQUESTS = 24
 GREEDY = Sampling(temperature=0)
 PATIENCE_S = 60.0
+KINDS = [kind for kind in ("mlx", "torch") if kind in installed_kinds()]
 
 pytestmark = pytest.mark.slow
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +48,17 @@ def alone(model: Path, requests: list[NewRequest]) -> dict[int, list[int]]:
     return {request.number: answer_alone(engines, request) for request in requests}
 
 
-def open_engines(model: Path, cuts: tuple[int, ...], directory: Path) -> Engines:
-    return Engines(model, cuts, tier_bytes=32 << 20, tier_directory=str(directory))
+def open_engines(model: Path, cuts: tuple[int, ...], directory: Path, kind: str = "mlx") -> Engines:
+    return Engines(model, cuts, kind, tier_bytes=32 << 20, tier_directory=str(directory))
+
+
+CASES = [
+    ("mlx", (), "lazy", "reserve"),
+    ("mlx", (2,), "eager", "preempt"),
+    ("mlx", (2, 4), "lazy", "preempt"),
+    # Against what MLX gives alone: kinds agree, too.
+    ("torch", (2,), "lazy", "preempt"),
+]
 
 
 class Served:
@@ -96,21 +108,21 @@ class Served:
 
 
 @pytest.mark.parametrize(
-    ("cuts", "store", "admission"),
-    [((), "lazy", "reserve"), ((2,), "eager", "preempt"), ((2, 4), "lazy", "preempt")],
+    ("kind", "cuts", "store", "admission"), [case for case in CASES if case[0] in KINDS]
 )
 def test_everybody_gets_what_it_would_get_alone(
     model: Path,
     requests: list[NewRequest],
     alone: dict[int, list[int]],
     tmp_path: Path,
+    kind: str,
     cuts: tuple[int, ...],
     store: Any,
     admission: Any,
 ) -> None:
     rng = random.Random(len(cuts))
     served = Served(
-        open_engines(model, cuts, tmp_path),
+        open_engines(model, cuts, tmp_path, kind),
         kv_tokens=10 * BLOCK_TOKENS,
         max_in_flight=len(cuts) + 1,
         prefill_chunk=90,
@@ -157,10 +169,11 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 
 
 @needs_proc
+@each_kind
 def test_a_hit_is_loaded_from_a_file_that_leaves_nothing_behind(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, kind: str
 ) -> None:
-    served = Served(open_engines(model, (), tmp_path / "cache"), kv_tokens=7 * BLOCK_TOKENS)
+    served = Served(open_engines(model, (), tmp_path / "cache", kind), kv_tokens=7 * BLOCK_TOKENS)
     first, second = served_twice(served)
     assert first == second
     assert served.loads == 3
@@ -221,8 +234,9 @@ def empty_step(number: int = 0, **more: Any) -> Step:
     return Step(pipeline="p", step=number, **{**usual, **more})
 
 
-def test_absurd_copies_are_reported_as_failed(model: Path, tmp_path: Path) -> None:
-    engines = open_engines(model, (), tmp_path)
+@each_kind
+def test_absurd_copies_are_reported_as_failed(model: Path, tmp_path: Path, kind: str) -> None:
+    engines = open_engines(model, (), tmp_path, kind)
     [engine] = engines.stages
     slots = engines.info.tier_slots
     engine.step(empty_step(store=Copy(5, (99,), (0,)), load=Copy(6, (98,), (0,))), b"")
@@ -252,9 +266,10 @@ def test_absurd_copies_are_reported_as_failed(model: Path, tmp_path: Path) -> No
     ]
 
 
-def test_who_leaves_during_a_load_leaves_nothing(model: Path, tmp_path: Path) -> None:
+@each_kind
+def test_who_leaves_during_a_load_leaves_nothing(model: Path, tmp_path: Path, kind: str) -> None:
     """Before the first of its blocks is there, so that it has no arrays yet."""
-    served = Served(open_engines(model, (2,), tmp_path), kv_tokens=7 * BLOCK_TOKENS)
+    served = Served(open_engines(model, (2,), tmp_path, kind), kv_tokens=7 * BLOCK_TOKENS)
 
     def leave() -> None:
         rng = random.Random(3)
@@ -274,9 +289,10 @@ def test_who_leaves_during_a_load_leaves_nothing(model: Path, tmp_path: Path) ->
     assert served.loads == 3
 
 
-def test_a_new_session_finds_nothing_of_the_old(model: Path, tmp_path: Path) -> None:
+@each_kind
+def test_a_new_session_finds_nothing_of_the_old(model: Path, tmp_path: Path, kind: str) -> None:
     """Not even where a head would ask for it."""
-    engines = open_engines(model, (), tmp_path)
+    engines = open_engines(model, (), tmp_path, kind)
     served = Served(engines, kv_tokens=7 * BLOCK_TOKENS)
     served_twice(served)
     [engine] = engines.stages
