@@ -205,6 +205,13 @@ def test_the_list_says_who_has_files(server: LiveServer) -> None:
     assert shown["files"] == {"anna": ["demo", "acme/other"], "ben": ["demo"]}
 
 
+def test_the_list_says_what_is_on_its_way_here(server: LiveServer) -> None:
+    added(server, state="failed", progress=0.4, reason="no space left")
+    assert "acme/other  failed  40%   no space left" in pxd("models", "list").stdout
+    added(server, state="here", progress=1.0)
+    assert "ADDED HERE" not in pxd("models", "list").stdout
+
+
 def test_the_status_says_where_layers_come_from(server: LiveServer) -> None:
     coming = stage(0, 8, state="loading", progress=0.25, reason="fetching from ben")
     show(server, node("anna", coming), node("ben"))
