@@ -125,7 +125,7 @@ def report(
     shortage = plan.shortage
     model = inputs.model
     return Report(
-        model=ModelFigures(name, model.layers, (sum(model.layer_bytes) + model.ends_bytes) / _GIB),
+        model=ModelFigures(name, model.layers, model.total_bytes / _GIB),
         settings=Settings(
             strategy=strategy,
             param_ratio=inputs.settings.weight_share,

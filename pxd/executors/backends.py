@@ -1,11 +1,10 @@
 """The kinds of executor. Their tensor libraries are imported in worker processes only."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from pxd.cluster.records import Device
-from pxd.executors.protocol import Engine, ExecutorError, ModelDescription
+from pxd.executors.protocol import Engine, ExecutorError, ModelDescription, Progress
 from pxd.executors.slots import Report
 
 KINDS = ("mlx", "torch", "sglang")
@@ -28,9 +27,7 @@ class Backend(Protocol):
 class Quantizer(Protocol):
     """What a backend offers beyond that if it can also quantise models."""
 
-    def quantize(
-        self, source: Path, target: Path, bits: int, progress: Callable[[float], None]
-    ) -> None:
+    def quantize(self, source: Path, target: Path, bits: int, progress: Progress) -> None:
         """Write a quantised copy of the model in `source` into the new directory `target`."""
 
 

@@ -171,8 +171,8 @@ class WorkerExecutor(AbstractAsyncContextManager["WorkerExecutor"]):
         """`command` is run with the number of its end of the socket as a last argument.
 
         A worker that owes a reply and gives no sign of life for `reply_timeout` seconds is killed;
-        over a step, for as long as `patience` says. `directory` is removed when
-        the process has ended.
+        over a step, for as long as `patience` says. `directory` is removed when the process has
+        ended.
         """
         self._command = list(command)
         self._label = label

@@ -46,7 +46,7 @@ def _tensors(directory: Path, files: list[str]) -> dict[str, int]:
 
 def _scaled(cost: ModelCost, total: int) -> ModelCost:
     """The same model with all sizes in proportion, so that it has `total` bytes."""
-    factor = total / (sum(cost.layer_bytes) + cost.ends_bytes)
+    factor = total / cost.total_bytes
     return msgspec.structs.replace(
         cost,
         layer_bytes=tuple(round(size * factor) for size in cost.layer_bytes),

@@ -30,7 +30,7 @@ def budget(offer: NodeOffer, model: ModelCost, settings: PlanSettings) -> Budget
 def most_copies(offers: Iterable[NodeOffer], model: ModelCost, settings: PlanSettings) -> int:
     """More often than that these offers together do not hold the model."""
     rooms = [budget(offer, model, settings) for offer in offers]
-    size = max(1, sum(model.layer_bytes) + model.ends_bytes)
+    size = max(1, model.total_bytes)
     layers = max(1, model.layers)
     return min(
         sum(room.weights for room in rooms) // size, sum(room.layers for room in rooms) // layers

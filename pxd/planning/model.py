@@ -109,6 +109,11 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights, on one node."""
+        return sum(self.layer_bytes) + self.ends_bytes
+
+    @property
     def ends_bytes(self) -> int:
         """Bytes of both ends on one node."""
         if self.tied:

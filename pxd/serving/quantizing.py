@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -16,8 +16,6 @@ from pxd.models.quantized import check_unquantized, quantized_name
 from pxd.serving.weights.run import Progress
 
 log = logging.getLogger("pxd.serving.quantizing")
-
-ResultT = TypeVar("ResultT")
 
 Quantize = Callable[[Path, Path, int, Callable[[float], None]], Awaitable[None]]
 """Writes a copy of the model in one directory into another one, with so many bits."""
@@ -54,7 +52,7 @@ class Quantizing:
     async def check(self, recipe: Recipe) -> None:
         """Raises `ModelError` if there can be no such copy of a model that was described."""
         self._quantizer()
-        await _in_thread(partial(self._check, recipe))
+        await trio.to_thread.run_sync(self._check, recipe)
 
     def _quantizer(self) -> Quantize:
         if self._quantize is None:
@@ -78,24 +76,25 @@ class Quantizing:
             return
         quantize = self._quantizer()
         source = await self._models.directory(recipe.source, "", 0, None, progress)
-        await _in_thread(partial(check_unquantized, recipe.source, source))
+        await trio.to_thread.run_sync(check_unquantized, recipe.source, source)
         words = f"quantising to {recipe.bits} bits"
         progress(0.0, words)
+        # Threads run to their end, whoever is cancelled: files are written and deleted in them.
         async with self._turn:
-            place = await _in_thread(partial(self._library.store.workplace, recipe.name))
+            place = await trio.to_thread.run_sync(self._library.store.workplace, recipe.name)
             try:
                 await quantize(source, place, recipe.bits, lambda done: progress(done, words))
-                await _in_thread(partial(self._library.store.adopt, place, recipe.name))
+                await trio.to_thread.run_sync(self._library.store.adopt, place, recipe.name)
             except OSError as error:
                 raise disk_error(recipe.name, error) from error
             finally:
                 with trio.CancelScope(shield=True):
-                    await _in_thread(partial(shutil.rmtree, place, ignore_errors=True))
+                    await trio.to_thread.run_sync(partial(shutil.rmtree, place, ignore_errors=True))
         log.info("%s is made", recipe.name)
 
     async def _is_here(self, name: str) -> bool:
-        find = partial(self._library.find_layers, name, "", 0, None)
-        return await _in_thread(find) is not None
+        find = self._library.find_layers
+        return await trio.to_thread.run_sync(find, name, "", 0, None) is not None
 
     async def _is_lent(self, name: str, progress: Progress) -> bool:
         """Two nodes that quantise the same do not always come to the same bytes."""
@@ -107,8 +106,3 @@ class Quantizing:
             log.warning("%s is made here, for nobody gives all of it: %s", name, error)
             return False
         return True
-
-
-async def _in_thread(call: Callable[[], ResultT]) -> ResultT:
-    # To its end: files are written and deleted in it.
-    return await trio.to_thread.run_sync(call)

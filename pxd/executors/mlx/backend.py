@@ -1,10 +1,9 @@
 """What the MLX executor offers to the worker."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from pxd.cluster.records import Device
-from pxd.executors.protocol import Engine, ModelDescription
+from pxd.executors.protocol import Engine, ModelDescription, Progress
 from pxd.executors.slots import Report
 
 # Imported where they are used: mlx-lm takes seconds, and a worker needs but one of these.
@@ -30,9 +29,7 @@ class MlxBackend:
 
         return measure()
 
-    def quantize(
-        self, source: Path, target: Path, bits: int, progress: Callable[[float], None]
-    ) -> None:
+    def quantize(self, source: Path, target: Path, bits: int, progress: Progress) -> None:
         from pxd.executors.mlx.quantize import quantize
 
         quantize(source, target, bits, progress)

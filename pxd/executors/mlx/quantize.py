@@ -6,7 +6,6 @@ That one says nothing until a shard is done, which takes minutes on a CPU.
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,13 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.utils import get_total_parameters, load, make_shards, quantize_model, save_config
 
-from pxd.executors.protocol import ExecutorError
+from pxd.executors.protocol import ExecutorError, Progress
 from pxd.models.describe import INDEX_NAME
 from pxd.models.errors import NoRoom
 from pxd.models.kept import check_room
 
 NICENESS = 10
 """Requests that run beside it go first."""
-
-Progress = Callable[[float], None]
 
 
 def quantize(source: Path, target: Path, bits: int, progress: Progress) -> None:

@@ -59,11 +59,10 @@ class KvPool:
         """The bytes of each block: keys of all layers, then values."""
         # What is pinned is copied without going through a buffer of the driver's.
         pinned, parts = self.device.type == "cuda", self._parts()
-        found = [
-            torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in blocks
-        ]
+        widths = _widths(parts)
+        found = [torch.empty(sum(widths), dtype=torch.uint8, pin_memory=pinned) for _ in blocks]
         for block, data in zip(blocks, found, strict=True):
-            for part, place in zip(parts, data.split(_widths(parts)), strict=True):
+            for part, place in zip(parts, data.split(widths), strict=True):
                 place.copy_(part[block], non_blocking=True)
         wait_for(self.device)
         return [data.numpy().data for data in found]
@@ -71,9 +70,10 @@ class KvPool:
     def write(self, blocks: Sequence[int], found: Sequence[Buffer]) -> None:
         """Fill blocks with what `read` has returned, or a copy of it that can be written to."""
         parts = self._parts()
+        widths = _widths(parts)
         for block, body in zip(blocks, found, strict=True):
             data = torch.frombuffer(body, dtype=torch.uint8)
-            for part, place in zip(parts, data.split(_widths(parts)), strict=True):
+            for part, place in zip(parts, data.split(widths), strict=True):
                 part[block].copy_(place)
 
     def _parts(self) -> list[torch.Tensor]:

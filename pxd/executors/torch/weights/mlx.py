@@ -21,6 +21,7 @@ from pxd.executors.torch.weights.stored import (
     check,
     dtype_of,
     part_of,
+    spread_modules,
 )
 
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -94,19 +95,16 @@ def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 def dense(tensors: Tensors, packings: Packings) -> dict[str, Stored]:
     """The same weights, not quantised. Raises `ExecutorError` where parts do not fit."""
-    made: dict[str, Stored] = {}
-    for name, tensor in tensors.items():
-        module, _, part = name.rpartition(".")
-        if f"{module}.scales" not in tensors:
-            made[name] = tensor
-        elif part == "weight":
-            made[name] = _spread_out(name, module, tensors, packings.of(module))
-        elif part not in ("scales", "biases"):
-            made[name] = tensor  # such as a linear layer's own bias
-    return made
+    return spread_modules(
+        tensors,
+        ("weight", "scales", "biases"),
+        "scales",
+        lambda module: _spread_out(module, tensors, packings.of(module)),
+    )
 
 
-def _spread_out(name: str, module: str, tensors: Tensors, packing: Packing) -> Computed:
+def _spread_out(module: str, tensors: Tensors, packing: Packing) -> Computed:
+    name = f"{module}.weight"
     weight, scales = tensors[name], tensors[f"{module}.scales"]
     biases = part_of(tensors, f"{module}.biases")
     *rows, groups = scales.get_shape()

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from pxd.executors.protocol import ExecutorError
-from pxd.executors.torch.weights.stored import Computed, Stored, Tensors, check, part_of
+from pxd.executors.torch.weights.stored import (
+    Computed,
+    Stored,
+    Tensors,
+    check,
+    part_of,
+    spread_modules,
+)
 
 _BITS = (2, 4, 8)
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -73,16 +80,12 @@ def _columns(packed: torch.Tensor, form: Format) -> torch.Tensor:
 
 def dense(tensors: Tensors, dtype: torch.dtype, *, form: Format) -> dict[str, Stored]:
     """The same weights, not quantised. Raises `ExecutorError` where parts do not fit."""
-    made: dict[str, Stored] = {}
-    for name, tensor in tensors.items():
-        module, _, part = name.rpartition(".")
-        if f"{module}.qweight" not in tensors:
-            made[name] = tensor
-        elif part == "qweight":
-            made[f"{module}.weight"] = _spread_out(module, tensors, form, dtype)
-        elif part not in ("qzeros", "scales", "g_idx"):
-            made[name] = tensor  # such as a linear layer's own bias
-    return made
+    return spread_modules(
+        tensors,
+        ("qweight", "qzeros", "scales", "g_idx"),
+        "qweight",
+        lambda module: _spread_out(module, tensors, form, dtype),
+    )
 
 
 def _spread_out(module: str, tensors: Tensors, form: Format, dtype: torch.dtype) -> Computed:

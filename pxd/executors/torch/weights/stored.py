@@ -1,6 +1,6 @@
 """Tensors of a checkpoint that have not been read, some of them to be computed from others."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,24 @@ class Computed:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._make(*(part[index] for part in self._parts)).to(self._dtype)
+
+
+def spread_modules(
+    tensors: Tensors,
+    parts: Sequence[str],
+    mark: str,
+    spread: Callable[[str], Stored],
+) -> dict[str, Stored]:
+    """Modules that have the part `mark` get the plain weight that `spread` makes of `parts`, which
+    are left out; what else there is, such as a linear layer's own bias, stays."""
+    made: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if f"{module}.{mark}" not in tensors or part not in parts:
+            made[name] = tensor
+        elif part == parts[0]:
+            made[f"{module}.weight"] = spread(module)
+    return made
 
 
 def part_of(tensors: Tensors, name: str) -> Stored:
